@@ -1,0 +1,19 @@
+"""A tensor in a few bits per element, and back. Knows torch; knows nothing of modules or of autograd."""
+
+from hf_actnn.codec.buffers import release
+from hf_actnn.codec.ops import pack_mask, pack_uint, unpack_mask, unpack_uint
+from hf_actnn.codec.packed import CODES, Code, PackedTensor, default_row_length, packed_nbytes, quantize
+
+__all__ = [
+    "CODES",
+    "Code",
+    "PackedTensor",
+    "default_row_length",
+    "pack_mask",
+    "pack_uint",
+    "packed_nbytes",
+    "quantize",
+    "release",
+    "unpack_mask",
+    "unpack_uint",
+]

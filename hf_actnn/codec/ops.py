@@ -1,0 +1,401 @@
+"""The codec as torch operators: schema, checks and fake implementations together.
+
+In namespace ``hf_actnn``: ``quantize``, ``dequantize``, ``pack_mask``, ``unpack_mask``, ``pack_uint``, ``unpack_uint``. All work on flat
+tensors and are functional. CPU tensors go to the compiled kernels, any other device (and a CPU without them) to
+``reference.py``; the bytes are the same. The functions of the same names in this module are the way in: they call the kernels
+directly where nothing is tracing, since a dispatched call costs three times a direct one and a training step makes hundreds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_actnn.codec import buffers, native, reference
+from hf_actnn.errors import CodecError, message
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTS = (torch.uint8, torch.int32, torch.int64)
+_MASK_INPUTS = (*FLOATS, torch.bool, torch.uint8)
+_MASK_OUTPUTS = (*FLOATS, torch.bool, torch.uint8)
+# How the kernels name a dtype (csrc/types.h).
+_CODE = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.bool: 4,
+    torch.uint8: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+}
+_PREDICATE = {name: index for index, name in enumerate(reference.PREDICATES)}
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _fail(what: str, **parts: str) -> None:
+    raise CodecError(message(what, **parts))
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_bits(bits: int) -> None:
+    """Raise unless ``bits`` is a width the codec has."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        _fail("No such code width", where="bits", expected="an integer from 1 to 8", received=repr(bits), next_step="Choose a width in that range")
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise unless ``group_size`` is one the kernels take."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or not 1 <= group_size <= reference.MAX_GROUP:
+        _fail(
+            "No such group size",
+            where="group_size",
+            expected=f"an integer from 1 to {reference.MAX_GROUP}",
+            received=repr(group_size),
+            next_step="256 is the usual choice: metadata then costs 1/8 bit per element",
+        )
+
+
+def _check_flat(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dim() != 1 or not x.is_contiguous():
+        _fail(
+            "The operator takes a flat tensor",
+            where=name,
+            expected="one dimension, contiguous",
+            received=f"shape {tuple(x.shape)}, strides {tuple(x.stride())}",
+            next_step="Use hf_actnn.codec.quantize, which keeps shapes and strides",
+        )
+    if x.dtype not in dtypes:
+        _fail("Unsupported dtype", where=name, expected=_names(dtypes), received=str(x.dtype), next_step="Convert the tensor, or keep it exact")
+
+
+def _check_rows(numel: int, row_length: int) -> None:
+    if row_length < 1 and numel > 0 or row_length >= 1 and numel % row_length != 0:
+        _fail(
+            "The rows do not fill the tensor",
+            where="row_length",
+            expected=f"a divisor of {numel} elements",
+            received=str(row_length),
+            next_step="Pass the length of the dimension that groups must not straddle",
+        )
+
+
+def _check_codes(codes: Tensor, expected: int) -> None:
+    _check_flat(codes, "codes", (torch.uint8,))
+    if codes.numel() != expected:
+        _fail(
+            "The codes do not fit the sizes given",
+            where="codes",
+            expected=f"{expected} bytes",
+            received=f"{codes.numel()} bytes",
+            next_step="Pass the bits, row_length, group_size and numel that the tensor was packed with",
+        )
+
+
+def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> reference.Layout:
+    _check_flat(x, "x", FLOATS)
+    check_bits(bits)
+    check_group_size(group_size)
+    _check_rows(x.numel(), row_length)
+    return reference.layout(x.numel(), row_length, bits, group_size)
+
+
+def _check_dequantize(codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype) -> None:
+    check_bits(bits)
+    check_group_size(group_size)
+    _check_rows(numel, row_length)
+    at = reference.layout(numel, row_length, bits, group_size)
+    _check_codes(codes, at.nbytes)
+    if meta.dtype != torch.bfloat16 or tuple(meta.shape) != (at.n_groups, 2) or not meta.is_contiguous():
+        _fail(
+            "The metadata does not fit the sizes given",
+            where="meta",
+            expected=f"contiguous bfloat16 of shape ({at.n_groups}, 2)",
+            received=f"{meta.dtype} of shape {tuple(meta.shape)}, strides {tuple(meta.stride())}",
+            next_step="Pass the metadata that quantize returned with these codes",
+        )
+    if meta.device != codes.device:
+        _fail("Codes and metadata lie on different devices", where="meta", expected=str(codes.device), received=str(meta.device))
+    if dtype not in FLOATS:
+        _fail("Unsupported dtype", where="dtype", expected=_names(FLOATS), received=str(dtype))
+
+
+def _check_pack_mask(x: Tensor, predicate: str) -> None:
+    if predicate not in _PREDICATE:
+        _fail("No such predicate", where="predicate", expected=", ".join(reference.PREDICATES), received=repr(predicate))
+    _check_flat(x, "x", _MASK_INPUTS if predicate == "nonzero" else FLOATS)
+
+
+def _check_unpack_mask(codes: Tensor, numel: int, dtype: torch.dtype) -> None:
+    _check_codes(codes, reference.uint_nbytes(numel, 1))
+    if dtype not in _MASK_OUTPUTS:
+        _fail("Unsupported dtype", where="dtype", expected=_names(_MASK_OUTPUTS), received=str(dtype))
+
+
+def _check_unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> None:
+    check_bits(bits)
+    _check_codes(codes, reference.uint_nbytes(numel, bits))
+    if dtype not in INTS:
+        _fail("Unsupported dtype", where="dtype", expected=_names(INTS), received=str(dtype))
+
+
+def _direct(x: Tensor) -> Any:
+    """The compiled module if ``x`` is a plain CPU tensor that nothing traces, else None."""
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack() != 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    return native.module()
+
+
+def _signed(value: int) -> int:
+    """Any Python integer as the 64-bit integer with the same low bits."""
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+# --------------------------------------------------------------------------- kernels behind the operators (CPU)
+
+
+def _native_quantize(kernels: Any, x: Tensor, at: reference.Layout, bits: int, row_length: int, group_size: int, seed: int, stream: int):
+    codes = torch.empty(at.nbytes, dtype=torch.uint8)
+    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16)
+    exact = kernels.quantize(
+        x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits, seed, stream, codes.data_ptr(), meta.data_ptr(), torch.get_num_threads()
+    )
+    return codes, meta, exact
+
+
+def _native_dequantize(kernels: Any, codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype):
+    out = buffers.empty(numel, dtype)
+    kernels.dequantize(
+        codes.data_ptr(), meta.data_ptr(), numel, row_length, group_size, bits, _CODE[dtype], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
+    codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8)
+    kernels.pack_mask(x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
+    out = buffers.empty(numel, dtype)
+    kernels.unpack_mask(codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _native_pack_uint(kernels: Any, values: Tensor, bits: int) -> Tensor:
+    codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8)
+    kernels.pack_uint(values.data_ptr(), values.numel(), bits, codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+def _native_unpack_uint(kernels: Any, codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(numel, dtype=dtype)
+    kernels.unpack_uint(codes.data_ptr(), numel, bits, _CODE[dtype], out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+# --------------------------------------------------------------------------- operators
+
+_library = torch.library.Library("hf_actnn", "DEF")
+
+
+def _operator(schema: str, cpu: Any, elsewhere: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hf_actnn::{name}", fake, lib=_library)
+
+
+def _quantize_cpu(x, bits, row_length, group_size, seed, stream):
+    at = _check_quantize(x, bits, row_length, group_size)
+    kernels = native.module()
+    if kernels is None:
+        return reference.quantize(x, bits, row_length, group_size, seed, stream)
+    codes, meta, exact = _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream)
+    return codes, meta, torch.tensor([exact], dtype=torch.int32)
+
+
+def _quantize_elsewhere(x, bits, row_length, group_size, seed, stream):
+    _check_quantize(x, bits, row_length, group_size)
+    return reference.quantize(x, bits, row_length, group_size, seed, stream)
+
+
+def _quantize_fake(x, bits, row_length, group_size, seed, stream):
+    at = reference.layout(x.numel(), row_length, bits, group_size)
+    return (
+        x.new_empty(at.nbytes, dtype=torch.uint8),
+        x.new_empty((at.n_groups, 2), dtype=torch.bfloat16),
+        x.new_empty(1, dtype=torch.int32),
+    )
+
+
+def _dequantize_cpu(codes, meta, bits, row_length, group_size, numel, dtype):
+    _check_dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+    kernels = native.module()
+    if kernels is None:
+        return reference.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+    return _native_dequantize(kernels, codes, meta, bits, row_length, group_size, numel, dtype)
+
+
+def _dequantize_elsewhere(codes, meta, bits, row_length, group_size, numel, dtype):
+    _check_dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+    return reference.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+
+
+def _pack_mask_cpu(x, predicate, threshold_lo, threshold_hi):
+    _check_pack_mask(x, predicate)
+    kernels = native.module()
+    if kernels is None:
+        return reference.pack_mask(x, predicate, threshold_lo, threshold_hi)
+    return _native_pack_mask(kernels, x, predicate, threshold_lo, threshold_hi)
+
+
+def _pack_mask_elsewhere(x, predicate, threshold_lo, threshold_hi):
+    _check_pack_mask(x, predicate)
+    return reference.pack_mask(x, predicate, threshold_lo, threshold_hi)
+
+
+def _unpack_mask_cpu(codes, numel, on, off, dtype):
+    _check_unpack_mask(codes, numel, dtype)
+    kernels = native.module()
+    if kernels is None:
+        return reference.unpack_mask(codes, numel, on, off, dtype)
+    return _native_unpack_mask(kernels, codes, numel, on, off, dtype)
+
+
+def _unpack_mask_elsewhere(codes, numel, on, off, dtype):
+    _check_unpack_mask(codes, numel, dtype)
+    return reference.unpack_mask(codes, numel, on, off, dtype)
+
+
+def _pack_uint_cpu(values, bits):
+    check_bits(bits)
+    _check_flat(values, "values", (torch.uint8,))
+    kernels = native.module()
+    return reference.pack_uint(values, bits) if kernels is None else _native_pack_uint(kernels, values, bits)
+
+
+def _pack_uint_elsewhere(values, bits):
+    check_bits(bits)
+    _check_flat(values, "values", (torch.uint8,))
+    return reference.pack_uint(values, bits)
+
+
+def _unpack_uint_cpu(codes, bits, numel, dtype):
+    _check_unpack_uint(codes, bits, numel, dtype)
+    kernels = native.module()
+    if kernels is None:
+        return reference.unpack_uint(codes, bits, numel, dtype)
+    return _native_unpack_uint(kernels, codes, bits, numel, dtype)
+
+
+def _unpack_uint_elsewhere(codes, bits, numel, dtype):
+    _check_unpack_uint(codes, bits, numel, dtype)
+    return reference.unpack_uint(codes, bits, numel, dtype)
+
+
+_operator(
+    "quantize(Tensor x, int bits, SymInt row_length, int group_size, int seed, int stream) -> (Tensor, Tensor, Tensor)",
+    _quantize_cpu,
+    _quantize_elsewhere,
+    _quantize_fake,
+)
+_operator(
+    "dequantize(Tensor codes, Tensor meta, int bits, SymInt row_length, int group_size, SymInt numel, ScalarType dtype) -> Tensor",
+    _dequantize_cpu,
+    _dequantize_elsewhere,
+    lambda codes, meta, bits, row_length, group_size, numel, dtype: codes.new_empty(numel, dtype=dtype),
+)
+_operator(
+    "pack_mask(Tensor x, str predicate, float threshold_lo, float threshold_hi) -> Tensor",
+    _pack_mask_cpu,
+    _pack_mask_elsewhere,
+    lambda x, predicate, threshold_lo, threshold_hi: x.new_empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8),
+)
+_operator(
+    "unpack_mask(Tensor codes, SymInt numel, float on, float off, ScalarType dtype) -> Tensor",
+    _unpack_mask_cpu,
+    _unpack_mask_elsewhere,
+    lambda codes, numel, on, off, dtype: codes.new_empty(numel, dtype=dtype),
+)
+_operator(
+    "pack_uint(Tensor values, int bits) -> Tensor",
+    _pack_uint_cpu,
+    _pack_uint_elsewhere,
+    lambda values, bits: values.new_empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8),
+)
+_operator(
+    "unpack_uint(Tensor codes, int bits, SymInt numel, ScalarType dtype) -> Tensor",
+    _unpack_uint_cpu,
+    _unpack_uint_elsewhere,
+    lambda codes, bits, numel, dtype: codes.new_empty(numel, dtype=dtype),
+)
+
+
+# --------------------------------------------------------------------------- the way in
+
+
+def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int = 0, stream: int = 0) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize`. The count of exact groups comes as an integer
+    where reading it costs nothing."""
+    seed, stream = _signed(seed), _signed(stream)
+    kernels = _direct(x)
+    if kernels is None:
+        return torch.ops.hf_actnn.quantize(x, bits, row_length, group_size, seed, stream)
+    at = _check_quantize(x, bits, row_length, group_size)
+    return _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream)
+
+
+def dequantize(codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """Values of a flat tensor; see :func:`hf_actnn.codec.reference.dequantize`."""
+    kernels = _direct(codes)
+    if kernels is None:
+        return torch.ops.hf_actnn.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+    _check_dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
+    return _native_dequantize(kernels, codes, meta, bits, row_length, group_size, numel, dtype)
+
+
+def pack_mask(x: Tensor, predicate: str, threshold_lo: float = 0.0, threshold_hi: float = 0.0) -> Tensor:
+    """One bit per element of a flat tensor; see :func:`hf_actnn.codec.reference.predicate`."""
+    kernels = _direct(x)
+    if kernels is None:
+        return torch.ops.hf_actnn.pack_mask(x, predicate, threshold_lo, threshold_hi)
+    _check_pack_mask(x, predicate)
+    return _native_pack_mask(kernels, x, predicate, threshold_lo, threshold_hi)
+
+
+def unpack_mask(codes: Tensor, numel: int, on: float = 1.0, off: float = 0.0, dtype: torch.dtype = torch.bool) -> Tensor:
+    """``on`` or ``off`` for every bit of a mask: ``[numel]``."""
+    kernels = _direct(codes)
+    if kernels is None:
+        return torch.ops.hf_actnn.unpack_mask(codes, numel, on, off, dtype)
+    _check_unpack_mask(codes, numel, dtype)
+    return _native_unpack_mask(kernels, codes, numel, on, off, dtype)
+
+
+def pack_uint(values: Tensor, bits: int) -> Tensor:
+    """Small integers of a flat uint8 tensor in ``bits`` bits each."""
+    kernels = _direct(values)
+    if kernels is None:
+        return torch.ops.hf_actnn.pack_uint(values, bits)
+    return _pack_uint_cpu(values, bits)
+
+
+def unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Inverse of :func:`pack_uint`: ``[numel]`` of uint8, int32 or int64."""
+    kernels = _direct(codes)
+    if kernels is None:
+        return torch.ops.hf_actnn.unpack_uint(codes, bits, numel, dtype)
+    return _unpack_uint_cpu(codes, bits, numel, dtype)

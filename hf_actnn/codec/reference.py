@@ -1,0 +1,321 @@
+"""The codec's specification, in plain torch.
+
+Every function here is the definition that the compiled kernels must reproduce byte for byte (docs/codec.md explains the
+choices). It runs on any device torch runs on and serves where no kernel does. Shapes: ``N`` rows, ``K`` groups of a row,
+``G`` elements of a group.
+
+Source of the scheme: Chen et al., "ActNN", ICML 2021, section 3.2 (per-group quantisation with stochastic rounding). What
+differs from the paper is said where it is done.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Widest group. Kernels keep one group's codes in the first-level cache.
+MAX_GROUP = 4096
+#: Masks and small integers are packed in groups of this many elements of the flat tensor.
+MASK_GROUP = 256
+#: From this magnitude on, ``hi - lo`` or a product with the step could overflow fp32: such groups are kept exact.
+EXACT_FROM = 2.0**126
+#: Below this step the differences are scaled up, so that ``1 / step`` stays finite and no product is subnormal.
+SMALL_STEP = 2.0**-64
+SCALE_UP = 2.0**64
+#: Planes of each width in bits; the first plane holds the lowest bits of a code.
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+#: Step written for a group that is kept exact; a group with nan or inf has ``nan`` there.
+EXACT_STEP = -1.0
+PREDICATES = ("not_le", "gt", "inside", "strict_inside", "nonzero")
+
+_MASK32 = 0xFFFFFFFF
+
+
+class Layout(NamedTuple):
+    """Where the groups of a flat tensor and their codes lie; all sizes are in elements or bytes as named."""
+
+    n_rows: int
+    groups_per_row: int
+    group: int  #: elements of every group of a row but the last
+    tail: int  #: elements of a row's last group
+    group_bytes: int
+    tail_bytes: int
+    row_bytes: int
+    n_groups: int
+    nbytes: int  #: bytes of all codes
+
+
+def _ceil(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def group_bytes(group: int, bits: int) -> int:
+    """Bytes that the planes of one group of ``group`` elements take."""
+    return sum(_ceil(group * width, 8) for width in PLANES[bits])
+
+
+def layout(numel: int, row_length: int, bits: int, group_size: int) -> Layout:
+    """Cut rows into equal groups of at most ``group_size`` elements, the last one of a row possibly shorter.
+
+    A row is never cut into one nearly empty group beside full ones: 257 elements at ``group_size=256`` make groups of 129
+    and 128. Works on symbolic sizes too.
+    """
+    if numel == 0:
+        return Layout(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    group = _ceil(row_length, _ceil(row_length, group_size))
+    k = _ceil(row_length, group)
+    tail = row_length - (k - 1) * group
+    full, last = group_bytes(group, bits), group_bytes(tail, bits)
+    n_rows = numel // row_length
+    row_bytes = (k - 1) * full + last
+    return Layout(n_rows, k, group, tail, full, last, row_bytes, n_rows * k, n_rows * row_bytes)
+
+
+def philox(q: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) at counters ``(q, stream)`` under the key ``seed``.
+
+    Args:
+        q: ``[n]`` int64, the low 64 bits of the counter.
+        seed: 64-bit key, as any Python integer.
+        stream: the high 64 bits of the counter.
+
+    Returns:
+        Four ``[n]`` int64 tensors holding the 32-bit output words.
+    """
+
+    def mul(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        # In two halves, so that no product leaves the range of int64.
+        low, high = (a & 0xFFFF) * m, (a >> 16) * m
+        return ((high + (low >> 16)) >> 16) & _MASK32, (((high & 0xFFFF) << 16) + low) & _MASK32
+
+    c0, c1 = q & _MASK32, (q >> 32) & _MASK32
+    c2, c3 = torch.full_like(q, stream & _MASK32), torch.full_like(q, (stream >> 32) & _MASK32)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        hi0, lo0 = mul(c0, 0xD2511F53)
+        hi1, lo1 = mul(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def dither(numel: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """Dither of positions ``0 .. numel - 1``: ``[numel]`` fp32, ``(byte + 1/2) / 256``, so centred within a step.
+
+    Position ``p`` lies in superblock ``p >> 8``; its byte is byte ``e & 3`` of output word ``e >> 6`` of the call with counter
+    ``16 * (p >> 8) + ((e & 63) >> 2)``, where ``e = p & 255``. Sixteen calls side by side, their words written one vector
+    after the other, are 256 bytes in order.
+    """
+    blocks = _ceil(numel, 256)
+    words = torch.stack(philox(torch.arange(blocks * 16, device=device), seed, stream))  # [4, 16 * blocks]
+    words = words.view(4, blocks, 16).permute(1, 0, 2).unsqueeze(-1)  # [blocks, word, call, 1]
+    shifts = torch.arange(0, 32, 8, device=device)
+    values = ((words >> shifts) & 0xFF).reshape(-1)[:numel]
+    return (values.to(torch.float32) + 0.5) / 256
+
+
+def _bf16_bits(x: Tensor, up: bool) -> Tensor:
+    """Directed rounding of fp32 to bf16. Down for any sign, up for non-negative values only (that is all we need)."""
+    bits = x.view(torch.int32)
+    high = bits & -65536
+    inexact = (bits & 0xFFFF) != 0
+    bump = inexact if up else inexact & (bits < 0)
+    return (high + bump.to(torch.int32) * 65536).view(torch.float32)
+
+
+def _metadata(x: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+    """Group minimum and step, rounded to bf16 before anything is packed: ``[N, K]`` fp32 each.
+
+    ActNN rounds them afterwards, which biases every value of the group.
+    """
+    top = 2**bits - 1
+    lo, hi = x.amin(-1), x.amax(-1)
+    bad = huge | broken
+    lo, hi = lo.masked_fill(bad, 0.0), hi.masked_fill(bad, 0.0)
+    m = _bf16_bits(lo, up=False) + 0.0  # -0 becomes +0: the sign of a zero must not depend on the order of a reduction
+    span = hi - m
+    small = span < SMALL_STEP
+    # A quotient in the subnormal range would lose bits, even become 0: it is taken scaled up and rounded upwards by hand.
+    quotient = torch.where(small, span * SCALE_UP, span) / top
+    step = torch.where(small, quotient * SMALL_STEP, quotient)
+    short = small & (step * SCALE_UP < quotient)
+    step = (step.view(torch.int32) + short.to(torch.int32)).view(torch.float32)
+    return m, _bf16_bits(step, up=True)
+
+
+def _quantize_groups(x: Tensor, u: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes ``[N, K, G]`` uint8 and metadata ``[N, K]`` of groups ``x`` ``[N, K, G]`` fp32."""
+    top = 2**bits - 1
+    m, step = _metadata(x, bits, huge, broken)
+    tiny = step < SMALL_STEP
+    d = x - m.unsqueeze(-1)
+    d = torch.where(tiny.unsqueeze(-1), d * SCALE_UP, d)
+    r = 1.0 / torch.where(tiny, step * SCALE_UP, step)
+    # floor(t + u) <= t + 1/2 + 1/512 on average over u: stochastic rounding (ActNN, eq. 5) with a dither of 256 values.
+    codes = (d * r.unsqueeze(-1) + u).floor().clamp(max=top)
+    zero = (huge | broken | (step == 0)).unsqueeze(-1)
+    codes = codes.masked_fill(zero, 0.0).to(torch.uint8)
+    m = m.masked_fill(huge | broken, float("nan"))
+    step = step.masked_fill(huge, EXACT_STEP).masked_fill(broken, float("nan"))
+    return codes, m, step
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``[..., G]`` uint8 codes into ``[..., group_bytes(G, bits)]``: element ``e`` of a plane of width ``w`` and ``n``
+    bytes sits in byte ``e % n`` at bit ``w * (e // n)``; the planes follow each other."""
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        per_byte = 8 // width
+        n = _ceil(codes.shape[-1] * width, 8)
+        part = (codes >> shift) & (2**width - 1)
+        part = torch.nn.functional.pad(part, (0, n * per_byte - codes.shape[-1]))
+        part = part.view(*codes.shape[:-1], per_byte, n)
+        plane = part[..., 0, :].clone()
+        for j in range(1, per_byte):
+            plane |= part[..., j, :] << (width * j)
+        planes.append(plane)
+        shift += width
+    return torch.cat(planes, -1)
+
+
+def unpack_planes(packed: Tensor, bits: int, group: int) -> Tensor:
+    """Inverse of :func:`pack_planes`: ``[..., group_bytes(G, bits)]`` to ``[..., G]`` uint8."""
+    codes, shift, start = None, 0, 0
+    for width in PLANES[bits]:
+        n = _ceil(group * width, 8)
+        plane = packed[..., start : start + n]
+        part = torch.stack([(plane >> (width * j)) & (2**width - 1) for j in range(8 // width)], -2)
+        part = part.flatten(-2)[..., :group] << shift
+        codes = part if codes is None else codes | part
+        shift += width
+        start += n
+    assert codes is not None
+    return codes
+
+
+def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise a flat tensor.
+
+    Args:
+        x: ``[numel]`` floating point, values in storage order.
+        bits: 1 to 8 bits of each code.
+        row_length: elements of a row; ``numel`` is a multiple of it.
+        group_size: the most elements that share a minimum and a step.
+        seed: key of the dither's generator.
+        stream: which of the key's 2^64 sequences; one per tensor kept.
+
+    Returns:
+        Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be kept
+        exact, ``[1]`` int32.
+    """
+    device = x.device
+    at = layout(x.numel(), row_length, bits, group_size)
+    if at.n_groups == 0:
+        empty = torch.empty(0, 2, dtype=torch.bfloat16, device=device)
+        return torch.empty(0, dtype=torch.uint8, device=device), empty, torch.zeros(1, dtype=torch.int32, device=device)
+    finite = torch.isfinite(x)
+    x32 = x.to(torch.float32)
+    huge = finite & (x32.abs() >= EXACT_FROM)  # includes a finite float64 that became inf
+    u = dither(x.numel(), seed, stream, device)
+    body = (at.groups_per_row - 1) * at.group
+    packed, metas = [], []
+    for start, count, size in ((0, at.groups_per_row - 1, at.group), (body, 1, at.tail)):
+        if count == 0:
+            continue
+
+        def cut(t: Tensor, start: int = start, count: int = count, size: int = size) -> Tensor:
+            return t.view(at.n_rows, row_length)[:, start : start + count * size].reshape(at.n_rows, count, size)
+
+        broken = ~cut(finite).all(-1)
+        codes, m, step = _quantize_groups(cut(x32), cut(u), bits, cut(huge).any(-1) & ~broken, broken)
+        packed.append(pack_planes(codes, bits).flatten(1))
+        metas.append(torch.stack([m, step], -1))
+    meta = torch.cat(metas, 1).view(-1, 2)
+    status = (meta[:, 1] == EXACT_STEP).sum().to(torch.int32).view(1)
+    return torch.cat(packed, 1).view(-1), meta.to(torch.bfloat16), status
+
+
+def dequantize(
+    codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """``minimum + code * step`` for every element: ``[numel]`` of ``dtype``.
+
+    A product, then a sum, both rounded to fp32 and then to ``dtype`` (to float64: computed in double, so exact before rounding).
+    fp16 saturates at 65504, since a step rounded up may lead past it.
+    """
+    at = layout(numel, row_length, bits, group_size)
+    if at.n_groups == 0:
+        return torch.empty(0, dtype=dtype, device=codes.device)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = codes.view(at.n_rows, at.row_bytes)
+    m, step = meta.to(work).view(at.n_rows, at.groups_per_row, 2).unsqueeze(-2).unbind(-1)  # [N, K, 1]
+    body = (at.groups_per_row - 1) * at.group_bytes
+    parts = []
+    for start, count, size, nbytes, first in (
+        (0, at.groups_per_row - 1, at.group, at.group_bytes, 0),
+        (body, 1, at.tail, at.tail_bytes, at.groups_per_row - 1),
+    ):
+        if count == 0:
+            continue
+        part = rows[:, start : start + count * nbytes].reshape(at.n_rows, count, nbytes)
+        level = unpack_planes(part, bits, size).to(work) * step[:, first : first + count]
+        parts.append((m[:, first : first + count] + level).flatten(1))
+    out = torch.cat(parts, 1).view(-1)
+    if dtype == torch.float16:
+        out = out.clamp(-65504.0, 65504.0)  # leaves nan as it is
+    return out.to(dtype)
+
+
+def predicate(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
+    """Evaluate a mask's predicate; ``not_le`` and ``inside`` are true for nan, as torch's own backward functions are."""
+    if name == "nonzero":
+        return x != 0
+    # Thresholds are compared in fp32 (float64 for float64), whatever the tensor's own width.
+    x = x if x.dtype == torch.float64 else x.to(torch.float32)
+    low = torch.tensor(lo, dtype=x.dtype, device=x.device)
+    high = torch.tensor(hi, dtype=x.dtype, device=x.device)
+    if name == "not_le":
+        return ~(x <= low)
+    if name == "gt":
+        return x > low
+    if name == "inside":
+        return ~((x <= low) | (x >= high))
+    return (x > low) & (x < high)
+
+
+def pack_uint(values: Tensor, bits: int) -> Tensor:
+    """Pack ``[numel]`` uint8 values below ``2 ** bits`` in groups of 256 (the last one shorter); higher bits are dropped."""
+    full = values.numel() // MASK_GROUP * MASK_GROUP
+    head = pack_planes(values[:full].view(-1, MASK_GROUP), bits).view(-1)
+    return torch.cat([head, pack_planes(values[full:], bits)]) if full < values.numel() else head
+
+
+def unpack_uint(packed: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_uint`: ``[numel]`` of ``dtype``."""
+    full, rest = divmod(numel, MASK_GROUP)
+    nbytes = full * group_bytes(MASK_GROUP, bits)
+    head = unpack_planes(packed[:nbytes].view(full, -1) if full else packed[:0].view(0, group_bytes(MASK_GROUP, bits)), bits, MASK_GROUP)
+    parts = [head.reshape(-1)]
+    if rest:
+        parts.append(unpack_planes(packed[nbytes:], bits, rest))
+    return torch.cat(parts).to(dtype)
+
+
+def uint_nbytes(numel: int, bits: int) -> int:
+    """Bytes of ``numel`` small integers packed by :func:`pack_uint`."""
+    full, rest = numel // MASK_GROUP, numel % MASK_GROUP
+    return full * group_bytes(MASK_GROUP, bits) + group_bytes(rest, bits)
+
+
+def pack_mask(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
+    """One bit per element of the flat tensor ``x``: whether the predicate holds."""
+    return pack_uint(predicate(x, name, lo, hi).to(torch.uint8), 1)
+
+
+def unpack_mask(packed: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
+    """``on`` where the bit is set, ``off`` elsewhere: ``[numel]`` of ``dtype``."""
+    bits = unpack_uint(packed, 1, numel, torch.bool)
+    values = torch.tensor([off, on], dtype=torch.float64, device=packed.device).to(dtype)
+    return values[bits.to(torch.int64)]
