@@ -1,0 +1,77 @@
+# Two commands need nothing installed by hand: `make demo` and `make test`. The first call of either makes .venv (some minutes);
+# later calls start at once, and a changed constraints.txt, pyproject.toml or csrc/ is picked up.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+SYSTEM_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
+OUT ?= out
+PYTEST_ARGS ?=
+
+# Without a working GPU only the CPU kernels are built; with one, whatever the compilers found allow.
+export HF_ACTNN_BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
+
+NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*.cuh csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+
+.PHONY: help demo test check bench gpu clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+$(VENV)/.torch: constraints.txt tools/torchvision_without_cuda.py tools/requirements.py
+	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the build tools into $(VENV)"
+	# torch first and pinned: a resolver that starts from torchvision may choose another torch, gigabytes of it.
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt $$($(PYTHON) tools/requirements.py --build)
+	$(PYTHON) tools/torchvision_without_cuda.py
+	touch $@
+
+$(VENV)/.libraries: $(VENV)/.torch pyproject.toml
+	@echo "Installing transformers, timm and what the examples need"
+	$(PIP) -c constraints.txt $$($(PYTHON) tools/requirements.py timm data hf plots) psutil
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.libraries
+	@echo "Installing the test, lint and documentation tools"
+	$(PIP) -c constraints.txt $$($(PYTHON) tools/requirements.py dev docs)
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@echo "Building hf_actnn (HF_ACTNN_BUILD=$(HF_ACTNN_BUILD))"
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/.libraries $(VENV)/.package  ## train two models on real images, uncompressed and at L2: a table and a picture
+	$(PYTHON) examples/demo/demo.py --out demo
+
+test: $(VENV)/.tools $(VENV)/.package  ## every test that needs no GPU
+	$(PYTHON) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layers, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+	$(BIN)/mypy
+	$(PYTHON) -m pytest -q tests/test_layers.py
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+
+bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
+	for file in benchmarks/*.py; do \
+	  grep -q '__main__' $$file || continue; \
+	  echo "== $$file"; $(PYTHON) $$file; \
+	done
+
+gpu:  ## on a machine with a GPU, with the Python that is there and nothing installed: build, test, measure into $OUT
+	tools/gpu.sh "$(SYSTEM_PYTHON)" "$(OUT)"
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist site out demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find hf_actnn -name '*.so' -delete
+	rm -f $(VENV)/.package
