@@ -1,15 +1,96 @@
-"""Recycles the CPU buffers that dequantised tensors live in."""
+"""Recycles the CPU memory that dequantised tensors live in.
+
+Faulting in fresh pages costs ten times what the dequantising kernel does. Memory is reused by lifetime, never by position: a block is
+free when no tensor, view, numpy array or C++ holder is left on it, which its reference count says, since every tensor handed out
+holds a reference to the Python object that owns the block (``torch.frombuffer``). Each hand-out makes a new storage, so nothing that
+identifies tensors by their storage can mistake a recycled block for the tensor that lived there before.
+"""
 
 from __future__ import annotations
+
+import mmap
+import sys
+import threading
 
 import torch
 from torch import Tensor
 
+#: Smaller tensors come from torch: its allocator reuses small blocks well.
+SMALLEST = 64 * 1024
+#: Free blocks beyond this many bytes are given back.
+MAX_IDLE = 256 * 1024 * 1024
+#: A block serves a request this many times smaller at most; the rest of it would be held for nothing.
+LARGEST_FIT = 8
 
-def empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised flat CPU tensor."""
-    return torch.empty(numel, dtype=dtype)
+_HUGE_PAGE = 2 * 1024 * 1024
+# Windows has no private anonymous maps: there every tensor comes from torch.
+_ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
-def release() -> None:
-    """Free every buffer that nobody uses."""
+class Pool:
+    """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all free
+    ones, too small for it, were given back."""
+
+    def __init__(self, max_idle: int = MAX_IDLE) -> None:
+        self.max_idle = max_idle
+        self._lock = threading.Lock()
+        self._blocks: list[mmap.mmap] = []
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised flat CPU tensor that nothing else shares."""
+        need = numel * dtype.itemsize
+        if need < SMALLEST or not _ANONYMOUS:
+            return torch.empty(numel, dtype=dtype)
+        with self._lock:
+            free = self._free()
+            fits = [block for block in free if need <= len(block) <= LARGEST_FIT * need]
+            if fits:
+                block = min(fits, key=len)
+                self._trim([other for other in free if other is not block])
+            else:
+                self._forget(free)
+                del free
+                block = _block(need)
+                self._blocks.append(block)
+            # Inside the lock: the new tensor's reference is what marks the block as used.
+            return torch.frombuffer(block, dtype=dtype, count=numel)
+
+    def release(self) -> None:
+        """Give back every free block."""
+        with self._lock:
+            self._forget(self._free())
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the blocks in use, and of those free."""
+        with self._lock:
+            free = sum(map(len, self._free()))
+            return sum(map(len, self._blocks)) - free, free
+
+    def _free(self) -> list[mmap.mmap]:
+        # One reference is the list's, one the loop variable's, one the argument's.
+        return [block for block in self._blocks if sys.getrefcount(block) == 3]
+
+    def _forget(self, blocks: list[mmap.mmap]) -> None:
+        gone = set(map(id, blocks))
+        self._blocks = [block for block in self._blocks if id(block) not in gone]
+
+    def _trim(self, free: list[mmap.mmap]) -> None:
+        """Give back the largest free blocks until the rest is within ``max_idle``."""
+        free = sorted(free, key=len)
+        while free and sum(map(len, free)) > self.max_idle:
+            self._forget([free.pop()])
+
+
+def _block(nbytes: int) -> mmap.mmap:
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    # Private: a shared map would let a forked worker write into its parent's tensors.
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)  # a fault per 2 MiB instead of 512
+    return block
+
+
+_pool = Pool()
+empty = _pool.empty
+release = _pool.release
+nbytes = _pool.nbytes

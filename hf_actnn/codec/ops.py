@@ -48,7 +48,13 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_bits(bits: int) -> None:
     """Raise unless ``bits`` is a width the codec has."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        _fail("No such code width", where="bits", expected="an integer from 1 to 8", received=repr(bits), next_step="Choose a width in that range")
+        _fail(
+            "No such code width",
+            where="bits",
+            expected="an integer from 1 to 8",
+            received=repr(bits),
+            next_step="Choose a width in that range",
+        )
 
 
 def check_group_size(group_size: int) -> None:
@@ -73,7 +79,13 @@ def _check_flat(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
             next_step="Use hf_actnn.codec.quantize, which keeps shapes and strides",
         )
     if x.dtype not in dtypes:
-        _fail("Unsupported dtype", where=name, expected=_names(dtypes), received=str(x.dtype), next_step="Convert the tensor, or keep it exact")
+        _fail(
+            "Unsupported dtype",
+            where=name,
+            expected=_names(dtypes),
+            received=str(x.dtype),
+            next_step="Convert the tensor, or keep it exact",
+        )
 
 
 def _check_rows(numel: int, row_length: int) -> None:
@@ -107,7 +119,9 @@ def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> r
     return reference.layout(x.numel(), row_length, bits, group_size)
 
 
-def _check_dequantize(codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype) -> None:
+def _check_dequantize(
+    codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype
+) -> None:
     check_bits(bits)
     check_group_size(group_size)
     _check_rows(numel, row_length)
@@ -122,14 +136,21 @@ def _check_dequantize(codes: Tensor, meta: Tensor, bits: int, row_length: int, g
             next_step="Pass the metadata that quantize returned with these codes",
         )
     if meta.device != codes.device:
-        _fail("Codes and metadata lie on different devices", where="meta", expected=str(codes.device), received=str(meta.device))
+        _fail(
+            "Codes and metadata lie on different devices",
+            where="meta",
+            expected=str(codes.device),
+            received=str(meta.device),
+        )
     if dtype not in FLOATS:
         _fail("Unsupported dtype", where="dtype", expected=_names(FLOATS), received=str(dtype))
 
 
 def _check_pack_mask(x: Tensor, predicate: str) -> None:
     if predicate not in _PREDICATE:
-        _fail("No such predicate", where="predicate", expected=", ".join(reference.PREDICATES), received=repr(predicate))
+        _fail(
+            "No such predicate", where="predicate", expected=", ".join(reference.PREDICATES), received=repr(predicate)
+        )
     _check_flat(x, "x", _MASK_INPUTS if predicate == "nonzero" else FLOATS)
 
 
@@ -164,26 +185,64 @@ def _signed(value: int) -> int:
 # --------------------------------------------------------------------------- kernels behind the operators (CPU)
 
 
-def _native_quantize(kernels: Any, x: Tensor, at: reference.Layout, bits: int, row_length: int, group_size: int, seed: int, stream: int):
+def _native_quantize(
+    kernels: Any, x: Tensor, at: reference.Layout, bits: int, row_length: int, group_size: int, seed: int, stream: int
+):
     codes = torch.empty(at.nbytes, dtype=torch.uint8)
     meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16)
     exact = kernels.quantize(
-        x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits, seed, stream, codes.data_ptr(), meta.data_ptr(), torch.get_num_threads()
+        x.data_ptr(),
+        _CODE[x.dtype],
+        x.numel(),
+        row_length,
+        group_size,
+        bits,
+        seed,
+        stream,
+        codes.data_ptr(),
+        meta.data_ptr(),
+        torch.get_num_threads(),
     )
     return codes, meta, exact
 
 
-def _native_dequantize(kernels: Any, codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype):
+def _native_dequantize(
+    kernels: Any,
+    codes: Tensor,
+    meta: Tensor,
+    bits: int,
+    row_length: int,
+    group_size: int,
+    numel: int,
+    dtype: torch.dtype,
+):
     out = buffers.empty(numel, dtype)
     kernels.dequantize(
-        codes.data_ptr(), meta.data_ptr(), numel, row_length, group_size, bits, _CODE[dtype], out.data_ptr(), torch.get_num_threads()
+        codes.data_ptr(),
+        meta.data_ptr(),
+        numel,
+        row_length,
+        group_size,
+        bits,
+        _CODE[dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
 
 def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
     codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8)
-    kernels.pack_mask(x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr(), torch.get_num_threads())
+    kernels.pack_mask(
+        x.data_ptr(),
+        _CODE[x.dtype],
+        x.numel(),
+        _PREDICATE[predicate],
+        lo,
+        hi,
+        codes.data_ptr(),
+        torch.get_num_threads(),
+    )
     return codes
 
 
@@ -322,7 +381,9 @@ _operator(
     "pack_mask(Tensor x, str predicate, float threshold_lo, float threshold_hi) -> Tensor",
     _pack_mask_cpu,
     _pack_mask_elsewhere,
-    lambda x, predicate, threshold_lo, threshold_hi: x.new_empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8),
+    lambda x, predicate, threshold_lo, threshold_hi: x.new_empty(
+        reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8
+    ),
 )
 _operator(
     "unpack_mask(Tensor codes, SymInt numel, float on, float off, ScalarType dtype) -> Tensor",
@@ -347,7 +408,9 @@ _operator(
 # --------------------------------------------------------------------------- the way in
 
 
-def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int = 0, stream: int = 0) -> tuple[Tensor, Tensor, Tensor | int]:
+def quantize(
+    x: Tensor, bits: int, row_length: int, group_size: int, seed: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor, Tensor | int]:
     """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize`. The count of exact groups comes as an integer
     where reading it costs nothing."""
     seed, stream = _signed(seed), _signed(stream)
@@ -358,7 +421,9 @@ def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int =
     return _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream)
 
 
-def dequantize(codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype
+) -> Tensor:
     """Values of a flat tensor; see :func:`hf_actnn.codec.reference.dequantize`."""
     kernels = _direct(codes)
     if kernels is None:
@@ -376,7 +441,9 @@ def pack_mask(x: Tensor, predicate: str, threshold_lo: float = 0.0, threshold_hi
     return _native_pack_mask(kernels, x, predicate, threshold_lo, threshold_hi)
 
 
-def unpack_mask(codes: Tensor, numel: int, on: float = 1.0, off: float = 0.0, dtype: torch.dtype = torch.bool) -> Tensor:
+def unpack_mask(
+    codes: Tensor, numel: int, on: float = 1.0, off: float = 0.0, dtype: torch.dtype = torch.bool
+) -> Tensor:
     """``on`` or ``off`` for every bit of a mask: ``[numel]``."""
     kernels = _direct(codes)
     if kernels is None:

@@ -38,7 +38,20 @@ class PackedTensor:
         patch: None, or the groups that are kept exact: their indices ``[P]`` int64 and their values, one group after the other.
     """
 
-    __slots__ = ("__weakref__", "bits", "code", "codes", "device", "dtype", "group_size", "meta", "patch", "row_length", "shape", "stride")
+    __slots__ = (
+        "__weakref__",
+        "bits",
+        "code",
+        "codes",
+        "device",
+        "dtype",
+        "group_size",
+        "meta",
+        "patch",
+        "row_length",
+        "shape",
+        "stride",
+    )
 
     def __init__(
         self,
@@ -87,7 +100,9 @@ class PackedTensor:
             dtype: floating dtype of the result; by default that of the tensor quantised.
         """
         dtype = self.dtype if dtype is None else dtype
-        flat = CODES[self.code].dequantize(self.codes, self.meta, self.bits, self.row_length, self.group_size, self.numel, dtype)
+        flat = CODES[self.code].dequantize(
+            self.codes, self.meta, self.bits, self.row_length, self.group_size, self.numel, dtype
+        )
         if self.patch is not None:
             groups, values = self.patch
             flat[_positions(groups, self.numel, self.row_length, self.group_size)] = values.to(dtype)
@@ -193,7 +208,16 @@ def quantize(
         groups = (meta[:, 1] == reference.EXACT_STEP).nonzero().view(-1)
         patch = (groups, flat[_positions(groups, numel, row_length, group_size)])
     return PackedTensor(
-        codes, meta, bits=bits, group_size=group_size, row_length=row_length, shape=shape, stride=stride, dtype=x.dtype, patch=patch, code=code
+        codes,
+        meta,
+        bits=bits,
+        group_size=group_size,
+        row_length=row_length,
+        shape=shape,
+        stride=stride,
+        dtype=x.dtype,
+        patch=patch,
+        code=code,
     )
 
 

@@ -125,6 +125,11 @@ def _bf16_bits(x: Tensor, up: bool) -> Tensor:
     return (high + bump.to(torch.int32) * 65536).view(torch.float32)
 
 
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` with one bit pattern for nan: torch's own depends on where in a vector the element lies."""
+    return x.to(dtype).masked_fill(x.isnan(), float("nan"))
+
+
 def _metadata(x: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
     """Group minimum and step, rounded to bf16 before anything is packed: ``[N, K]`` fp32 each.
 
@@ -195,7 +200,9 @@ def unpack_planes(packed: Tensor, bits: int, group: int) -> Tensor:
     return codes
 
 
-def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, row_length: int, group_size: int, seed: int, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a flat tensor.
 
     Args:
@@ -234,7 +241,7 @@ def quantize(x: Tensor, bits: int, row_length: int, group_size: int, seed: int, 
         metas.append(torch.stack([m, step], -1))
     meta = torch.cat(metas, 1).view(-1, 2)
     status = (meta[:, 1] == EXACT_STEP).sum().to(torch.int32).view(1)
-    return torch.cat(packed, 1).view(-1), meta.to(torch.bfloat16), status
+    return torch.cat(packed, 1).view(-1), _narrow(meta, torch.bfloat16), status
 
 
 def dequantize(
@@ -265,7 +272,7 @@ def dequantize(
     out = torch.cat(parts, 1).view(-1)
     if dtype == torch.float16:
         out = out.clamp(-65504.0, 65504.0)  # leaves nan as it is
-    return out.to(dtype)
+    return _narrow(out, dtype)
 
 
 def predicate(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
@@ -296,7 +303,9 @@ def unpack_uint(packed: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Te
     """Inverse of :func:`pack_uint`: ``[numel]`` of ``dtype``."""
     full, rest = divmod(numel, MASK_GROUP)
     nbytes = full * group_bytes(MASK_GROUP, bits)
-    head = unpack_planes(packed[:nbytes].view(full, -1) if full else packed[:0].view(0, group_bytes(MASK_GROUP, bits)), bits, MASK_GROUP)
+    head = unpack_planes(
+        packed[:nbytes].view(full, -1) if full else packed[:0].view(0, group_bytes(MASK_GROUP, bits)), bits, MASK_GROUP
+    )
     parts = [head.reshape(-1)]
     if rest:
         parts.append(unpack_planes(packed[nbytes:], bits, rest))

@@ -1,0 +1,214 @@
+// The codec's arithmetic, one group and one value at a time, for host and device.
+//
+// hf_actnn/codec/reference.py defines it and docs/codec.md explains it; every kernel must give the same bytes. Compile
+// with floating-point contraction off (-ffp-contract=off, nvcc: -fmad=false): a fused multiply-add rounds once where
+// the definition rounds twice.
+//
+// Everything is static: the CPU kernels compile this header several times for different instruction sets, and a linker
+// that merged the copies could hand AVX-512 code to a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define HF_ACTNN_HD static __host__ __device__ __forceinline__
+#else
+#define HF_ACTNN_HD static inline
+#endif
+
+namespace hf_actnn {
+
+// As hf_actnn/codec/ops.py numbers them.
+enum Dtype : int { kFloat32, kFloat16, kBFloat16, kFloat64, kBool, kUInt8, kInt32, kInt64 };
+enum Predicate : int { kNotLe, kGt, kInside, kStrictInside, kNonzero };
+
+constexpr int kMaxGroup = 4096;
+constexpr int kMaskGroup = 256;
+constexpr float kExactFrom = 0x1p126f;
+constexpr float kSmallStep = 0x1p-64f;
+constexpr float kScaleUp = 0x1p64f;
+
+HF_ACTNN_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+HF_ACTNN_HD float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+HF_ACTNN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------- where things lie
+
+// Widths of the planes that make up a code, lowest bits first; 0 ends the list.
+struct Planes {
+  int width[4];
+};
+
+HF_ACTNN_HD Planes planes_of(int bits) {
+  Planes p = {{0, 0, 0, 0}};
+  int n = 0;
+  for (int width = 8; width >= 1; width /= 2)
+    if (bits & width) p.width[n++] = width;
+  return p;
+}
+
+HF_ACTNN_HD int64_t group_bytes(int64_t group, int bits) {
+  int64_t total = 0;
+  for (int width = 8; width >= 1; width /= 2)
+    if (bits & width) total += ceil_div(group * width, 8);
+  return total;
+}
+
+// Sizes in elements or bytes; the last group of every row may be shorter than the others.
+struct Layout {
+  int64_t row_length;
+  int64_t groups_per_row;
+  int64_t group, tail;
+  int64_t group_bytes, tail_bytes, row_bytes;
+  int64_t n_groups;
+};
+
+HF_ACTNN_HD Layout make_layout(int64_t numel, int64_t row_length, int64_t group_size, int bits) {
+  Layout at;
+  at.row_length = row_length;
+  at.group = ceil_div(row_length, ceil_div(row_length, group_size));
+  at.groups_per_row = ceil_div(row_length, at.group);
+  at.tail = row_length - (at.groups_per_row - 1) * at.group;
+  at.group_bytes = group_bytes(at.group, bits);
+  at.tail_bytes = group_bytes(at.tail, bits);
+  at.row_bytes = (at.groups_per_row - 1) * at.group_bytes + at.tail_bytes;
+  at.n_groups = numel / row_length * at.groups_per_row;
+  return at;
+}
+
+// ---------------------------------------------------------------- a group's minimum and step
+
+// Both directions of rounding to bf16 leave the result as fp32; the upward one is for non-negative values only.
+HF_ACTNN_HD float bf16_down(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t bump = ((bits & 0xFFFFu) != 0 && (bits >> 31) != 0) ? 0x10000u : 0u;
+  return float_of((bits & 0xFFFF0000u) + bump);
+}
+
+HF_ACTNN_HD float bf16_up(float x) {
+  const uint32_t bits = bits_of(x);
+  return float_of((bits & 0xFFFF0000u) + ((bits & 0xFFFFu) != 0 ? 0x10000u : 0u));
+}
+
+// What rounding a group's values needs. scale * reciprocal is 1 / step; both are 0 where every code is 0.
+struct GroupScale {
+  float minimum,
+      step;  // exactly as bf16 holds them; (nan, nan) with nan or inf inside, (nan, -1) for a group to keep exact
+  float scale, reciprocal;
+};
+
+HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
+  const float nan = float_of(0x7FC00000u);
+  const float inf = float_of(0x7F800000u);
+  GroupScale s;
+  s.scale = 0.0f;
+  s.reciprocal = 0.0f;
+  if (has_nan || hi == inf || lo == -inf) {
+    s.minimum = nan;
+    s.step = nan;
+    return s;
+  }
+  if (hi >= kExactFrom || lo <= -kExactFrom) {
+    s.minimum = nan;
+    s.step = -1.0f;
+    return s;
+  }
+  const float top = (float)((1 << bits) - 1);
+  s.minimum = bf16_down(lo) + 0.0f;  // -0 becomes +0: its sign would depend on the order of the reduction
+  const float span = hi - s.minimum;
+  float step;
+  if (span < kSmallStep) {
+    // A subnormal quotient would lose bits, even become 0: taken scaled up, and rounded upwards by hand.
+    const float quotient = span * kScaleUp / top;
+    step = quotient * kSmallStep;
+    if (step * kScaleUp < quotient) step = float_of(bits_of(step) + 1);
+  } else {
+    step = span / top;
+  }
+  s.step = bf16_up(step);
+  if (s.step != 0.0f) {
+    const bool tiny = s.step < kSmallStep;
+    s.scale = tiny ? kScaleUp : 1.0f;
+    s.reciprocal = 1.0f / (tiny ? s.step * kScaleUp : s.step);
+  }
+  return s;
+}
+
+// ---------------------------------------------------------------- dither
+
+// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream), key seed.
+HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out[4]) {
+  uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+    c1 = (uint32_t)b;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+    c3 = (uint32_t)a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  out[0] = c0;
+  out[1] = c1;
+  out[2] = c2;
+  out[3] = c3;
+}
+
+// A byte as a dither in (0, 1), centred: (byte + 1/2) / 256.
+HF_ACTNN_HD float dither_of(uint8_t byte) { return ((float)byte + 0.5f) * 0x1p-8f; }
+
+// ---------------------------------------------------------------- one value
+
+HF_ACTNN_HD int quantize_value(float x, const GroupScale& s, uint8_t byte, int bits) {
+  if (s.reciprocal == 0.0f) return 0;
+  const float t = (x - s.minimum) * s.scale * s.reciprocal;
+  const int code = (int)(t + dither_of(byte));  // never negative: the minimum was rounded down
+  const int top = (1 << bits) - 1;
+  return code < top ? code : top;
+}
+
+HF_ACTNN_HD float dequantize_value(int code, float minimum, float step) { return minimum + (float)code * step; }
+
+// ---------------------------------------------------------------- 16-bit floats, to nearest even
+
+HF_ACTNN_HD float bf16_to_float(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+HF_ACTNN_HD uint16_t float_to_bf16(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return 0x7FC0;
+  return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+HF_ACTNN_HD float half_to_float(uint16_t x) {
+  const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = (x >> 10) & 31u, mantissa = x & 0x3FFu;
+  if (exponent == 31u) return float_of(sign | 0x7F800000u | (mantissa << 13) | (mantissa != 0 ? 0x400000u : 0u));
+  if (exponent == 0u) return float_of(sign | bits_of((float)mantissa * 0x1p-24f));
+  return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+}
+
+// Saturates at the largest finite half: dequantised values may lie a rounding beyond the largest input.
+HF_ACTNN_HD uint16_t float_to_half(float x) {
+  if (x != x) return 0x7E00;
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+  uint32_t bits = bits_of(x) & 0x7FFFFFFFu;
+  if (bits >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
+  if (bits < 0x38800000u) {  // a subnormal half: adding 1/2 leaves the rounded multiple of 2^-24 in the lowest bits
+    return (uint16_t)(sign | (bits_of(float_of(bits) + 0.5f) - 0x3F000000u));
+  }
+  bits += 0xFFFu + ((bits >> 13) & 1u);
+  return (uint16_t)(sign | ((bits - 0x38000000u) >> 13));
+}
+
+}  // namespace hf_actnn

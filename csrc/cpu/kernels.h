@@ -1,0 +1,77 @@
+// What each compiled variant of the CPU kernels offers. A call works on a range of groups, so any split over threads
+// gives the same bytes.
+#pragma once
+
+#include "../codec.h"
+
+namespace hf_actnn {
+
+struct QuantizeArgs {
+  const void* x;
+  int dtype;
+  Layout at;
+  int bits;
+  uint64_t seed, stream;
+  uint8_t* codes;
+  uint16_t* meta;  // [n_groups, 2] bf16
+};
+
+struct DequantizeArgs {
+  const uint8_t* codes;
+  const uint16_t* meta;
+  Layout at;
+  int bits;
+  int dtype;
+  void* out;
+  bool streaming;  // write around the caches
+};
+
+struct PackMaskArgs {
+  const void* x;
+  int dtype;
+  int64_t numel;
+  int predicate;
+  double lo, hi;
+  uint8_t* codes;
+};
+
+struct UnpackMaskArgs {
+  const uint8_t* codes;
+  int64_t numel;
+  int dtype;
+  double on, off;
+  void* out;
+};
+
+struct PackUintArgs {
+  const uint8_t* values;
+  int64_t numel;
+  int bits;
+  uint8_t* codes;
+};
+
+struct UnpackUintArgs {
+  const uint8_t* codes;
+  int64_t numel;
+  int bits;
+  int dtype;
+  void* out;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*quantize)(const QuantizeArgs&, int64_t first, int64_t last);  // returns how many groups must be kept exact
+  void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
+  void (*pack_mask)(const PackMaskArgs&, int64_t first, int64_t last);  // groups of 256 elements, here and below
+  void (*unpack_mask)(const UnpackMaskArgs&, int64_t first, int64_t last);
+  void (*pack_uint)(const PackUintArgs&, int64_t first, int64_t last);
+  void (*unpack_uint)(const UnpackUintArgs&, int64_t first, int64_t last);
+};
+
+extern const Kernels kPortable;
+#if defined(HF_ACTNN_X86)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace hf_actnn

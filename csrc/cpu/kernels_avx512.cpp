@@ -1,0 +1,11 @@
+// The CPU kernels, avx512 variant; setup.py gives this file the compiler flags that it needs.
+#include "simd_avx512.h"
+// The kernels are written against the Simd that the line above defines.
+#include "masks.h"
+#include "quantize.h"
+
+namespace hf_actnn {
+
+extern const Kernels kAvx512 = {"avx512", quantize, dequantize, pack_mask, unpack_mask, pack_uint, unpack_uint};
+
+}  // namespace hf_actnn

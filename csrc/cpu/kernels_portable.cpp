@@ -1,0 +1,11 @@
+// The CPU kernels, portable variant; setup.py gives this file the compiler flags that it needs.
+#include "simd_portable.h"
+// The kernels are written against the Simd that the line above defines.
+#include "masks.h"
+#include "quantize.h"
+
+namespace hf_actnn {
+
+extern const Kernels kPortable = {"portable", quantize, dequantize, pack_mask, unpack_mask, pack_uint, unpack_uint};
+
+}  // namespace hf_actnn

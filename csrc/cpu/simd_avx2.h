@@ -1,0 +1,166 @@
+// The vector operations of the kernels with AVX2, FMA and F16C: eight floats, 32 bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../codec.h"
+
+namespace hf_actnn {
+namespace {
+
+struct Simd {
+  static constexpr int W = 8;
+  static constexpr int kBytes = 32;
+  using F = __m256;
+  using B = __m256i;
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+
+  static float hmin(F a) {
+    __m128 r = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = _mm_min_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_min_ss(r, _mm_movehdup_ps(r)));
+  }
+  static float hmax(F a) {
+    __m128 r = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+  }
+
+  struct NanSeen {
+    __m256 any = _mm256_setzero_ps();
+    void add(F a, F b) { any = _mm256_or_ps(any, _mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
+    bool seen() const { return _mm256_movemask_ps(any) != 0; }
+  };
+
+  static F from_codes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  // byte / 256 + 1 / 512 is exact, fused or not.
+  static F dither(const uint8_t* p) {
+    return _mm256_fmadd_ps(from_codes(p), _mm256_set1_ps(0x1p-8f), _mm256_set1_ps(0x1p-9f));
+  }
+
+  // Packing works within 128-bit lanes; the permutation puts the dwords back in order.
+  static B join(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const B packed = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static void to_codes4(F a, F b, F c, F d, int top, uint8_t* out) {
+    const B codes =
+        join(_mm256_cvttps_epi32(a), _mm256_cvttps_epi32(b), _mm256_cvttps_epi32(c), _mm256_cvttps_epi32(d));
+    _mm256_storeu_si256((__m256i*)out, _mm256_min_epu8(codes, _mm256_set1_epi8((char)top)));
+  }
+  static void to_codes(F a, int top, uint8_t* out) {
+    const __m256i i = _mm256_cvttps_epi32(a);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    const __m128i c = _mm_min_epu8(_mm_packus_epi16(words, words), _mm_set1_epi8((char)top));
+    _mm_storel_epi64((__m128i*)out, c);
+  }
+
+  template <int P>
+  static __m256i test(F x, F lo, F hi) {
+    __m256 r;
+    if (P == kNotLe) r = _mm256_cmp_ps(x, lo, _CMP_NLE_UQ);
+    if (P == kGt) r = _mm256_cmp_ps(x, lo, _CMP_GT_OQ);
+    if (P == kInside) r = _mm256_and_ps(_mm256_cmp_ps(x, lo, _CMP_NLE_UQ), _mm256_cmp_ps(x, hi, _CMP_NGE_UQ));
+    if (P == kStrictInside) r = _mm256_and_ps(_mm256_cmp_ps(x, lo, _CMP_GT_OQ), _mm256_cmp_ps(x, hi, _CMP_LT_OQ));
+    if (P == kNonzero) r = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    return _mm256_srli_epi32(_mm256_castps_si256(r), 31);
+  }
+  template <int P>
+  static void compare4(F a, F b, F c, F d, F lo, F hi, uint8_t* out) {
+    const B bytes = join(test<P>(a, lo, hi), test<P>(b, lo, hi), test<P>(c, lo, hi), test<P>(d, lo, hi));
+    _mm256_storeu_si256((__m256i*)out, bytes);
+  }
+
+  static B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static void store_bytes(uint8_t* p, B a) { _mm256_storeu_si256((__m256i*)p, a); }
+  static B zero_bytes() { return _mm256_setzero_si256(); }
+  static B or_(B a, B b) { return _mm256_or_si256(a, b); }
+  static B and_(B a, int m) { return _mm256_and_si256(a, _mm256_set1_epi8((char)m)); }
+  template <int N>
+  static B left(B a) {
+    return _mm256_slli_epi16(a, N);
+  }
+  template <int N>
+  static B right(B a) {
+    return _mm256_srli_epi16(a, N);
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  // The only nan a dequantised group holds has mantissa 0x400000, which the rounding below leaves alone.
+  static void store_bf16(uint16_t* p, F a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i high = _mm256_srli_epi32(sum, 16);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128((__m128i*)p, words);
+  }
+  // The operand order lets nan through both bounds.
+  static void store_half(uint16_t* p, F a) {
+    a = _mm256_max_ps(_mm256_set1_ps(-65504.0f), _mm256_min_ps(_mm256_set1_ps(65504.0f), a));
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static void stream_lines(void* out, const void* in, int64_t lines) {
+    for (int64_t i = 0; i < 2 * lines; ++i)
+      _mm256_stream_si256((__m256i*)((char*)out + 32 * i),
+                          _mm256_loadu_si256((const __m256i*)((const char*)in + 32 * i)));
+  }
+  static void stream_done() { _mm_sfence(); }
+
+  // As in simd_avx512.h, four calls a vector: eight at a time, so that two chains hide each other's latency.
+  static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
+    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
+    __m256i k0[10], k1[10];
+    for (uint32_t r = 0; r < 10; ++r) {
+      k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
+      k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+    }
+    for (int64_t n = 0; n < 2 * count; ++n) {
+      const uint64_t q = block * 16 + (uint64_t)n * 8;
+      const __m256i even = _mm256_add_epi64(_mm256_set1_epi64x((long long)q), _mm256_setr_epi64x(0, 2, 4, 6));
+      __m256i a0 = even, b0 = _mm256_add_epi64(even, _mm256_set1_epi64x(1));
+      __m256i a1 = _mm256_srli_epi64(a0, 32), b1 = _mm256_srli_epi64(b0, 32);
+      __m256i a2 = _mm256_set1_epi64x((uint32_t)stream), b2 = a2;
+      __m256i a3 = _mm256_set1_epi64x((long long)(stream >> 32)), b3 = a3;
+#pragma GCC unroll 10
+      for (int r = 0; r < 10; ++r) {
+        round(a0, a1, a2, a3, m0, m1, k0[r], k1[r]);
+        round(b0, b1, b2, b3, m0, m1, k0[r], k1[r]);
+      }
+      uint8_t* to = out + (n / 2) * 256 + (n % 2) * 32;
+      _mm256_storeu_si256((__m256i*)to, merge(a0, b0));
+      _mm256_storeu_si256((__m256i*)(to + 64), merge(a1, b1));
+      _mm256_storeu_si256((__m256i*)(to + 128), merge(a2, b2));
+      _mm256_storeu_si256((__m256i*)(to + 192), merge(a3, b3));
+    }
+  }
+
+ private:
+  static void round(__m256i& c0, __m256i& c1, __m256i& c2, __m256i& c3, __m256i m0, __m256i m1, __m256i k0,
+                    __m256i k1) {
+    const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
+    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, k0));
+    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, k1));
+    c1 = p1;
+    c3 = p0;
+  }
+  static __m256i merge(__m256i even, __m256i odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+};
+
+}  // namespace
+}  // namespace hf_actnn

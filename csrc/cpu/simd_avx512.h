@@ -1,0 +1,157 @@
+// The vector operations of the kernels with AVX-512 (F, BW, VL, DQ): sixteen floats, 64 bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../codec.h"
+
+namespace hf_actnn {
+namespace {
+
+struct Simd {
+  static constexpr int W = 16;
+  static constexpr int kBytes = 64;
+  using F = __m512;
+  using B = __m512i;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static float hmin(F a) { return _mm512_reduce_min_ps(a); }
+  static float hmax(F a) { return _mm512_reduce_max_ps(a); }
+
+  struct NanSeen {
+    __mmask16 any = 0;
+    void add(F a, F b) { any |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+    bool seen() const { return any != 0; }
+  };
+
+  static F from_codes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+  // byte / 256 + 1 / 512 is exact, fused or not.
+  static F dither(const uint8_t* p) {
+    return _mm512_fmadd_ps(from_codes(p), _mm512_set1_ps(0x1p-8f), _mm512_set1_ps(0x1p-9f));
+  }
+
+  static void to_codes(F a, int top, uint8_t* out) {
+    const __m128i c = _mm512_cvtusepi32_epi8(_mm512_cvttps_epi32(a));
+    _mm_storeu_si128((__m128i*)out, _mm_min_epu8(c, _mm_set1_epi8((char)top)));
+  }
+
+  // Packing works within 128-bit lanes, so that the dwords come out as a 4 x 4 transpose of their order.
+  static B join(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const B packed = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    const B order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, packed);
+  }
+  static void to_codes4(F a, F b, F c, F d, int top, uint8_t* out) {
+    const B codes =
+        join(_mm512_cvttps_epi32(a), _mm512_cvttps_epi32(b), _mm512_cvttps_epi32(c), _mm512_cvttps_epi32(d));
+    _mm512_storeu_si512(out, _mm512_min_epu8(codes, _mm512_set1_epi8((char)top)));
+  }
+
+  template <int P>
+  static uint64_t test(F x, F lo, F hi) {
+    if (P == kNotLe) return _mm512_cmp_ps_mask(x, lo, _CMP_NLE_UQ);
+    if (P == kGt) return _mm512_cmp_ps_mask(x, lo, _CMP_GT_OQ);
+    if (P == kInside) return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, lo, _CMP_NLE_UQ), x, hi, _CMP_NGE_UQ);
+    if (P == kStrictInside) return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, lo, _CMP_GT_OQ), x, hi, _CMP_LT_OQ);
+    return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  }
+  template <int P>
+  static void compare4(F a, F b, F c, F d, F lo, F hi, uint8_t* out) {
+    const __mmask64 m =
+        test<P>(a, lo, hi) | test<P>(b, lo, hi) << 16 | test<P>(c, lo, hi) << 32 | test<P>(d, lo, hi) << 48;
+    _mm512_storeu_si512(out, _mm512_maskz_set1_epi8(m, 1));
+  }
+
+  static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a); }
+  static B zero_bytes() { return _mm512_setzero_si512(); }
+  static B or_(B a, B b) { return _mm512_or_si512(a, b); }
+  static B and_(B a, int m) { return _mm512_and_si512(a, _mm512_set1_epi8((char)m)); }
+  template <int N>
+  static B left(B a) {
+    return _mm512_slli_epi16(a, N);
+  }
+  template <int N>
+  static B right(B a) {
+    return _mm512_srli_epi16(a, N);
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  // The only nan a dequantised group holds has mantissa 0x400000, which the rounding below leaves alone.
+  static void store_bf16(uint16_t* p, F a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+  }
+  // The operand order lets nan through both bounds.
+  static void store_half(uint16_t* p, F a) {
+    a = _mm512_max_ps(_mm512_set1_ps(-65504.0f), _mm512_min_ps(_mm512_set1_ps(65504.0f), a));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static void stream_lines(void* out, const void* in, int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i)
+      _mm512_stream_si512((__m512i*)((char*)out + 64 * i), _mm512_loadu_si512((const char*)in + 64 * i));
+  }
+  static void stream_done() { _mm_sfence(); }
+
+  // Sixteen calls at once. A 32-bit word lives in the low half of a 64-bit lane, so that a product's two halves are in
+  // place for the next round (the high half of a lane is left over from before and never read); a holds calls 0, 2, 4
+  // ..., b the others.
+  static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
+    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+    __m512i k0[10], k1[10];
+    for (uint32_t r = 0; r < 10; ++r) {
+      k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
+      k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+    }
+    for (int64_t n = 0; n < count; ++n, out += 256) {
+      const uint64_t q = (block + (uint64_t)n) * 16;
+      const __m512i even =
+          _mm512_add_epi64(_mm512_set1_epi64((long long)q), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+      __m512i a0 = even, b0 = _mm512_add_epi64(even, _mm512_set1_epi64(1));
+      __m512i a1 = _mm512_srli_epi64(a0, 32), b1 = _mm512_srli_epi64(b0, 32);
+      __m512i a2 = _mm512_set1_epi64((uint32_t)stream), b2 = a2;
+      __m512i a3 = _mm512_set1_epi64((long long)(stream >> 32)), b3 = a3;
+#pragma GCC unroll 10
+      for (int r = 0; r < 10; ++r) {
+        round(a0, a1, a2, a3, m0, m1, k0[r], k1[r]);
+        round(b0, b1, b2, b3, m0, m1, k0[r], k1[r]);
+      }
+      _mm512_storeu_si512(out, merge(a0, b0));
+      _mm512_storeu_si512(out + 64, merge(a1, b1));
+      _mm512_storeu_si512(out + 128, merge(a2, b2));
+      _mm512_storeu_si512(out + 192, merge(a3, b3));
+    }
+  }
+
+ private:
+  static void round(__m512i& c0, __m512i& c1, __m512i& c2, __m512i& c3, __m512i m0, __m512i m1, __m512i k0,
+                    __m512i k1) {
+    const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, k0, 0x96);  // exclusive or of three
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, k1, 0x96);
+    c1 = p1;
+    c3 = p0;
+  }
+  static __m512i merge(__m512i even, __m512i odd) {
+    return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  }
+};
+
+}  // namespace
+}  // namespace hf_actnn
