@@ -1,0 +1,26 @@
+"""Set-up for every test: how many threads, and a torchvision that can be imported beside a torch without CUDA."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported. Tests share a small machine, and two threads show what one thread would hide.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing in the tests needs the network; a look-up that times out would only be slow.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torchvision_without_cuda  # noqa: E402  (tools/, on the path by pyproject.toml)
+
+torchvision_without_cuda.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests for the GPU are skipped, with the reason, where there is none."""
+    import pytest
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

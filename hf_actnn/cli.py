@@ -1,0 +1,81 @@
+"""The command `hf-actnn`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_PACKAGES = ("hf-actnn", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "numpy", "pybind11")
+
+
+def environment() -> dict[str, Any]:
+    """What a report of a problem should contain: versions, the machine, and which kernels are in use and why."""
+    import torch
+
+    from hf_actnn.codec import native
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        "machine": {
+            "system": platform.platform(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+            "gpus": gpus,
+        },
+        "cpu_kernels": native.status(),
+    }
+
+
+def _print_environment(arguments: argparse.Namespace) -> int:
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for title, values in found.items():
+        print(title)
+        for name, value in values.items():
+            text = "-" if value is None or value == [] else value
+            print(f"  {name:<14} {text}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, for `main` and for the documentation's tests."""
+    top = argparse.ArgumentParser(prog="hf-actnn", description="Compressed activations for vision models.")
+    commands = top.add_subparsers(dest="command", required=True)
+    env = commands.add_parser("env", help="print versions, the machine and the kernels in use")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_print_environment)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `hf-actnn`; those of the process if None.
+
+    Returns:
+        The exit status.
+    """
+    parsed = parser().parse_args(arguments)
+    return int(parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Compressed activations in the Hugging Face Trainer: a callback, a flag, and a Trainer that reads the flag.
+
+One class does the work, `ActNNCallback`. It converts the model as soon as the Trainer exists, which is before the optimizer, the
+distributed wrapper and anything else that looks at the model; measures one training forward; and adds what it measured to the
+Trainer's logs. The flag and the mixin only decide whether such a callback is there.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_actnn.config import DEFAULT_LEVEL, ActNNConfig
+from hf_actnn.convert import convert
+from hf_actnn.errors import ConfigError, NotAvailableError, message
+from hf_actnn.memory import track_memory
+
+
+class ActNNCallback(TrainerCallback):
+    """Trains a Trainer's model with compressed activations: `Trainer(..., callbacks=[ActNNCallback("L2")])`.
+
+    The Trainer's model is converted in place when the Trainer is made. A model that appears later (from `model_init`, in each trial
+    of a hyper-parameter search), or a Trainer that gets the callback through `add_callback`, is converted when training begins.
+    The callback's configuration always applies: a model that was converted before is reconfigured.
+
+    The first training forward of every `train()` is measured, and the Trainer's training logs then carry
+
+    * `actnn_ratio`: bytes autograd would have kept for the backward pass over the bytes that are kept,
+    * `actnn_bytes_per_sample`: bytes kept, per sample of the batch.
+
+    They reach `state.log_history` and every callback that comes later in the Trainer's list, the progress bar included. Reporting
+    tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
+
+    Args:
+        config: a level ("L0", "L1", "L2"), an `ActNNConfig`, a dict of its fields, or the path of a JSON file.
+
+    Raises:
+        ConfigError: a configuration that means nothing.
+        NotAvailableError: a level that is planned but not there yet.
+    """
+
+    def __init__(self, config: ActNNConfig | str | dict[str, Any] = DEFAULT_LEVEL) -> None:
+        self.config = ActNNConfig.resolve(config)
+        self.figures: dict[str, float] = {}
+        self._probe = ExitStack()
+
+    def apply(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Convert the model inside whatever wraps it.
+
+        Raises:
+            NotAvailableError: the Trainer is going to compile the model.
+            ConversionError: the model has nothing that can be converted.
+        """
+        if args.torch_compile:
+            raise NotAvailableError(
+                message(
+                    "Compressed activations do not work under torch.compile yet",
+                    where="TrainingArguments.torch_compile",
+                    expected="torch_compile=False",
+                    received="torch_compile=True",
+                    next_step="Train without torch_compile, or without compressed activations",
+                )
+            )
+        convert(extract_model_from_parallel(model), self.config)
+
+    def add_figures(self, logs: dict[str, Any]) -> None:
+        """Add what was measured to a training log; evaluation logs and the closing summary stay as they are."""
+        if "loss" in logs:
+            logs.update(self.figures)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Convert before the Trainer makes the optimizer and wraps the model."""
+        self.apply(args, model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Convert a model that came after the Trainer was made, and get ready to measure.
+
+        Parameters stay the same objects, so an optimizer or a distributed wrapper that holds them already is not disturbed.
+        """
+        self.apply(args, model)
+        self._measure_next_forward(extract_model_from_parallel(model))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to this log and to the history, which was written just before callbacks are told."""
+        if logs is not None:
+            self.add_figures(logs)
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                self.add_figures(state.log_history[-1])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no hook behind when no forward ever came."""
+        self._probe.close()
+
+    def _measure_next_forward(self, model: nn.Module) -> None:
+        """Track the first forward of `model` in training mode, then take the hooks off again.
+
+        A callback never sees the batch, the model does: hence hooks. They run nothing on tensors and draw no random number.
+        """
+        self._probe.close()
+        self.figures = {}
+        probe, tracking = ExitStack(), ExitStack()
+        measured: list[Any] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training and torch.is_grad_enabled() and not measured:
+                measured.append(tracking.enter_context(track_memory(module)))
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not measured:
+                return
+            tracking.close()
+            probe.close()
+            memory, samples = measured[0], batch_size(module, args, kwargs)
+            if output is not None and memory.saved_bytes and samples:
+                self.figures = {
+                    "actnn_ratio": memory.ratio,
+                    "actnn_bytes_per_sample": memory.saved_bytes / samples,
+                }
+
+        probe.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        # always_call: a forward that raises must not leave the tracker on.
+        probe.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+        self._probe = probe
+
+
+def batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Samples in a call of `model`: the length of its main input, or of the first tensor with a length. 0 if there is none."""
+    candidates = [kwargs.get(getattr(model, "main_input_name", "")), *args, *kwargs.values()]
+    return next((value.shape[0] for value in candidates if isinstance(value, torch.Tensor) and value.ndim), 0)
+
+
+@dataclass
+class ActNNTrainingArguments(TrainingArguments):
+    """TrainingArguments with a flag for compressed activations; `HfArgumentParser` then takes `--actnn L2`.
+
+    Args:
+        actnn: the level, "L0", "L1" or "L2". Nothing is compressed while this and `actnn_config` are None.
+        actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn` replaces the
+            one in here.
+
+    Raises:
+        ConfigError: at construction, if they mean nothing.
+        NotAvailableError: at construction, for a level that is planned but not there yet.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "actnn_config"]
+
+    actnn: str | None = field(
+        default=None,
+        metadata={"help": "Keep activations for backward in few bits: L0, L1 or L2. Off if neither this nor actnn_config is given."},
+    )
+    actnn_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of hf_actnn.ActNNConfig: a JSON object or the path of a JSON file."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A wrong level should stop the script here, not after the data has been read.
+        config_of(self)
+
+
+def config_of(args: TrainingArguments) -> ActNNConfig | None:
+    """The configuration that training arguments ask for, or None if they ask for none.
+
+    Raises:
+        ConfigError: it means nothing.
+        NotAvailableError: it names a level that is planned but not there yet.
+    """
+    level, fields = getattr(args, "actnn", None), getattr(args, "actnn_config", None)
+    if level is None and fields is None:
+        return None
+    config = ActNNConfig.resolve(fields)
+    return config if level is None else config.replace(level=level)
+
+
+class ActNNTrainerMixin:
+    """Gives any Trainer the flag: `class MyTrainer(ActNNTrainerMixin, SomeTrainer)`.
+
+    With `args.actnn` or `args.actnn_config` set it behaves as if an `ActNNCallback` had been passed, and besides converts the
+    models of `model_init` before they are wrapped, follows the arguments that a hyper-parameter search sets per trial, and hands
+    the measured figures to every reporting tool. With neither set it changes nothing.
+    """
+
+    _actnn: ActNNCallback | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._follow_arguments()
+
+    def _follow_arguments(self) -> None:
+        """Make the callbacks and the model agree with the arguments as they are now."""
+        config = config_of(self.args)
+        passed = next(
+            (cb for cb in self.callback_handler.callbacks if isinstance(cb, ActNNCallback) and cb is not self._actnn), None
+        )
+        if passed is not None and config is not None and passed.config != config:
+            raise ConfigError(
+                message(
+                    "Compressed activations are turned on twice, in different ways",
+                    where=type(self).__name__,
+                    expected="either an ActNNCallback or the flag in the arguments",
+                    received=f"callback {passed.config} and arguments {config}",
+                    next_step="Drop one of them",
+                )
+            )
+        if self._actnn is not None and (passed is not None or config is None or self._actnn.config != config):
+            self.remove_callback(self._actnn)
+            self._actnn = None
+        if config is not None and passed is None:
+            if self._actnn is None:
+                self._actnn = ActNNCallback(config)
+                self.add_callback(self._actnn)
+            self._actnn.apply(self.args, self.model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Convert once more before making the optimizer.
+
+        This is the last moment before the model is wrapped, after `model_init` has made a new model and after a
+        hyper-parameter search has set this trial's arguments.
+        """
+        self._follow_arguments()
+        return super().create_optimizer(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the measured figures, so that reporting tools earlier in the list see them too."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ActNNCallback):
+                callback.add_figures(logs)
+        super().log(logs, *args, **kwargs)
+
+
+class ActNNTrainer(ActNNTrainerMixin, Trainer):
+    """The Hugging Face Trainer with the flag of `ActNNTrainingArguments`."""
