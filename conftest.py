@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing in the tests needs the network; a look-up that times out would only be slow.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torchvision_without_cuda  # noqa: E402  (tools/, on the path by pyproject.toml)
+import torchvision_without_cuda  # in tools/, on the path by pyproject.toml
 
 torchvision_without_cuda.install()
 

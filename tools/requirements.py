@@ -1,7 +1,7 @@
 """Prints what an extra of pyproject.toml asks for, one requirement per line, without building the package.
 
-    python tools/requirements.py timm hf     # the package's own dependencies and those of the named extras
-    python tools/requirements.py --build     # what building it needs
+python tools/requirements.py timm hf     # the package's own dependencies and those of the named extras
+python tools/requirements.py --build     # what building it needs
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Lets torchvision be imported beside a torch that was built without CUDA.
 
 Some torchvision wheels carry a compiled part that needs CUDA's libraries. Without them `import torchvision` stops with
-"operator torchvision::nms does not exist", and with it timm and every Hugging Face model that touches images. Nothing this
-project runs calls those operators; their two schemas only have to exist. So they are defined at the moment torchvision has
-tried its compiled part and is about to register fakes for it, and only if that part did not define them.
+"operator torchvision::nms does not exist", and with it timm and every Hugging Face model that touches images. Nothing
+this project runs calls those operators; their two schemas only have to exist. So they are defined at the moment
+torchvision has tried its compiled part and is about to register fakes for it, and only if it did not define them.
 
-`python tools/torchvision_without_cuda.py` installs this file and a `.pth` line into the running interpreter's site-packages, so
-that child processes (accelerate launch, torchrun) are covered too. Beside a torch with CUDA it removes them again.
-Starting Python stays cheap: this file imports nothing at its top, and torch is imported by torchvision itself or not at all.
+`python tools/torchvision_without_cuda.py` installs this file and a `.pth` line into the running interpreter's
+site-packages, so that child processes (accelerate launch, torchrun) are covered too. Beside a torch with CUDA it
+removes them again. Starting Python stays cheap: this file imports nothing but sys at its top, and torch is imported by
+torchvision itself or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _AFTER_COMPILED_PART = ("torchvision._autograd_registrations", "torchvision._met
 _libraries: list[object] = []  # an operator's definition lives as long as its library object
 
 
-class _Finder:
+class _TorchvisionWatch:
     """Finds nothing; it only notices when torchvision has got past its compiled part."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
@@ -48,8 +49,9 @@ def _define_missing() -> None:
 
 def install() -> None:
     """Watch for torchvision's import in this process. Calling it again changes nothing."""
-    if not any(type(finder).__name__ == _Finder.__name__ and type(finder).__module__ == NAME for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    # By name: this file may have been imported twice, by tests and from site-packages.
+    if not any(type(finder).__name__ == _TorchvisionWatch.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionWatch())
 
 
 def main() -> None:

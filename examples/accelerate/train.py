@@ -1,6 +1,6 @@
-"""A training loop of one's own under `accelerate launch`, with compressed activations: one line more, before `prepare`.
+"""A training loop of one's own under `accelerate launch`; compressed activations take one line, before `prepare`.
 
-    accelerate launch --cpu examples/accelerate/train.py --level L2
+accelerate launch --cpu examples/accelerate/train.py --level L2
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def hub_or_files(name: str) -> tuple[TensorDataset, TensorDataset]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="digits", help="digits, a dataset of the hub, or a folder of parquet files")
+    parser.add_argument(
+        "--dataset", default="digits", help="digits, a dataset of the hub, or a folder of parquet files"
+    )
     parser.add_argument("--model", default="resnet10t", help="any timm model; it starts from random weights")
     parser.add_argument("--level", default="L2", help="a level such as L2, or none")
     parser.add_argument("--epochs", type=int, default=3)
@@ -88,7 +90,9 @@ def main() -> None:
         with torch.no_grad():
             for pixels, labels in test_loader:
                 right.append(accelerator.gather_for_metrics(model(pixels).argmax(-1) == labels))
-        accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {torch.cat(right).float().mean():.3f}")
+        accelerator.print(
+            f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {torch.cat(right).float().mean():.3f}"
+        )
     accelerator.end_training()
 
 

@@ -2,8 +2,8 @@
 
     python examples/demo/demo.py --out demo
 
-Prints one table and writes it as `demo.json` and as a picture, `demo.png`. Each row is a run of `train.py` in its own process,
-with the same seed, the same split and the same order of the data.
+Prints one table and writes it as `demo.json` and as a picture, `demo.png`. Each row is a run of `train.py` in its own
+process, with the same seed, the same split and the same order of the data.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
             places = [models.index(result["model"]) + (index - (len(levels) - 1) / 2) * 0.38 for result in chosen]
             label = "uncompressed" if level == "none" else f"hf_actnn {level}"
             bars = axis.bar(places, [result[key] * scale for result in chosen], 0.36, color=colours[level], label=label)
-            texts = [
-                f"{result[key] * scale:.3g}" + (f"\n({result['ratio']:.1f}x less)" if "bytes_per" in key and level != "none" else "")
-                for result in chosen
-            ]
+            texts = [f"{result[key] * scale:.3g}" for result in chosen]
+            if key == "activation_bytes_per_image" and level != "none":
+                texts = [f"{text}\n({result['ratio']:.1f}x less)" for text, result in zip(texts, chosen, strict=True)]
             axis.bar_label(bars, texts, fontsize=8, padding=2)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(models)), [TITLES[model].removeprefix("Hugging Face ") for model in models])
@@ -103,9 +102,7 @@ def main() -> None:
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    results = [
-        run(model, level, options.out, options.epochs) for model in options.models for level in options.levels
-    ]
+    results = [run(model, level, options.out, options.epochs) for model in options.models for level in options.levels]
     text = table([row(result) for result in results])
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     (options.out / "demo.json").write_text(json.dumps({"machine": machine, "runs": results}, indent=2) + "\n")

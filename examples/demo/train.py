@@ -2,7 +2,8 @@
 
     python examples/demo/train.py --model vit --level L2 --result out/vit-L2.json
 
-`demo.py` runs this file once per row of its table, each in a process of its own, so that a peak of memory belongs to one run.
+`demo.py` runs this file once per row of its table, each in a process of its own, so that a peak of memory belongs to
+one run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hf_actnn import ActNNCallback, track_memory
 
 
 class Digits(Dataset):
-    """The 1,797 handwritten digits that come with scikit-learn, enlarged from 8 x 8; the split is always the same one."""
+    """The 1,797 handwritten digits that come with scikit-learn, enlarged from 8 x 8, in a fixed split."""
 
     def __init__(self, train: bool, size: int) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -107,7 +108,7 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def activation_bytes(model: torch.nn.Module, data: Dataset) -> tuple[float, float]:
-    """Bytes per image that one training forward keeps for the backward pass, and the ratio to what torch would have kept."""
+    """Bytes per image that a training forward keeps for backward, and how many times less that is than torch's."""
     batch = torch.utils.data.default_collate([data[index] for index in range(BATCH)])
     model.train()
     with track_memory(model) as memory:

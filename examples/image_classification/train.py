@@ -1,6 +1,6 @@
-"""Trains an image classifier on your images with the Hugging Face Trainer; `--actnn L2` keeps its activations in 4 bits.
+"""Trains an image classifier on your images with the Hugging Face Trainer; `--actnn L2` keeps activations in 4 bits.
 
-Every argument of TrainingArguments works too, from the command line or from a JSON file; see README.md beside this file.
+Every argument of TrainingArguments works too, from the command line or a JSON file; see README.md beside this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from hf_actnn import ActNNTrainer, ActNNTrainingArguments
 @dataclass
 class DataArguments:
     dataset: str = field(
-        metadata={"help": "A dataset's name on the hub, a folder of images (one subfolder per class) or of parquet files, or a glob."}
+        metadata={
+            "help": "A dataset on the hub, a folder of images (a subfolder per class) or of parquet files, or a glob."
+        }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     image_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
@@ -46,9 +48,11 @@ class DataArguments:
 class ModelArguments:
     model: str = field(
         default="google/vit-base-patch16-224-in21k",
-        metadata={"help": "A model on the hub or in a folder. With --from_scratch also a model type (vit, resnet, ...) or a timm name."},
+        metadata={
+            "help": "A model on the hub or in a folder; with --from_scratch also a type (vit, ...) or a timm name."
+        },
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights; nothing is downloaded for a type or a timm name."})
+    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "Fields of the model's config as a JSON object, for --from_scratch."}
     )
@@ -127,7 +131,12 @@ def main() -> None:
             data[split] = data[split].shuffle(seed=0).select(range(limit))
 
     size = (data_arguments.image_size, data_arguments.image_size)
-    to_pixels = [v2.ToImage(), v2.Resize(size, antialias=True), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    to_pixels = [
+        v2.ToImage(),
+        v2.Resize(size, antialias=True),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.5] * 3),
+    ]
     transforms = {
         "train": v2.Compose([v2.RandomHorizontalFlip(0.5 if data_arguments.random_flip else 0.0), *to_pixels]),
         "test": v2.Compose(to_pixels),

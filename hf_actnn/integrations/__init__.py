@@ -1,1 +1,1 @@
-"""What other libraries need to meet hf_actnn. Only the files in here import those libraries, and only when asked for."""
+"""What other libraries need to meet hf_actnn. Only these files import those libraries, and only when asked for."""

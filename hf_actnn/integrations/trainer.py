@@ -1,8 +1,8 @@
 """Compressed activations in the Hugging Face Trainer: a callback, a flag, and a Trainer that reads the flag.
 
-One class does the work, `ActNNCallback`. It converts the model as soon as the Trainer exists, which is before the optimizer, the
-distributed wrapper and anything else that looks at the model; measures one training forward; and adds what it measured to the
-Trainer's logs. The flag and the mixin only decide whether such a callback is there.
+One class does the work, `ActNNCallback`. It converts the model as soon as the Trainer exists, which is before the
+optimizer, the distributed wrapper and anything else that looks at the model; measures one training forward; and adds
+what it measured to the Trainer's logs. The flag and the mixin only decide whether such a callback is there.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from hf_actnn.memory import track_memory
 class ActNNCallback(TrainerCallback):
     """Trains a Trainer's model with compressed activations: `Trainer(..., callbacks=[ActNNCallback("L2")])`.
 
-    The Trainer's model is converted in place when the Trainer is made. A model that appears later (from `model_init`, in each trial
-    of a hyper-parameter search), or a Trainer that gets the callback through `add_callback`, is converted when training begins.
-    The callback's configuration always applies: a model that was converted before is reconfigured.
+    The Trainer's model is converted in place when the Trainer is made. A model that appears later (from `model_init`,
+    in each trial of a hyper-parameter search), or that of a Trainer that gets the callback through `add_callback`, is
+    converted when training begins. The callback's configuration always applies: a model that was converted before is
+    reconfigured.
 
     The first training forward of every `train()` is measured, and the Trainer's training logs then carry
 
     * `actnn_ratio`: bytes autograd would have kept for the backward pass over the bytes that are kept,
     * `actnn_bytes_per_sample`: bytes kept, per sample of the batch.
 
-    They reach `state.log_history` and every callback that comes later in the Trainer's list, the progress bar included. Reporting
-    tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
+    They reach `state.log_history` and every callback that comes later in the Trainer's list, the progress bar included.
+    Reporting tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
 
     Args:
         config: a level ("L0", "L1", "L2"), an `ActNNConfig`, a dict of its fields, or the path of a JSON file.
@@ -85,7 +86,7 @@ class ActNNCallback(TrainerCallback):
     ) -> None:
         """Convert a model that came after the Trainer was made, and get ready to measure.
 
-        Parameters stay the same objects, so an optimizer or a distributed wrapper that holds them already is not disturbed.
+        Parameters stay the same objects: an optimizer or a distributed wrapper that holds them is not disturbed.
         """
         self.apply(args, model)
         self._measure_next_forward(extract_model_from_parallel(model))
@@ -154,8 +155,8 @@ class ActNNTrainingArguments(TrainingArguments):
 
     Args:
         actnn: the level, "L0", "L1" or "L2". Nothing is compressed while this and `actnn_config` are None.
-        actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn` replaces the
-            one in here.
+        actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn`
+            replaces the one in here.
 
     Raises:
         ConfigError: at construction, if they mean nothing.
@@ -166,7 +167,9 @@ class ActNNTrainingArguments(TrainingArguments):
 
     actnn: str | None = field(
         default=None,
-        metadata={"help": "Keep activations for backward in few bits: L0, L1 or L2. Off if neither this nor actnn_config is given."},
+        metadata={
+            "help": "Keep activations for backward in few bits: L0, L1 or L2. Off unless this or actnn_config is given."
+        },
     )
     actnn_config: dict | str | None = field(
         default=None,
@@ -196,9 +199,9 @@ def config_of(args: TrainingArguments) -> ActNNConfig | None:
 class ActNNTrainerMixin:
     """Gives any Trainer the flag: `class MyTrainer(ActNNTrainerMixin, SomeTrainer)`.
 
-    With `args.actnn` or `args.actnn_config` set it behaves as if an `ActNNCallback` had been passed, and besides converts the
-    models of `model_init` before they are wrapped, follows the arguments that a hyper-parameter search sets per trial, and hands
-    the measured figures to every reporting tool. With neither set it changes nothing.
+    With `args.actnn` or `args.actnn_config` set it behaves as if an `ActNNCallback` had been passed, and also converts
+    the models of `model_init` before they are wrapped, follows the arguments that a hyper-parameter search sets per
+    trial, and hands the measured figures to every reporting tool. With neither set it changes nothing.
     """
 
     _actnn: ActNNCallback | None = None
@@ -211,7 +214,8 @@ class ActNNTrainerMixin:
         """Make the callbacks and the model agree with the arguments as they are now."""
         config = config_of(self.args)
         passed = next(
-            (cb for cb in self.callback_handler.callbacks if isinstance(cb, ActNNCallback) and cb is not self._actnn), None
+            (cb for cb in self.callback_handler.callbacks if isinstance(cb, ActNNCallback) and cb is not self._actnn),
+            None,
         )
         if passed is not None and config is not None and passed.config != config:
             raise ConfigError(

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tests.integrations.small import Pictures  # noqa: E402
+from tests.integrations.small import Pictures
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def total_saved(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float
     return kept, ratio
 
 
-# -- when the model is converted -----------------------------------------------------------------------------------------
+# -- when the model is converted -------------------------------------------------------------------------------------
 
 
 class WatchedTrainer(Trainer):
@@ -56,7 +56,9 @@ class WatchedTrainer(Trainer):
 
 def test_callback_converts_when_the_trainer_is_made(arguments, data):
     model = make_vit()
-    trainer = WatchedTrainer(model, TrainingArguments(**arguments()), train_dataset=data, callbacks=[ActNNCallback("L2")])
+    trainer = WatchedTrainer(
+        model, TrainingArguments(**arguments()), train_dataset=data, callbacks=[ActNNCallback("L2")]
+    )
     assert trainer.model is model
     assert hf_actnn.is_converted(model)
     trainer.train()
@@ -140,7 +142,7 @@ def test_torch_compile_is_refused(arguments, data):
         Trainer(make_vit(), arguments, train_dataset=data, callbacks=[ActNNCallback("L2")])
 
 
-# -- the flag ------------------------------------------------------------------------------------------------------------
+# -- the flag --------------------------------------------------------------------------------------------------------
 
 
 def parse(*words: str) -> ActNNTrainingArguments:
@@ -176,7 +178,9 @@ def test_flag_sets_the_level_over_the_fields(tmp_path, data):
 
 def test_arguments_survive_json(arguments):
     made = ActNNTrainingArguments(**arguments(), actnn="L1", actnn_config={"seed": 5})
-    again = HfArgumentParser(ActNNTrainingArguments).parse_dict(json.loads(made.to_json_string()), allow_extra_keys=True)[0]
+    again = HfArgumentParser(ActNNTrainingArguments).parse_dict(
+        json.loads(made.to_json_string()), allow_extra_keys=True
+    )[0]
     assert (again.actnn, again.actnn_config) == ("L1", {"seed": 5})
 
 
@@ -246,11 +250,13 @@ def test_callback_in_a_subclassed_trainer(arguments, data):
     assert training_logs(trainer)[0]["actnn_ratio"] > 2
 
 
-# -- training is the same training ---------------------------------------------------------------------------------------
+# -- training is the same training -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [make_vit, make_resnet])
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "max_steps": 2}], ids=["plain", "accumulation"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 2, "max_steps": 2}], ids=["plain", "accumulation"]
+)
 def test_l0_trains_to_the_same_bits(arguments, data, make, changes):
     """Nothing the callback does, measuring included, disturbs random numbers, data order or gradients."""
     plain = train(Trainer(make(), TrainingArguments(**arguments(**changes)), train_dataset=data))
@@ -332,7 +338,7 @@ def test_activation_checkpointing_through_the_trainer(arguments, data):
     assert torch.isfinite(torch.tensor(training_logs(run([ActNNCallback("L2")]))[-1]["loss"]))
 
 
-# -- evaluation and prediction -------------------------------------------------------------------------------------------
+# -- evaluation and prediction ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_and_prediction_inside_training_store_nothing(arguments, data):
@@ -365,7 +371,7 @@ def test_evaluation_and_prediction_inside_training_store_nothing(arguments, data
     assert torch.equal(torch.from_numpy(ours), expected)
 
 
-# -- what is logged ------------------------------------------------------------------------------------------------------
+# -- what is logged --------------------------------------------------------------------------------------------------
 
 
 def test_logs_carry_what_was_measured(arguments, data):
@@ -424,7 +430,7 @@ def test_a_forward_that_raises_leaves_no_hook_behind(arguments, data):
     assert training_logs(trainer)[0]["actnn_ratio"] > 2
 
 
-# -- saving and resuming -------------------------------------------------------------------------------------------------
+# -- saving and resuming ---------------------------------------------------------------------------------------------
 
 
 def test_saved_model_is_plain_and_loads_without_the_package(arguments, data, tmp_path):
@@ -473,12 +479,10 @@ def checkpointed(arguments: Any, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("first", ["callback", "none"])
 def test_resume_goes_on_as_if_never_stopped(arguments, data, first):
-    """At L0 gradients are exact, so the resumed run must end on the very bits; with the first half plain or converted."""
+    """At L0 gradients are exact, so the resumed run must end on the very bits, whatever the first half ran with."""
     whole = train(Trainer(make_resnet(), TrainingArguments(**arguments()), train_dataset=data))
     before = [ActNNCallback("L0")] if first == "callback" else []
-    Trainer(
-        make_resnet(), TrainingArguments(**checkpointed(arguments)), train_dataset=data, callbacks=before
-    ).train()
+    Trainer(make_resnet(), TrainingArguments(**checkpointed(arguments)), train_dataset=data, callbacks=before).train()
     checkpoint = Path(arguments()["output_dir"]) / "checkpoint-2"
     trainer = Trainer(
         make_resnet(),
@@ -497,9 +501,7 @@ def test_resume_at_l2_logs_and_saves_again(arguments, data, restore):
     Trainer(make_resnet(), made, train_dataset=data).train()  # a checkpoint made without the callback
     trainer = ActNNTrainer(
         make_resnet(),
-        ActNNTrainingArguments(
-            **checkpointed(arguments), restore_callback_states_from_checkpoint=restore, actnn="L2"
-        ),
+        ActNNTrainingArguments(**checkpointed(arguments), restore_callback_states_from_checkpoint=restore, actnn="L2"),
         train_dataset=data,
     )
     trainer.train(resume_from_checkpoint=str(Path(made.output_dir) / "checkpoint-2"))
@@ -510,9 +512,7 @@ def test_resume_at_l2_logs_and_saves_again(arguments, data, restore):
 def test_best_model_is_loaded_at_the_end(arguments, data):
     trainer = Trainer(
         make_resnet(),
-        TrainingArguments(
-            **checkpointed(arguments), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
-        ),
+        TrainingArguments(**checkpointed(arguments), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True),
         train_dataset=data,
         eval_dataset=data,
         callbacks=[ActNNCallback("L2")],
