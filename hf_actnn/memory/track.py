@@ -1,0 +1,201 @@
+"""Count every byte that autograd holds for the backward pass, of plain and of converted models."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hf_actnn.errors import ConversionError, message
+from hf_actnn.nn.mixin import membership
+from hf_actnn.saving import scope
+from hf_actnn.saving.call import Slot
+from hf_actnn.saving.kept import Exact, Kept
+
+
+class MemoryReport:
+    """Bytes held for the backward pass; filled while the context is open, readable for ever after.
+
+    Attributes:
+        saved_bytes: the most that was held at one time: packed codes, metadata and exact tensors, each storage once;
+            parameters and buffers of the model excluded.
+        uncompressed_bytes: the same for the tensors as autograd meant to save them.
+        by_module: module path -> (bytes held, bytes uncompressed), each storage at the module that saved it first.
+    """
+
+    def __init__(self, own: set[int], paths: dict[int, str]) -> None:
+        self.saved_bytes = 0
+        self.uncompressed_bytes = 0
+        self._held = self._held_raw = 0
+        self._own = own
+        self._paths = paths
+        self._by_module: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._holders: dict[Any, int] = {}
+        self._raw: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes are held than autograd meant to."""
+        return self.uncompressed_bytes / self.saved_bytes if self.saved_bytes else 1.0
+
+    @property
+    def by_module(self) -> dict[str, tuple[int, int]]:
+        return {path: (held, raw) for path, (held, raw) in self._by_module.items()}
+
+    def __str__(self) -> str:
+        rows = sorted(self.by_module.items(), key=lambda item: -item[1][1])
+        width = max([len("(model)"), *(len(path) for path, _ in rows)])
+        lines = [f"{'module'.ljust(width)}  {'held MB':>10}  {'plain MB':>10}  {'ratio':>6}"]
+        lines += [f"{(path or '(model)').ljust(width)}  {held / 1e6:10.3f}  {raw / 1e6:10.3f}  "
+                  f"{raw / held if held else float('inf'):6.1f}" for path, (held, raw) in rows]
+        lines.append(f"{'total'.ljust(width)}  {self.saved_bytes / 1e6:10.3f}  {self.uncompressed_bytes / 1e6:10.3f}  "
+                     f"{self.ratio:6.1f}")
+        return "\n".join(lines)
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def saved(self, slot: Slot, tensor: Tensor, path: str, function: str) -> None:
+        """One save of a converted model was decided on."""
+        with self._lock:
+            self._count_raw(tensor, path, slot)
+            kept = slot.kept
+            assert kept is not None
+            for leaf in kept.leaves():
+                if isinstance(leaf, Exact):
+                    if not leaf.parameter:
+                        self._count_storage(leaf.tensor, path, leaf)
+                elif leaf.nbytes:
+                    self._hold(("leaf", id(leaf)), leaf.nbytes, path, leaf)
+
+    def saved_plain(self, tensor: Tensor, path: str, holder: Any) -> None:
+        """One save that autograd keeps as it is."""
+        with self._lock:
+            self._count_raw(tensor, path, holder)
+            self._count_storage(tensor, path, holder)
+
+    def _count_storage(self, tensor: Tensor, path: str, holder: Any) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._hold(("storage", storage._cdata), storage.nbytes(), path, holder)
+
+    def _hold(self, key: Any, nbytes: int, path: str, holder: Any) -> None:
+        """Count bytes once while any of their holders lives."""
+        count = self._holders.get(key, 0)
+        if count == 0:
+            self._held += nbytes
+            self._by_module[path][0] += nbytes
+            self.saved_bytes = max(self.saved_bytes, self._held)
+        self._holders[key] = count + 1
+        if key[0] == "leaf" and count:
+            self._holders[key] = count  # the leaf itself is the holder, however many saves it stands behind
+            return
+        weakref.finalize(holder, self._let_go, key, nbytes).atexit = False
+
+    def _let_go(self, key: Any, nbytes: int) -> None:
+        with self._lock:
+            self._holders[key] -= 1
+            if self._holders[key] == 0:
+                del self._holders[key]
+                self._held -= nbytes
+
+    def _count_raw(self, tensor: Tensor, path: str, holder: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._own:
+            return
+        raw = self._raw.get(key)
+        if raw is None:
+            # The weak reference keeps the address from being given to another storage while this one is counted.
+            nbytes = storage.nbytes()
+            self._raw[key] = (StorageWeakRef(storage), 1)
+            self._held_raw += nbytes
+            self._by_module[path][1] += nbytes
+            self.uncompressed_bytes = max(self.uncompressed_bytes, self._held_raw)
+        else:
+            nbytes = storage.nbytes()
+            self._raw[key] = (raw[0], raw[1] + 1)
+        weakref.finalize(holder, self._let_go_raw, key, nbytes).atexit = False
+
+    def _let_go_raw(self, key: int, nbytes: int) -> None:
+        with self._lock:
+            weak, count = self._raw[key]
+            if count == 1:
+                del self._raw[key]
+                self._held_raw -= nbytes
+            else:
+                self._raw[key] = (weak, count - 1)
+
+
+class _Plain:
+    """A saved tensor of a plain model or of code outside the model, as autograd would hold it."""
+
+    __slots__ = ("exact", "__weakref__")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.exact = Exact(tensor, where="a tensor saved under track_memory")
+
+
+@contextmanager
+def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
+    """Count what autograd holds for the backward pass while the context is open.
+
+    Args:
+        model: plain or converted. What is saved outside it (a loss, say) is counted too, under the path ``""``.
+
+    Yields:
+        The report. Its figures are maxima over time, so they may be read before or after ``backward()``.
+
+    Note:
+        What a gradient checkpoint inside the model saves is not seen: nothing is held there until it recomputes.
+        On a plain model the tensors are counted by saved-tensor hooks, which makes the step a little slower.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(message("there is no memory to track", expected="a torch.nn.Module",
+                                      received=type(model).__name__, next_step="Pass the model"))
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
+           if tensor.layout == torch.strided}
+    memory = MemoryReport(own, {})
+    stack: list[str] = [""]
+    handles = []
+    for path, module in model.named_modules():
+        if membership(module) is None:
+            handles.append(module.register_forward_pre_hook(_entering(stack, path)))
+            handles.append(module.register_forward_hook(_leaving(stack), always_call=True))
+
+    def pack(tensor: Tensor) -> _Plain:
+        plain = _Plain(tensor)
+        memory.saved_plain(tensor, stack[-1], plain)
+        return plain
+
+    watching = scope.observers()
+    watching.append(memory)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda plain: plain.exact.get()):
+            yield memory
+    finally:
+        watching.remove(memory)
+        for handle in handles:
+            handle.remove()
+
+
+def _entering(stack: list[str], path: str) -> Any:
+    def hook(module: nn.Module, args: Any) -> None:
+        stack.append(path)
+
+    return hook
+
+
+def _leaving(stack: list[str]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if len(stack) > 1:
+            stack.pop()
+
+    return hook

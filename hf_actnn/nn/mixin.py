@@ -1,0 +1,135 @@
+"""A compressed module: the original class plus one mixin, and no arithmetic of its own."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import NotAvailableError, message
+from hf_actnn.saving import scope
+from hf_actnn.saving.policy import Policy, policies
+from hf_actnn.saving.session import Session
+
+#: Where a module keeps its membership; not a parameter, buffer or submodule, so state_dict does not see it.
+ATTRIBUTE = "_actnn"
+
+
+class Member(NamedTuple):
+    """What a converted module knows: its path, what the configuration says of it, and what the model shares."""
+
+    path: str
+    policy: Policy
+    session: Session
+
+
+class Compressed:
+    """The mixin. Its only work is to say where the forward pass is, and to open the scope when it is the outermost."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().__call__  # type: ignore[misc]
+        member: Member | None = self.__dict__.get(ATTRIBUTE)
+        if member is None or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise NotAvailableError(_COMPILED)
+        current = scope.current()
+        if current is not None:
+            current.places.append((member.path, member.policy))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                current.places.pop()
+        if not self.training or scope.is_checkpointing():  # type: ignore[attr-defined]
+            return forward(*args, **kwargs)
+        scope.check_can_open()
+        opened = scope.Scope(member.session, self)  # type: ignore[arg-type]
+        return opened.run((member.path, member.policy), forward, args, kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Stop here: what a class does for its subclasses (registries, annotations) was done for the original already.
+        pass
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        made = getattr(type(self), "_actnn_original", None)
+        if made is None or not isinstance(reduced, tuple) or len(reduced) < 2 or reduced[1][:1] != (type(self),):
+            return reduced
+        # The made class has no importable name of its own: name the original, and make the counterpart when loading.
+        return (_new, (made, *reduced[1][1:]), *reduced[2:])
+
+
+_COMPILED = message("a converted model cannot run under torch.compile yet", expected="an uncompiled model",
+                    received="a forward pass that torch.compile is tracing",
+                    next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile")
+
+
+def _new(original: type, *args: Any) -> Any:
+    made = counterpart(original)
+    return made.__new__(made, *args)
+
+
+_made: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def counterpart(original: type[nn.Module]) -> Any:
+    """The compressed class of a module class: the same class, with :class:`Compressed` in front.
+
+    It keeps ``__name__``, ``__qualname__`` and ``__module__``, which saved ``architectures`` and look-ups by class name
+    rely on. Instances made by its constructor, outside :func:`hf_actnn.convert`, compress at the default level.
+    """
+    made = _made.get(original)
+    if made is None:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+                 "_actnn_original": original, "__init__": _make_init(original)}
+        metaclass: Any = type(original)
+        made = _made[original] = metaclass(original.__name__, (Compressed, original), names)
+    return made
+
+
+def _make_init(original: type[nn.Module]) -> Any:
+    def __init__(self: Any, *args: Any, actnn: ActNNConfig | str | None = None, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        config = ActNNConfig.resolve(actnn)
+        join(self, Member("", policies(config, [""])[""], Session(config)))
+
+    __init__.__wrapped__ = original.__init__  # type: ignore[attr-defined]
+    __init__.__doc__ = original.__init__.__doc__
+    return __init__
+
+
+def join(module: nn.Module, member: Member) -> None:
+    """Make a module a converted one, or give a converted one another membership."""
+    original = type(module)
+    if getattr(original, "_actnn_original", None) is None:
+        if parametrize.is_parametrized(module):
+            _join_beneath_parametrization(module)
+        else:
+            module.__class__ = counterpart(original)
+    module.__dict__[ATTRIBUTE] = member
+
+
+def _join_beneath_parametrization(module: nn.Module) -> None:
+    """Torch takes a parametrised class apart as "the class over its first base": so the counterpart goes beneath it."""
+    parametrised = type(module)
+    base = counterpart(parametrised.__bases__[0])
+    names = {key: value for key, value in vars(parametrised).items() if key not in ("__dict__", "__weakref__")}
+    names["_actnn_original"] = parametrised
+    module.__class__ = type(parametrised)(parametrised.__name__, (base,), names)
+
+
+def leave(module: nn.Module) -> None:
+    """Undo :func:`join`."""
+    original = getattr(type(module), "_actnn_original", None)
+    if original is not None:
+        module.__class__ = original
+    module.__dict__.pop(ATTRIBUTE, None)
+
+
+def membership(module: nn.Module) -> Member | None:
+    """The membership of a converted module, None of any other."""
+    return module.__dict__.get(ATTRIBUTE)

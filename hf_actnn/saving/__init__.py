@@ -1,0 +1,1 @@
+"""What autograd keeps, and how."""

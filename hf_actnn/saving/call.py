@@ -1,0 +1,325 @@
+"""One torch function that is running: what it was given, what it saves, and how a rule says to keep that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_actnn import codec
+from hf_actnn.errors import SavedTensorError, message
+from hf_actnn.saving.identity import LAST, SAMPLE, is_dense, storage_key
+from hf_actnn.saving.kept import Blank, Exact, Geometry, Kept, Mask, Quantized, Recipe
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.rules import Rule
+    from hf_actnn.saving.scope import Scope
+
+#: A code that does not reach this share of the tensor's own bytes is not worth its error.
+WORTHWHILE = 0.75
+
+
+class Slot:
+    """What autograd holds in place of one saved tensor.
+
+    ``tensor`` is there only until the operation has returned: only then are its output and the order of its saves
+    known, and with them the role of each save.
+    """
+
+    __slots__ = ("tensor", "kept", "reason", "where", "__weakref__")
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        self.tensor: Tensor | None = tensor
+        self.kept: Kept | None = None
+        self.reason = ""
+        self.where = where
+
+    def get(self) -> Tensor:
+        if self.kept is None:
+            raise SavedTensorError(message("a saved tensor was asked for before its operation had finished",
+                                           where=self.where, next_step="Do not call backward() inside the operation"))
+        return self.kept.get()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a saved tensor lives with its autograd graph and cannot be pickled or copied")
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among arguments, one level of lists and tuples deep."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            for item in argument:
+                if isinstance(item, Tensor):
+                    yield item
+
+
+class Call:
+    """A torch function while it runs. Rules read it and fill its slots."""
+
+    __slots__ = ("scope", "function", "rule", "args", "kwargs", "slots", "out", "policy", "path", "before")
+
+    def __init__(self, scope: Scope, function: Callable, rule: Rule | None, args: tuple, kwargs: dict) -> None:
+        self.scope, self.function, self.rule = scope, function, rule
+        self.args, self.kwargs = args, kwargs
+        self.slots: list[Slot] = []
+        self.out: Any = None
+        self.path, self.policy = scope.position()
+        #: What gives the first argument back, asked before an in-place operation overwrites it.
+        self.before: Kept | None = None
+        if rule is not None and rule.needs_before and args and isinstance(args[0], Tensor):
+            self.before = scope.registry.find(args[0])
+
+    @property
+    def name(self) -> str:
+        if self.rule is not None:
+            return self.rule.name
+        return getattr(self.function, "__name__", str(self.function))
+
+    @property
+    def where(self) -> str:
+        return f"{self.path or 'the model'}, {self.name}"
+
+    # -- what the function was given ---------------------------------------------------------------------------------
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    @property
+    def output(self) -> Tensor:
+        return self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter, a buffer, or computed from these alone (casts included)."""
+        return self.scope.registry.is_weight(tensor) or _cast_parameter(tensor, self.scope) is not None
+
+    @property
+    def in_place(self) -> bool:
+        return bool(self.args) and self.same_storage(self.output, self.args[0])
+
+    @staticmethod
+    def same_storage(a: Tensor, b: Any) -> bool:
+        return isinstance(b, Tensor) and storage_key(a) == storage_key(b)
+
+    def open_slots(self) -> list[tuple[Slot, Tensor]]:
+        """The slots that no one has decided on yet, each with its tensor."""
+        return [(slot, slot.tensor) for slot in self.slots if slot.kept is None and slot.tensor is not None]
+
+    # -- ways to keep ------------------------------------------------------------------------------------------------
+
+    def exact(self, slot: Slot, reason: str) -> Kept:
+        """Keep a save by reference; autocast's copy of a parameter as a recipe of that parameter."""
+        tensor = slot.tensor
+        assert tensor is not None
+        slot.kept = exact(self.scope, tensor, slot.where)
+        slot.reason = reason
+        return slot.kept
+
+    def exact_rest(self, reason: str) -> None:
+        for slot, _ in self.open_slots():
+            self.exact(slot, reason)
+
+    def blank(self, slot: Slot) -> None:
+        """Keep the shape alone."""
+        assert slot.tensor is not None
+        slot.kept = Blank(slot.tensor)
+
+    def keep(self, slot: Slot, kept: Kept) -> Kept:
+        slot.kept = kept
+        return kept
+
+    def data(self, slot: Slot, rows: str | None = None) -> Kept:
+        """Keep activation data: as what is kept already, or as a code."""
+        self.data_all([slot], rows)
+        assert slot.kept is not None
+        return slot.kept
+
+    def data_all(self, slots: Sequence[Slot], rows: str | None = None) -> None:
+        """Keep several saves of one operation; views that cover most of one storage are kept as that storage, once."""
+        registry = self.scope.registry
+        pending: dict[int, list[Slot]] = {}
+        for slot in slots:
+            tensor = slot.tensor
+            assert tensor is not None
+            if not tensor.is_floating_point():
+                self.exact(slot, "not floating point")
+            elif self.is_weight(tensor):
+                self.exact(slot, "computed from parameters alone")
+            elif (found := registry.find(tensor)) is not None:
+                slot.kept = found
+            else:
+                pending.setdefault(storage_key(tensor), []).append(slot)
+        for group in pending.values():
+            self._data_of_one_storage(group, rows)
+
+    def _data_of_one_storage(self, slots: list[Slot], rows: str | None) -> None:
+        registry = self.scope.registry
+        first = slots[0].tensor
+        assert first is not None
+        layout = registry.layout(first)
+        if layout is not None and (layout.numel != first.numel() or not is_dense(first.shape, first.stride())):
+            distinct = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
+                        for s in slots if s.tensor is not None}
+            if 2 * sum(distinct.values()) < layout.numel:
+                layout = None  # a small part of a large tensor: the part alone is cheaper
+        for slot in slots:
+            tensor = slot.tensor
+            assert tensor is not None
+            found = registry.find(tensor)
+            if found is None:
+                base = tensor
+                if layout is not None:
+                    base = tensor.detach().as_strided(layout.shape, layout.stride, layout.offset)
+                kept = self.pack(base, (layout.rows if layout is not None else None) or rows)
+                if isinstance(kept, Exact) and layout is not None:
+                    registry.learn(base, kept)
+                    found = registry.find(tensor)
+                else:
+                    registry.learn(base, kept, rows)
+                    found = registry.find(tensor)
+                if found is None:
+                    found = self.pack(tensor, rows)
+                    registry.learn(tensor, found, rows)
+            slot.kept = found
+            if isinstance(found, Exact):
+                slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
+
+    def pack(self, tensor: Tensor, rows: str | None) -> Kept:
+        """A code of the tensor, or the tensor itself where a code would not pay."""
+        policy = self.policy
+        numel = tensor.numel()
+        if policy.bits is None or numel < max(policy.min_numel, 1):
+            return Exact(tensor, where=self.where)
+        shape, stride = tensor.shape, tensor.stride()
+        length = row_length(shape, stride, rows)
+        if codec.packed_nbytes(numel, length, policy.bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
+            return Exact(tensor, where=self.where)
+        return Quantized(codec.quantize(tensor, policy.bits, policy.group_size, seed=self.scope.seed,
+                                        stream=self.scope.next_stream(), row_length=length))
+
+    def data_argument(self, slot: Slot, argument: Any, rows: str | None = None) -> Kept:
+        """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""
+        tensor = slot.tensor
+        assert tensor is not None
+        registry = self.scope.registry
+        copied = (isinstance(argument, Tensor) and not self.same_storage(tensor, argument)
+                  and argument.numel() == tensor.numel() and argument.is_floating_point()
+                  and registry.find(tensor) is None and not self.is_weight(argument))
+        if not copied:
+            return self.data(slot, rows)
+        source = Slot(argument, slot.where)
+        self.data(source, rows)
+        assert source.kept is not None
+        if isinstance(source.kept, Exact):
+            return self.data(slot, rows)  # nothing gained: two exact tensors for one
+        kept = Recipe("copy", None, [source.kept], tensor)
+        registry.learn(tensor, kept, rows)
+        return self.keep(slot, kept)
+
+    def mask(self, slot: Slot, source: Tensor, predicate: str, lo: float, hi: float, on: float, off: float) -> Kept:
+        """Keep one bit per value of ``source``; the save comes back as ``on`` or ``off``."""
+        assert slot.tensor is not None
+        flat = flat_storage(source)
+        if flat is None:
+            source = source.detach().contiguous()
+            flat = source.view(-1)
+        codes = codec.pack_mask(flat, predicate, lo, hi)
+        geometry = Geometry(source)
+        geometry.dtype = slot.tensor.dtype
+        return self.keep(slot, Mask(codes, geometry, on, off))
+
+    # -- recipes for outputs ---------------------------------------------------------------------------------------
+
+    def kept_of(self, tensor: Any) -> Kept | None:
+        """What already gives a tensor back, if it is kept."""
+        return self.scope.registry.find(tensor) if isinstance(tensor, Tensor) else None
+
+    def output_recipe(self, name: str, function: Callable[..., Tensor] | None, parents: Sequence[Kept | None],
+                      *, writes: bool = False, output: Tensor | None = None) -> None:
+        """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
+        output = self.output if output is None else output
+        if self.policy.bits is None or any(parent is None for parent in parents):
+            return
+        if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
+            return
+        kept = Recipe(name, function, [parent for parent in parents if parent is not None], output, writes=writes)
+        if is_dense(output.shape, output.stride()):
+            self.scope.registry.learn(output, kept)
+
+
+def flat_storage(tensor: Tensor) -> Tensor | None:
+    """The values of a dense tensor in storage order, as a flat view; None where it has gaps or overlaps."""
+    if not is_dense(tensor.shape, tensor.stride()):
+        return None
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> int:
+    """Values in a row, which no group straddles: a token, or one sample of a convolution's activation."""
+    numel = shape.numel()
+    sizes = [size for _, size in sorted(zip(stride, shape, strict=True)) if size > 1]
+    if not sizes or numel == 0:
+        return max(numel, 1)
+    if rows is None:
+        rows = SAMPLE if len(shape) >= 4 else LAST
+    if rows == SAMPLE:
+        return numel // shape[0] if len(shape) > 1 else numel
+    return sizes[0]
+
+
+def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:
+    """The parameter that autocast's copy was made from, read off the copy's graph."""
+    node = tensor.grad_fn
+    for _ in range(4):
+        if node is None:
+            return None
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return variable if scope.registry.is_stored_weight(variable) else None
+        following = node.next_functions
+        if len(following) != 1 or node.name() not in _CASTS_AND_VIEWS:
+            return None
+        node = following[0][0]
+    return None
+
+
+_CASTS_AND_VIEWS = frozenset({"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0",
+                              "UnsafeViewBackward0", "ReshapeAliasBackward0", "PermuteBackward0"})
+
+
+def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
+    """A tensor by reference. A cast copy of a parameter, as autocast makes it, becomes a recipe of the parameter."""
+    registry = scope.registry
+    if registry.is_stored_weight(tensor):
+        return Exact(tensor, parameter=True, where=where)
+    found = registry.find(tensor)
+    if found is not None and (isinstance(found, Exact) or found.kind == "recipe: cast"):
+        return found
+    parameter = _cast_parameter(tensor, scope)
+    if parameter is not None and parameter.dtype != tensor.dtype:
+        recipe = _recast(parameter, tensor, where)
+        if recipe is not None:
+            return recipe
+    kept = Exact(tensor, where=where)
+    if not registry.is_weight(tensor):
+        registry.learn(tensor, kept)
+    return kept
+
+
+def _recast(parameter: Tensor, copy: Tensor, where: str) -> Kept | None:
+    """A recipe that casts the parameter again, in the copy's geometry; None where the copy is no plain view of it."""
+    if copy.numel() != parameter.numel() or not is_dense(parameter.shape, parameter.stride()) or not is_dense(
+        copy.shape, copy.stride()
+    ):
+        return None
+    dtype, shape, stride = copy.dtype, copy.shape, copy.stride()
+
+    def cast(value: Tensor) -> Tensor:
+        return value.detach().to(dtype).as_strided(shape, stride)
+
+    return Recipe("cast", cast, [Exact(parameter, parameter=True, where=where)], copy)

@@ -1,0 +1,145 @@
+"""Have I kept this tensor already?
+
+Keyed by storage, version and view. A storage is followed by a weak reference, whose control block keeps its address
+from being used again, for as long as the registry lives: one forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hf_actnn.saving.kept import Kept, View
+
+LAST, SAMPLE = "last", "sample"
+
+
+class Layout(NamedTuple):
+    """The dense tensor that first filled a storage: the shape in which its rows are known."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    rows: str | None
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+class _Entry:
+    __slots__ = ("weak", "version", "layout", "whole", "known")
+
+    def __init__(self, weak: StorageWeakRef, version: int) -> None:
+        self.weak = weak
+        self.version = version
+        self.layout: Layout | None = None
+        self.whole: Kept | None = None
+        self.known: dict[tuple, Kept] = {}
+
+
+def storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor fills a stretch of memory without gaps or overlaps."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 0:
+            return True
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _view_key(tensor: Tensor) -> tuple:
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class Registry:
+    """What one forward pass knows of the tensors it has seen."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self._weights = weights  # storages of parameters and buffers; alive as long as the model
+        self._derived: dict[int, StorageWeakRef] = {}
+
+    # -- parameters, buffers, and what is computed from them alone ----------------------------------------------------
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        key = storage_key(tensor)
+        return key in self._weights or key in self._derived
+
+    def is_stored_weight(self, tensor: Tensor) -> bool:
+        """Whether the bytes belong to the model itself."""
+        return storage_key(tensor) in self._weights
+
+    def mark_derived(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights and storage._cdata not in self._derived:
+            self._derived[storage._cdata] = StorageWeakRef(storage)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _entry(self, tensor: Tensor) -> _Entry:
+        storage = tensor.untyped_storage()
+        entry = self._entries.get(storage._cdata)
+        if entry is None:
+            entry = self._entries[storage._cdata] = _Entry(StorageWeakRef(storage), tensor._version)
+        elif entry.version != tensor._version:
+            # Written in place since: what was kept holds the old values.
+            entry.version, entry.whole, entry.known = tensor._version, None, {}
+        return entry
+
+    def produced(self, tensor: Tensor, rows: str | None) -> None:
+        """Note the shape in which an operation made a tensor, before views of it are saved."""
+        entry = self._entry(tensor)
+        if entry.layout is None and is_dense(tensor.shape, tensor.stride()):
+            entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
+
+    def layout(self, tensor: Tensor) -> Layout | None:
+        """The layout this tensor is a view of, if it is known and of the tensor's dtype."""
+        entry = self._entries.get(storage_key(tensor))
+        if entry is None or entry.layout is None or entry.layout.dtype != tensor.dtype:
+            return None
+        return entry.layout
+
+    def rows(self, tensor: Tensor) -> str | None:
+        """How the rows of a tensor's storage run, where its producer said so."""
+        entry = self._entries.get(storage_key(tensor))
+        return entry.layout.rows if entry is not None and entry.layout is not None else None
+
+    def find(self, tensor: Tensor) -> Kept | None:
+        """What gives this very tensor back, if it is kept already in whatever view."""
+        entry = self._entries.get(storage_key(tensor))
+        if entry is None or entry.version != tensor._version:
+            return None
+        kept = entry.known.get(_view_key(tensor))
+        if kept is not None:
+            return kept
+        layout = entry.layout
+        if entry.whole is None or layout is None or layout.dtype != tensor.dtype:
+            return None
+        kept = View(entry.whole, tensor.shape, tensor.stride(), tensor.storage_offset() - layout.offset)
+        entry.known[_view_key(tensor)] = kept
+        return kept
+
+    def learn(self, tensor: Tensor, kept: Kept, rows: str | None = None) -> None:
+        """Remember that ``kept`` gives ``tensor`` back."""
+        entry = self._entry(tensor)
+        if entry.layout is None and is_dense(tensor.shape, tensor.stride()):
+            entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
+        entry.known[_view_key(tensor)] = kept
+        layout = entry.layout
+        if layout is not None and layout.numel == tensor.numel() and layout.dtype == tensor.dtype and (
+            layout.offset == tensor.storage_offset() and is_dense(tensor.shape, tensor.stride())
+        ):
+            entry.whole = kept

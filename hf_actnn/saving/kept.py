@@ -1,0 +1,286 @@
+"""The kinds of kept tensor: each gives back, when asked, what autograd saved.
+
+``get`` returns the tensor; ``fresh`` says whether the caller owns the memory it returns (and may write to it);
+``leaves`` lists the objects that hold bytes, each of which may stand behind several kept tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_actnn import codec
+from hf_actnn.errors import SavedTensorError, message
+
+
+class Kept:
+    """A tensor in some form, able to give itself back."""
+
+    __slots__ = ("__weakref__",)
+    kind = "kept"
+    fresh = True
+
+    def get(self) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say how it gives its tensor back")
+
+    def leaves(self) -> Iterator[Kept]:
+        yield self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this object itself holds; 0 for what only refers to others."""
+        return 0
+
+
+class Exact(Kept):
+    """The tensor itself, by reference, with the version it had.
+
+    Saved-tensor hooks switch autograd's own version check off, so it is made here.
+    """
+
+    __slots__ = ("tensor", "version", "parameter", "where")
+    kind = "exact"
+    fresh = False
+
+    def __init__(self, tensor: Tensor, *, parameter: bool = False, where: str = "") -> None:
+        self.version = tensor._version
+        # Detached: a saved output would otherwise hold its own node, a cycle that only the collector frees.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.parameter = parameter
+        self.where = where
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise SavedTensorError(message(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{tuple(self.tensor.shape)} {self.tensor.dtype} is at version {self.tensor._version}",
+                where=self.where, expected=f"version {self.version}", received=f"version {self.tensor._version}",
+                next_step="Make the change out of place, or after backward()"))
+        return self.tensor
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.parameter else self.tensor.untyped_storage().nbytes()
+
+
+class Quantized(Kept):
+    """A randomly quantised code of the tensor; its expectation is the tensor."""
+
+    __slots__ = ("packed",)
+    kind = "quantized"
+
+    def __init__(self, packed: codec.PackedTensor) -> None:
+        self.packed = packed
+
+    def get(self) -> Tensor:
+        return self.packed.dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+
+class Geometry:
+    """Shape, strides, dtype and device of a dense tensor, to be made again."""
+
+    __slots__ = ("shape", "stride", "dtype", "device")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def fit(self, value: Tensor) -> Tensor:
+        """``value`` with exactly these strides; copied only where they differ."""
+        if value.shape != self.shape:
+            value = value.reshape(self.shape)
+        if value.stride() != self.stride or value.dtype != self.dtype:
+            value = self.empty().copy_(value)
+        return value
+
+    def from_flat(self, flat: Tensor) -> Tensor:
+        return flat.as_strided(self.shape, self.stride)
+
+
+class Mask(Kept):
+    """One bit per value, given back as one of two values of the saved tensor's dtype."""
+
+    __slots__ = ("codes", "geometry", "on", "off")
+    kind = "mask"
+
+    def __init__(self, codes: Tensor, geometry: Geometry, on: float, off: float) -> None:
+        self.codes, self.geometry, self.on, self.off = codes, geometry, on, off
+
+    def get(self) -> Tensor:
+        geometry = self.geometry
+        flat = codec.unpack_mask(self.codes, geometry.shape.numel(), self.on, self.off, geometry.dtype)
+        return geometry.from_flat(flat)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.untyped_storage().nbytes()
+
+
+class Offsets(Kept):
+    """Small integers in a few bits; ``decode`` turns them into what was saved (a pooling's flat indices)."""
+
+    __slots__ = ("codes", "bits", "numel", "decode")
+    kind = "offsets"
+
+    def __init__(self, codes: Tensor, bits: int, numel: int, decode: Callable[[Tensor], Tensor]) -> None:
+        self.codes, self.bits, self.numel, self.decode = codes, bits, numel, decode
+
+    def get(self) -> Tensor:
+        return self.decode(codec.unpack_uint(self.codes, self.bits, self.numel, torch.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.untyped_storage().nbytes()
+
+
+class Blank(Kept):
+    """A tensor of which the backward pass reads the shape alone. The memory is never touched, so it costs nothing."""
+
+    __slots__ = ("geometry",)
+    kind = "shape only"
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.geometry = Geometry(tensor)
+
+    def get(self) -> Tensor:
+        return self.geometry.empty()
+
+
+class View(Kept):
+    """Another view of a tensor that is kept."""
+
+    __slots__ = ("parent", "shape", "stride", "offset")
+    kind = "recipe: view"
+
+    def __init__(self, parent: Kept, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self.parent, self.shape, self.stride, self.offset = parent, shape, stride, offset
+
+    @property
+    def fresh(self) -> bool:  # type: ignore[override]
+        return self.parent.fresh
+
+    def get(self) -> Tensor:
+        value = self.parent.get()
+        return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
+
+    def leaves(self) -> Iterator[Kept]:
+        return self.parent.leaves()
+
+
+class Recipe(Kept):
+    """A tensor rebuilt from others that are kept. ``function`` gets their values, each of them the recipe's own to
+    overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
+    the first parent itself, in these strides and this dtype."""
+
+    __slots__ = ("name", "function", "parents", "geometry", "writes")
+
+    def __init__(self, name: str, function: Callable[..., Tensor] | None, parents: Sequence[Kept], like: Tensor,
+                 *, writes: bool = False) -> None:
+        self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
+        self.geometry = Geometry(like)
+
+    @property
+    def fresh(self) -> bool:  # type: ignore[override]
+        return self.function is not None or self.parents[0].fresh
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return f"recipe: {self.name}"
+
+    def get(self) -> Tensor:
+        values = [parent.get() for parent in self.parents]
+        if self.writes and not self.parents[0].fresh:
+            values[0] = values[0].clone()
+        return self.geometry.fit(values[0] if self.function is None else self.function(*values))
+
+    def leaves(self) -> Iterator[Kept]:
+        for parent in self.parents:
+            yield from parent.leaves()
+
+
+class Rerun:
+    """All that one operation saved, made again by running it on what was kept of its inputs.
+
+    Attention must be differentiated at what was kept: with coded q and k, an exact logsumexp gives probabilities that
+    do not sum to one. So output and logsumexp come from the same coded q, k, v that the backward formula reads.
+
+    The values are held from the first request until each of the operation's own saves was handed out, or until the
+    backward pass ends.
+    """
+
+    __slots__ = ("function", "parents", "owned", "_values", "_taken", "_lock", "__weakref__")
+
+    def __init__(self, function: Callable[..., list[Tensor]], parents: Sequence[Kept], owned: int) -> None:
+        self.function, self.parents, self.owned = function, tuple(parents), owned
+        self._values: list[Tensor] | None = None
+        self._taken: set[int] = set()
+        self._lock = threading.RLock()
+
+    def take(self, index: int, own: bool) -> Tensor:
+        with self._lock:
+            values = self._values
+            if values is None:
+                values = self.function(*[parent.get() for parent in self.parents])
+                if at_end_of_backward(self.clear):
+                    self._values = values
+            value = values[index]
+            if own:
+                self._taken.add(index)
+                if len(self._taken) == self.owned:
+                    self.clear()
+            return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values = None
+            self._taken = set()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a rerun lives with its autograd graph and cannot be pickled")
+
+
+class Rerunnable(Kept):
+    """One of the tensors a :class:`Rerun` gives back; ``own`` where the operation itself saved it."""
+
+    __slots__ = ("group", "index", "own")
+    kind = "recipe: rerun"
+    fresh = False
+
+    def __init__(self, group: Rerun, index: int, own: bool) -> None:
+        self.group, self.index, self.own = group, index, own
+
+    def get(self) -> Tensor:
+        return self.group.take(self.index, self.own)
+
+    def leaves(self) -> Iterator[Kept]:
+        for parent in self.group.parents:
+            yield from parent.leaves()
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> bool:
+    """Call a method when the backward pass that is running on this thread ends; false when none is running.
+
+    The method is referenced weakly: a graph that was freed meanwhile needs no clearing.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    reference = weakref.WeakMethod(callback)
+
+    def run() -> None:
+        target = reference()
+        if target is not None:
+            target()
+
+    torch.autograd.Variable._execution_engine.queue_callback(run)  # type: ignore[attr-defined]
+    return True

@@ -1,0 +1,65 @@
+"""What the configuration says of one module path."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import ConfigError, message
+
+
+class Policy(NamedTuple):
+    """How the tensors saved beneath a module path are kept.
+
+    Attributes:
+        bits: bits per value; ``None`` keeps everything exactly.
+        exact_norms: whether the inputs of normalisations stay exact.
+        reason: why nothing is compressed, for the report; empty where something is.
+    """
+
+    bits: int | None
+    exact_norms: bool
+    group_size: int
+    min_numel: int
+    reason: str = ""
+
+
+def _covers(pattern: str, path: str) -> bool:
+    """Whether a pattern matches a path or any module above it. The root's path is the empty string."""
+    if fnmatch.fnmatchcase(path, pattern):
+        return True
+    parts = path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts)))
+
+
+def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
+    """The policy of each module path.
+
+    Raises:
+        ConfigError: a pattern of ``skip`` or ``overrides`` that matches no path.
+    """
+    paths = list(paths)
+    for field, patterns in (("skip", config.skip), ("overrides", config.overrides)):
+        for pattern in patterns:
+            if not any(_covers(pattern, path) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3)
+                raise ConfigError(message(
+                    f"a pattern of `{field}` matches no module", expected="a pattern on module paths"
+                    + (f", for example {', '.join(map(repr, near))}" if near else ""), received=repr(pattern),
+                    next_step="List the paths with [name for name, _ in model.named_modules()]"))
+    made = {}
+    for path in paths:
+        bits, reason = config.effective_bits, ""
+        if bits is None:
+            reason = f"level {config.level} compresses nothing"
+        for pattern, value in config.overrides.items():
+            if _covers(pattern, path):
+                bits, reason = (None, f"override {pattern!r}") if value == "exact" else (int(value), "")
+        for pattern in config.skip:
+            if _covers(pattern, path):
+                bits, reason = None, f"skip {pattern!r}"
+        made[path] = Policy(bits, config.effective_exact_norms, config.group_size, config.min_numel, reason)
+    return made

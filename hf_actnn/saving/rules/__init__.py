@@ -1,0 +1,7 @@
+"""Per torch function: which of its saved tensors is kept how, and which outputs are recipes."""
+
+from hf_actnn.saving.rules import activations, attention, copies, dropout, linear, losses, norms, pooling, products
+from hf_actnn.saving.rules.rule import TRANSPARENT, Rule, all_rules, find, functions, register
+
+__all__ = ["TRANSPARENT", "Rule", "all_rules", "find", "functions", "register", "activations", "attention", "copies",
+           "dropout", "linear", "losses", "norms", "pooling", "products"]

@@ -1,0 +1,146 @@
+"""Elementwise activations.
+
+Smooth ones read their input, coded, and their output is rebuilt from it. Those whose derivative is piecewise constant
+keep the exact piece of each value, in one bit: a derivative must never be read off a coded value's side of a corner
+(a 2-bit code loses the sign of a third of a ReLU's positives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_actnn.saving.identity import LAST
+from hf_actnn.saving.rules.rule import Rule, functions, register
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.call import Call
+
+
+def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], Tensor]]) -> Rule:
+    """A rule for a function that saves its input and whose derivative is bounded in it.
+
+    Args:
+        again: from the call, the function that computes its output from its input once more.
+    """
+
+    def keep(call: Call) -> None:
+        for slot, tensor in call.open_slots():
+            if call.same_storage(tensor, call.output):
+                call.data(slot)  # the in-place form of elu saves its result
+                return
+            # In place, autograd saves a copy of the input, whose values `before` already gives back.
+            if call.in_place:
+                kept = call.keep(slot, call.before) if call.before is not None else call.data(slot)
+            else:
+                kept = call.data_argument(slot, call.argument(0, "input"))
+            call.output_recipe(call.name, again(call), [kept])
+
+    return register(Rule(names[0], keep, bounded="the derivative is bounded and continuous in the input",
+                         needs_before=True), functions(*names))
+
+
+def _plain(function: Callable[[Tensor], Tensor]) -> Callable[[Call], Callable[[Tensor], Tensor]]:
+    return lambda call: function
+
+
+def _gelu(call: Call) -> Callable[[Tensor], Tensor]:
+    approximate = call.argument(1, "approximate", "none")
+    return lambda value: F.gelu(value, approximate=approximate)
+
+
+def _elu(call: Call) -> Callable[[Tensor], Tensor]:
+    alpha = call.argument(1, "alpha", 1.0)
+    return lambda value: F.elu(value, alpha)
+
+
+def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
+    beta, threshold = call.argument(1, "beta", 1), call.argument(2, "threshold", 20)
+    return lambda value: F.softplus(value, beta, threshold)
+
+
+GELU = _smooth(("gelu",), _gelu)
+SILU = _smooth(("silu",), _plain(F.silu))
+MISH = _smooth(("mish",), _plain(F.mish))
+HARDSWISH = _smooth(("hardswish",), _plain(F.hardswish))
+ELU = _smooth(("elu",), _elu)
+SOFTPLUS = _smooth(("softplus",), _softplus)
+
+
+def _keep_result(call: Call) -> None:
+    for slot, _ in call.open_slots():
+        call.data(slot)
+
+
+SIGMOID = register(Rule("sigmoid", _keep_result, bounded="y (1 - y), y in [0, 1]"), functions("sigmoid"))
+TANH = register(Rule("tanh", _keep_result, bounded="1 - y^2, y in [-1, 1]"), functions("tanh"))
+
+
+def _keep_softmax(call: Call) -> None:
+    for slot, _ in call.open_slots():
+        call.data(slot, LAST)
+
+
+SOFTMAX = register(
+    Rule("softmax", _keep_softmax, rows=LAST, bounded="y (dy - sum y dy), quadratic in y in [0, 1]"),
+    functions("softmax"),
+)
+
+
+def _keep_relu(call: Call) -> None:
+    for slot, result in call.open_slots():
+        # threshold_backward passes the gradient where not (y <= 0): nan passes it.
+        mask = call.mask(slot, result, "not_le", 0.0, 0.0, on=1.0, off=0.0)
+        call.output_recipe("relu", lambda value, positive: value.mul_(positive), [call.before, mask], writes=True)
+
+
+RELU = register(Rule("relu", _keep_relu, bounded="one exact bit per value", needs_before=True), functions("relu"))
+
+
+def _keep_leaky_relu(call: Call) -> None:
+    slope = call.argument(1, "negative_slope", 0.01)
+    if not slope > 0:
+        return
+    for slot, tensor in call.open_slots():
+        mask = call.mask(slot, tensor, "gt", 0.0, 0.0, on=1.0, off=-1.0)
+        call.output_recipe("leaky_relu", lambda value, side: torch.where(side > 0, value, value * slope),
+                           [call.before, mask])
+
+
+LEAKY_RELU = register(
+    Rule("leaky_relu", _keep_leaky_relu, bounded="one exact bit per value", needs_before=True,
+         exact_reason="a slope that is not positive has no in-place derivative"),
+    functions("leaky_relu"),
+)
+
+
+def _keep_between(call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor]) -> None:
+    """The derivative is constant between two corners and zero outside: one bit."""
+    for slot, tensor in call.open_slots():
+        call.mask(slot, tensor, predicate, low, high, on=(low + high) / 2, off=low - 1.0)
+        call.output_recipe(call.name, again, [call.before])
+
+
+def _keep_hardtanh(call: Call) -> None:
+    low, high = call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0)
+    # hardtanh_backward stops the gradient where x <= low or x >= high: nan passes it.
+    _keep_between(call, float(low), float(high), "inside", lambda value: F.hardtanh(value, low, high))
+
+
+def _keep_relu6(call: Call) -> None:
+    _keep_between(call, 0.0, 6.0, "inside", F.relu6)
+
+
+def _keep_hardsigmoid(call: Call) -> None:
+    # hardsigmoid_backward passes the gradient where -3 < x < 3: nan stops it.
+    _keep_between(call, -3.0, 3.0, "strict_inside", F.hardsigmoid)
+
+
+_ONE_BIT: dict[str, Any] = {"bounded": "one exact bit per value", "needs_before": True}
+HARDTANH = register(Rule("hardtanh", _keep_hardtanh, **_ONE_BIT), functions("hardtanh"))
+RELU6 = register(Rule("relu6", _keep_relu6, **_ONE_BIT), functions("relu6"))
+HARDSIGMOID = register(Rule("hardsigmoid", _keep_hardsigmoid, **_ONE_BIT), functions("hardsigmoid"))

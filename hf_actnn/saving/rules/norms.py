@@ -1,0 +1,200 @@
+"""Normalisations: the input is coded, the statistics are exact, and the output is rebuilt from both.
+
+With the operation's own statistics a rebuilt output is affine in the coded input, hence exactly unbiased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_actnn.saving.call import exact
+from hf_actnn.saving.identity import LAST, SAMPLE
+from hf_actnn.saving.kept import Kept, Recipe
+from hf_actnn.saving.rules.rule import Rule, functions, register
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.call import Call, Slot
+
+_BOUNDED = "the gradient is quadratic in the normalised input, whose statistics are exact"
+_EXACT_NORMS = "normalisations stay exact at this level"
+
+
+def _keep_input(call: Call, rows: str | None) -> Kept | None:
+    """Decide on the save that is the input; None where autograd did not save it."""
+    data = call.argument(0, "input")
+    for slot, tensor in call.open_slots():
+        if call.same_storage(tensor, data) or (tensor.numel() == data.numel() and not call.is_weight(tensor)):
+            if call.policy.exact_norms:
+                return call.exact(slot, _EXACT_NORMS)
+            return call.data_argument(slot, data, rows)
+    return None
+
+
+def _statistics(call: Call) -> list[Slot]:
+    """The saves that are neither input nor weight, in the order autograd saved them."""
+    return [slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)]
+
+
+def _parameters(call: Call, weight: Any, bias: Any) -> list[Kept]:
+    """Weight and bias by reference, where the layer has them."""
+    return [exact(call.scope, value, call.where) for value in (weight, bias) if isinstance(value, Tensor)]
+
+
+def _widened(value: Tensor, statistic: Tensor) -> Tensor:
+    """The value in the dtype of the statistics: under autocast they are wider than the input."""
+    return value if value.dtype == statistic.dtype else value.to(statistic.dtype)
+
+
+def _apply(value: Tensor, parameters: tuple[Tensor, ...], has_weight: bool, has_bias: bool,
+           view: Callable[[Tensor], Tensor]) -> Tensor:
+    """``value * weight + bias``, in place."""
+    if has_weight:
+        value.mul_(view(parameters[0]))
+    if has_bias:
+        value.add_(view(parameters[-1]))
+    return value
+
+
+def _register_output(call: Call, source: Kept | None, statistics: list[Kept], weight: Any, bias: Any,
+                     normalise: Callable[..., Tensor], view: Callable[[Tensor], Tensor]) -> None:
+    """Make the output a recipe: ``normalise(input, *statistics) * weight + bias``."""
+    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
+    count = len(statistics)
+
+    def rebuild(value: Tensor, *rest: Tensor) -> Tensor:
+        value = normalise(_widened(value, rest[0]), *rest[:count])
+        return _apply(value, rest[count:], has_weight, has_bias, view)
+
+    parents = [source, *statistics, *_parameters(call, weight, bias)]
+    call.output_recipe(call.name, rebuild, parents, writes=True)
+
+
+def _channel_view(dimensions: int) -> Callable[[Tensor], Tensor]:
+    tail = (1,) * (dimensions - 2)
+    return lambda parameter: parameter.view(1, -1, *tail)
+
+
+def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
+    """weight, bias, running mean, running variance, training, eps: the two public forms order them differently."""
+    at = call.argument
+    if call.function is F.batch_norm:
+        return at(3, "weight"), at(4, "bias"), at(1, "running_mean"), at(2, "running_var"), at(5, "training", False), at(
+            7, "eps", 1e-5)
+    return at(1, "weight"), at(2, "bias"), at(3, "running_mean"), at(4, "running_var"), at(5, "training"), at(7, "eps")
+
+
+def _keep_batch_norm(call: Call) -> None:
+    weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
+    source = _keep_input(call, SAMPLE)
+    view = _channel_view(call.argument(0, "input").dim())
+    use_batch = training or running_mean is None
+    if use_batch:
+        saved = [slot for slot in _statistics(call) if slot.tensor is not None and slot.tensor.numel()]
+        if len(saved) < 2:
+            return
+        mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
+    else:
+        mean, factor = (exact(call.scope, value, call.where) for value in (running_mean, running_var))
+
+    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        scale = scale if use_batch else torch.rsqrt(scale + eps)
+        # Two passes over the activation: statistics and scale are joined while they are one value per channel.
+        return value.mul_(view(scale)).sub_(view(middle * scale))
+
+    _register_output(call, source, [mean, factor], weight, bias, normalise, view)
+
+
+def _keep_instance_norm(call: Call) -> None:
+    at = call.argument
+    data = at(0, "input")
+    weight, bias = at(3, "weight"), at(4, "bias")
+    source = _keep_input(call, SAMPLE)
+    saved = [slot for slot in _statistics(call) if slot.tensor is not None and slot.tensor.numel()]
+    if len(saved) < 2 or not at(5, "use_input_stats", True):
+        return
+    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
+    tail, shape = (1,) * (data.dim() - 2), data.shape
+
+    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        per_sample = (shape[0], shape[1], *tail)
+        value = value.view(shape) if value.shape != shape else value
+        return value.sub_(middle.view(per_sample)).mul_(scale.view(per_sample))
+
+    if source is not None:
+        source = call.kept_of(data) or source
+    _register_output(call, source, [mean, factor], weight, bias, normalise, _channel_view(data.dim()))
+
+
+def _keep_layer_norm(call: Call) -> None:
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    source = _keep_input(call, LAST if len(call.argument(1, "normalized_shape")) == 1 else None)
+    saved = _statistics(call)
+    if len(saved) < 2:
+        return
+    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
+
+    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        return value.sub_(middle).mul_(scale)
+
+    _register_output(call, source, [mean, factor], weight, bias, normalise, lambda parameter: parameter)
+
+
+def _keep_group_norm(call: Call) -> None:
+    data, groups = call.argument(0, "input"), call.argument(1, "num_groups")
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    source = _keep_input(call, SAMPLE)
+    saved = _statistics(call)
+    if len(saved) < 2:
+        return
+    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
+    tail, channels = (1,) * (data.dim() - 2), data.shape[1]
+
+    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        middle, scale = (statistic.view(-1, groups, 1).expand(-1, groups, channels // groups).reshape(
+            -1, channels, *tail) for statistic in (middle, scale))
+        return value.sub_(middle).mul_(scale)
+
+    _register_output(call, source, [mean, factor], weight, bias, normalise, _channel_view(data.dim()))
+
+
+def _keep_rms_norm(call: Call) -> None:
+    """One fused operation saves input and rstd; the composite saves input (twice), rstd (twice) and ``x * rstd``."""
+    data, weight = call.argument(0, "input"), call.argument(2, "weight")
+    source: Kept | None = None
+    factor: Kept | None = None
+    normalised: Kept | None = None
+    for slot, tensor in call.open_slots():
+        if call.is_weight(tensor):
+            continue
+        if call.policy.exact_norms and tensor.numel() == data.numel():
+            call.exact(slot, _EXACT_NORMS)
+            source = source or slot.kept
+        elif tensor.numel() != data.numel():
+            factor = call.exact(slot, "a statistic")
+        elif factor is None or call.same_storage(tensor, data) or source is None:
+            source = call.data_argument(slot, data, LAST)
+        elif call.kept_of(tensor) is not None:
+            call.data(slot)
+        else:
+            normalised = Recipe("rms_norm", lambda value, scale: value * scale, [source, factor], tensor)
+            call.keep(slot, normalised)
+    if source is None or factor is None:
+        return
+
+    def normalise(value: Tensor, scale: Tensor) -> Tensor:
+        return value.mul_(scale)
+
+    _register_output(call, source, [factor], weight, None, normalise, lambda parameter: parameter)
+
+
+BATCH_NORM = register(Rule("batch_norm", _keep_batch_norm, _BOUNDED, exact_reason="a statistic"), functions("batch_norm"))
+INSTANCE_NORM = register(Rule("instance_norm", _keep_instance_norm, _BOUNDED, exact_reason="a statistic"),
+                         functions("instance_norm"))
+LAYER_NORM = register(Rule("layer_norm", _keep_layer_norm, _BOUNDED, exact_reason="a statistic"), functions("layer_norm"))
+GROUP_NORM = register(Rule("group_norm", _keep_group_norm, _BOUNDED, exact_reason="a statistic"), functions("group_norm"))
+RMS_NORM = register(Rule("rms_norm", _keep_rms_norm, _BOUNDED, exact_reason="a statistic"), functions("rms_norm"))

@@ -1,0 +1,231 @@
+"""What is on while a converted module runs: one pair of saved-tensor hooks and one function mode per thread.
+
+The outermost converted call opens the scope, inner ones only say where they are. Innermost hooks win, as always in
+torch: inside a non-reentrant checkpoint its own hooks see the saves, and its recomputation is left alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hf_actnn import codec
+from hf_actnn.errors import NotAvailableError, message
+from hf_actnn.saving import rules
+from hf_actnn.saving.call import Call, Slot, exact, tensors_in
+from hf_actnn.saving.identity import Registry
+from hf_actnn.saving.kept import at_end_of_backward
+from hf_actnn.saving.policy import Policy
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.session import Session
+
+_thread = threading.local()
+_GETTER = type(torch.Tensor.shape.__get__)  # reading x.shape arrives as a torch function too
+
+
+class Observer(Protocol):
+    """Told of every save a scope decides on; what memory tracking is made of."""
+
+    def saved(self, slot: Slot, tensor: Tensor, path: str, function: str) -> None: ...
+
+
+def current() -> Scope | None:
+    """The scope that is on in this thread."""
+    return getattr(_thread, "scope", None)
+
+
+def observers() -> list[Observer]:
+    """The observers of this thread."""
+    found = getattr(_thread, "observers", None)
+    if found is None:
+        found = _thread.observers = []
+    return found
+
+
+class Scope:
+    """One forward pass of the outermost converted module."""
+
+    def __init__(self, session: Session, root: torch.nn.Module) -> None:
+        self.session = session
+        self.seed = session.key()
+        self._streams = itertools.count(session.next_step() << 32)
+        weights = {p.untyped_storage()._cdata for p in root.parameters() if _has_storage(p)}
+        weights.update(b.untyped_storage()._cdata for b in root.buffers() if _has_storage(b))
+        self.registry = Registry(weights)
+        self.places: list[tuple[str, Policy]] = []
+        self.call: Call | None = None
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._mode = _Watch(self)
+        self._observers = observers()
+        self._notes: dict[tuple[str, str, str, str], list[int]] = {}
+
+    def next_stream(self) -> int:
+        return next(self._streams)
+
+    def position(self) -> tuple[str, Policy]:
+        return self.places[-1]
+
+    def run(self, place: tuple[str, Policy], forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run the outermost module's own call with this scope on."""
+        self.places.append(place)
+        _thread.scope = self
+        try:
+            with self._hooks, self._mode:
+                return forward(*args, **kwargs)
+        finally:
+            _thread.scope = None
+            self.places.pop()
+            self.session.observed(self._notes)
+
+    # -- autograd saves ------------------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: Tensor) -> Slot:
+        call = self.call
+        if call is None:
+            # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
+            path, _ = self.position()
+            slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
+            slot.kept = exact(self, tensor, slot.where)
+            slot.reason = "saved by an autograd.Function or a scripted function"
+            self._decided(slot, path, "autograd.Function")
+            return slot
+        slot = Slot(tensor, call.where)
+        call.slots.append(slot)
+        return slot
+
+    def _decided(self, slot: Slot, path: str, function: str) -> None:
+        tensor = slot.tensor
+        assert tensor is not None
+        kind = "parameter" if getattr(slot.kept, "parameter", False) else slot.kept.kind  # type: ignore[union-attr]
+        note = self._notes.setdefault((path, function, kind, slot.reason), [0, 0])
+        note[0] += 1
+        note[1] += tensor.numel() * tensor.itemsize
+        for observer in self._observers:
+            observer.saved(slot, tensor, path, function)
+        slot.tensor = None
+
+    # -- torch functions -----------------------------------------------------------------------------------------------
+
+    def intercept(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        rule = rules.find(function)
+        if rule is not None and rule.opened is not None:
+            with self._mode:
+                return rule.opened(*args, **kwargs)
+        outer = self.call
+        call = self.call = Call(self, function, rule, args, kwargs)
+        try:
+            call.out = out = function(*args, **kwargs)
+        finally:
+            self.call = outer
+        self._finish(call)
+        return out
+
+    def _finish(self, call: Call) -> None:
+        out, rule = call.out, call.rule
+        output = out[0] if isinstance(out, (tuple, list)) and out else out
+        differentiable = isinstance(output, Tensor) and output.is_floating_point()
+        if not call.slots and not differentiable:
+            return
+        with torch.no_grad():
+            if self._from_weights_alone(call):
+                for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+                    if _has_storage(tensor):
+                        self.registry.mark_derived(tensor)
+                call.exact_rest("computed from parameters and constants alone")
+            else:
+                if differentiable and _has_storage(output):
+                    self.registry.produced(output, self._rows(call))
+                if call.slots or (rule is not None and rule.without_saves):
+                    self._keep(call)
+        for slot in call.slots:
+            self._decided(slot, call.path, call.name)
+
+    def _keep(self, call: Call) -> None:
+        rule = call.rule
+        if call.policy.bits is None:
+            call.exact_rest(call.policy.reason)
+        elif rule is None:
+            call.exact_rest("no rule for this operation")
+        else:
+            rule.keep(call)
+            call.exact_rest(rule.exact_reason)
+
+    def _from_weights_alone(self, call: Call) -> bool:
+        for tensor in tensors_in(call.args):
+            if not _has_storage(tensor) or not self.registry.is_weight(tensor):
+                return False
+        return all(_has_storage(tensor) and self.registry.is_weight(tensor)
+                   for tensor in tensors_in(call.kwargs.values()))
+
+    def _rows(self, call: Call) -> str | None:
+        rule = call.rule
+        if rule is not None and rule.rows is not None:
+            return rule.rows
+        for tensor in tensors_in(call.args):
+            if tensor.is_floating_point() and _has_storage(tensor):
+                return self.registry.rows(tensor)
+        return None
+
+
+class _Watch(TorchFunctionMode):
+    """Shows the scope every torch function; torch switches it off while it handles one."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self._scope = scope
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if type(func) is _GETTER or func in rules.TRANSPARENT:
+            return func(*args, **(kwargs or {}))
+        return self._scope.intercept(func, args, kwargs or {})
+
+
+class _Release:
+    """Gives the idle buffers back when a backward pass ends; one request per pass and thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def request(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != getattr(self._local, "task", -1):
+            self._local.task = task
+            at_end_of_backward(self.run)
+
+    def run(self) -> None:
+        codec.release()
+
+
+_release = _Release()
+
+
+def _unpack(slot: Slot) -> Tensor:
+    _release.request()
+    with torch.no_grad():
+        return slot.get()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_can_open() -> None:
+    """Raise where saved-tensor hooks cannot work."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise NotAvailableError(message(
+            "torch.func transforms cannot run over a converted model: they reject saved-tensor hooks",
+            where="torch.func.grad, vjp, jacrev or vmap", expected="loss.backward() or torch.autograd.grad",
+            next_step="Call hf_actnn.revert(model) first, or put the model in eval mode"))
+
+
+def is_checkpointing() -> bool:
+    """Whether a checkpoint, or its recomputation, is what sees saved tensors here."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"

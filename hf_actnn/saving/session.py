@@ -1,0 +1,67 @@
+"""What the modules of one converted model share."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_actnn.config import ActNNConfig
+
+_MASK = 2**64 - 1
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64: a bijection of 64-bit integers that spreads neighbouring seeds apart."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class Observation(NamedTuple):
+    """How one operation's saves were kept in the last training forward pass of a module path."""
+
+    path: str
+    function: str
+    kind: str
+    reason: str
+    count: int
+    nbytes: int
+
+
+class Session:
+    """Configuration, random counters and the last observation of a converted model.
+
+    Random streams are numbered by (forward pass, tensor) under a key made of (seed, rank).
+    """
+
+    def __init__(self, config: ActNNConfig) -> None:
+        self.config = config
+        self._steps = itertools.count()
+        self.last: list[Observation] = []
+
+    def key(self) -> int:
+        rank = 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+        return _mix(_mix(self.config.seed) ^ rank)
+
+    def next_step(self) -> int:
+        return next(self._steps) & 0xFFFFFFFF
+
+    def observed(self, notes: dict[tuple[str, str, str, str], list[int]]) -> None:
+        self.last = [Observation(*key, *counts) for key, counts in notes.items()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "step": self._peek()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"])  # type: ignore[misc]
+        self._steps = itertools.count(state["step"])
+
+    def _peek(self) -> int:
+        step = next(self._steps)
+        self._steps = itertools.count(step)
+        return step
