@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Contraction off: a fused multiply-add would round once where the codec's definition rounds twice.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-psabi"]  # what gcc 12 says of its own AVX-512 header
 VARIANT_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

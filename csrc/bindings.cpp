@@ -88,7 +88,7 @@ int64_t quantize(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int6
                           (uint64_t)seed,
                           (uint64_t)stream,
                           pointer<uint8_t>(codes),
-                          pointer<uint16_t>(meta)};
+                          pointer<uint32_t>(meta)};
   std::atomic<int64_t> exact{0};
   run(args.at.n_groups, numel, threads,
       [&](int64_t first, int64_t last) { exact += kernels->quantize(args, first, last); });

@@ -104,44 +104,33 @@ HF_ACTNN_HD float bf16_up(float x) {
 // What rounding a group's values needs. scale * reciprocal is 1 / step; both are 0 where every code is 0.
 struct GroupScale {
   float minimum,
-      step;  // exactly as bf16 holds them; (nan, nan) with nan or inf inside, (nan, -1) for a group to keep exact
+      step;  // exactly as bf16 holds them; (nan, nan) with nan or inf inside, (nan, -1) for a group kept exact
   float scale, reciprocal;
 };
 
+// Without branches, so that loops over groups vectorise.
 HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
-  const float nan = float_of(0x7FC00000u);
-  const float inf = float_of(0x7F800000u);
-  GroupScale s;
-  s.scale = 0.0f;
-  s.reciprocal = 0.0f;
-  if (has_nan || hi == inf || lo == -inf) {
-    s.minimum = nan;
-    s.step = nan;
-    return s;
-  }
-  if (hi >= kExactFrom || lo <= -kExactFrom) {
-    s.minimum = nan;
-    s.step = -1.0f;
-    return s;
-  }
+  const float nan = float_of(0x7FC00000u), inf = float_of(0x7F800000u);
+  const bool broken = has_nan | (hi == inf) | (lo == -inf);
+  const bool exact = (!broken) & ((hi >= kExactFrom) | (lo <= -kExactFrom));
+  const bool bad = broken | exact;
   const float top = (float)((1 << bits) - 1);
-  s.minimum = bf16_down(lo) + 0.0f;  // -0 becomes +0: its sign would depend on the order of the reduction
-  const float span = hi - s.minimum;
-  float step;
-  if (span < kSmallStep) {
-    // A subnormal quotient would lose bits, even become 0: taken scaled up, and rounded upwards by hand.
-    const float quotient = span * kScaleUp / top;
-    step = quotient * kSmallStep;
-    if (step * kScaleUp < quotient) step = float_of(bits_of(step) + 1);
-  } else {
-    step = span / top;
-  }
-  s.step = bf16_up(step);
-  if (s.step != 0.0f) {
-    const bool tiny = s.step < kSmallStep;
-    s.scale = tiny ? kScaleUp : 1.0f;
-    s.reciprocal = 1.0f / (tiny ? s.step * kScaleUp : s.step);
-  }
+  const float minimum = bf16_down(lo) + 0.0f;  // -0 becomes +0: its sign would depend on the order of the reduction
+  const float span = hi - minimum;
+  // A subnormal quotient would lose bits, even become 0: small ones are taken scaled up, and rounded upwards by hand.
+  const bool small = span < kSmallStep;
+  const float quotient = (small ? span * kScaleUp : span) / top;
+  const float nearest = small ? quotient * kSmallStep : quotient;
+  const bool below = small & (nearest * kScaleUp < quotient);
+  const float step = bf16_up(float_of(bits_of(nearest) + (below ? 1u : 0u)));
+  const bool tiny = step < kSmallStep;
+  const bool zero = bad | (step == 0.0f);
+  const float divisor = tiny ? step * kScaleUp : step;
+  GroupScale s;
+  s.minimum = bad ? nan : minimum;
+  s.step = broken ? nan : exact ? -1.0f : step;
+  s.scale = zero ? 0.0f : tiny ? kScaleUp : 1.0f;
+  s.reciprocal = zero ? 0.0f : 1.0f / (zero ? 1.0f : divisor);
   return s;
 }
 

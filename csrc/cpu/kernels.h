@@ -13,7 +13,7 @@ struct QuantizeArgs {
   int bits;
   uint64_t seed, stream;
   uint8_t* codes;
-  uint16_t* meta;  // [n_groups, 2] bf16
+  uint32_t* meta;  // [n_groups] pairs of bf16, the minimum in the low half
 };
 
 struct DequantizeArgs {

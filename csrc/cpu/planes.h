@@ -22,12 +22,12 @@ struct Parts {
   }
   // Part after part, each from its start: what a vector writes beyond its part, the next part overwrites.
   template <int Width>
-  static void scatter(const uint8_t* packed, const uint8_t* last, int64_t n, uint8_t* codes) {
+  static void scatter(const uint8_t* packed, int64_t n, uint8_t* codes) {
     int64_t i = 0;
     for (; i + Simd::kBytes <= n; i += Simd::kBytes)
       Simd::store_bytes(codes + i, take<Width>(Simd::load_bytes(packed + i)));
-    if (i < n) Simd::store_bytes(codes + i, take<Width>(Simd::load_bytes(last)));
-    Parts<J + 1, N>::template scatter<Width>(packed, last, n, codes + n);
+    if (i < n) Simd::store_bytes(codes + i, take<Width>(Simd::load_bytes_of(packed + i, n - i)));
+    Parts<J + 1, N>::template scatter<Width>(packed, n, codes + n);
   }
   template <int Width>
   static Simd::B take(Simd::B plane) {
@@ -43,7 +43,7 @@ struct Parts<N, N> {
     return sum;
   }
   template <int Width>
-  static void scatter(const uint8_t*, const uint8_t*, int64_t, uint8_t*) {}
+  static void scatter(const uint8_t*, int64_t, uint8_t*) {}
 };
 
 // One plane: bits Shift .. Shift + Width - 1 of every code. codes has zeros from group on and kSlack readable bytes.
@@ -53,11 +53,9 @@ int64_t pack_plane(const uint8_t* codes, int64_t group, uint8_t* out) {
   int64_t i = 0;
   for (; i + Simd::kBytes <= n; i += Simd::kBytes)
     Simd::store_bytes(out + i, Parts<0, 8 / Width>::template gather<Width, Shift>(codes + i, n, Simd::zero_bytes()));
-  if (i < n) {
-    uint8_t last[Simd::kBytes];
-    Simd::store_bytes(last, Parts<0, 8 / Width>::template gather<Width, Shift>(codes + i, n, Simd::zero_bytes()));
-    memcpy(out + i, last, (size_t)(n - i));
-  }
+  if (i < n)
+    Simd::store_bytes_of(out + i, n - i,
+                         Parts<0, 8 / Width>::template gather<Width, Shift>(codes + i, n, Simd::zero_bytes()));
   return n;
 }
 
@@ -75,10 +73,7 @@ void pack_group(const uint8_t* codes, int64_t group, uint8_t* out) {
 template <int Width>
 int64_t unpack_plane(const uint8_t* packed, int64_t group, uint8_t* codes) {
   const int64_t n = ceil_div(group * Width, 8);
-  const int64_t rest = n % Simd::kBytes;
-  uint8_t last[Simd::kBytes];
-  if (rest != 0) memcpy(last, packed + (n - rest), (size_t)rest);
-  Parts<0, 8 / Width>::template scatter<Width>(packed, last, n, codes);
+  Parts<0, 8 / Width>::template scatter<Width>(packed, n, codes);
   return n;
 }
 

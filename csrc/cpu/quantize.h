@@ -55,45 +55,68 @@ class Dither {
   alignas(64) uint8_t bytes_[kBatch + 2 * 256 + 64];
 };
 
-inline GroupScale scale_of(const float* x, int64_t n, int bits) {
-  if (n < Simd::W) {
-    float lo = x[0], hi = x[0];
-    bool nan = false;
-    for (int64_t i = 0; i < n; ++i) {
-      lo = x[i] < lo ? x[i] : lo;
-      hi = x[i] > hi ? x[i] : hi;
-      nan |= x[i] != x[i];
+// The groups of one batch: ranges first, then for all of them what rounding needs, in a loop that vectorises.
+struct Batch {
+  int count;
+  alignas(64) float lo[kBatchGroups], hi[kBatchGroups];
+  alignas(64) uint32_t nan[kBatchGroups];
+  alignas(64) float minimum[kBatchGroups], scale[kBatchGroups], reciprocal[kBatchGroups];
+
+  void range(int group, const float* x, int64_t n) {
+    if (n < Simd::W) {
+      float low = x[0], high = x[0];
+      uint32_t seen = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        seen |= x[i] != x[i];
+      }
+      lo[group] = low;
+      hi[group] = high;
+      nan[group] = seen;
+      return;
     }
-    return group_scale(lo, hi, nan, bits);
+    Simd::F low = Simd::load(x), high = low, low2 = low, high2 = low;
+    typename Simd::NanSeen seen;
+    const auto see = [&](const float* p, const float* q) {
+      const Simd::F a = Simd::load(p), b = Simd::load(q);
+      low = Simd::min(a, low);
+      high = Simd::max(a, high);
+      low2 = Simd::min(b, low2);
+      high2 = Simd::max(b, high2);
+      seen.add(a, b);
+    };
+    int64_t i = 0;
+    for (; i + 2 * Simd::W <= n; i += 2 * Simd::W) see(x + i, x + i + Simd::W);
+    // The rest overlaps what was seen already.
+    if (i < n) see(x + (i + Simd::W <= n ? i : n - Simd::W), x + n - Simd::W);
+    lo[group] = Simd::hmin(Simd::min(low, low2));
+    hi[group] = Simd::hmax(Simd::max(high, high2));
+    nan[group] = seen.seen();
   }
-  Simd::F lo = Simd::load(x), hi = lo, lo2 = lo, hi2 = lo;
-  typename Simd::NanSeen nan;
-  int64_t i = 0;
-  for (; i + 2 * Simd::W <= n; i += 2 * Simd::W) {
-    const Simd::F a = Simd::load(x + i), b = Simd::load(x + i + Simd::W);
-    lo = Simd::min(a, lo);
-    hi = Simd::max(a, hi);
-    lo2 = Simd::min(b, lo2);
-    hi2 = Simd::max(b, hi2);
-    nan.add(a, b);
+
+  // Writes the metadata of every group, a pair of bf16 each; returns how many groups must be kept exact.
+  int finish(int bits, uint32_t* meta) {
+    int exact = 0;
+    for (int g = 0; g < count; ++g) {
+      const GroupScale s = group_scale(lo[g], hi[g], nan[g] != 0, bits);
+      meta[g] = (bits_of(s.minimum) >> 16) | (bits_of(s.step) & 0xFFFF0000u);
+      minimum[g] = s.minimum;
+      scale[g] = s.scale;
+      reciprocal[g] = s.reciprocal;
+      exact += s.step == -1.0f;
+    }
+    return exact;
   }
-  if (i < n) {  // the rest, overlapping what was seen already
-    const int64_t j = i + Simd::W <= n ? i : n - Simd::W;
-    const Simd::F a = Simd::load(x + j), b = Simd::load(x + n - Simd::W);
-    lo = Simd::min(a, lo);
-    hi = Simd::max(a, hi);
-    lo2 = Simd::min(b, lo2);
-    hi2 = Simd::max(b, hi2);
-    nan.add(a, b);
-  }
-  return group_scale(Simd::hmin(Simd::min(lo, lo2)), Simd::hmax(Simd::max(hi, hi2)), nan.seen(), bits);
-}
+};
 
 template <bool Scaled>
 struct Rounding {
   Simd::F minimum, scale, reciprocal;
-  explicit Rounding(const GroupScale& s)
-      : minimum(Simd::set1(s.minimum)), scale(Simd::set1(s.scale)), reciprocal(Simd::set1(s.reciprocal)) {}
+  Rounding(const Batch& b, int group)
+      : minimum(Simd::set1(b.minimum[group])),
+        scale(Simd::set1(b.scale[group])),
+        reciprocal(Simd::set1(b.reciprocal[group])) {}
   Simd::F operator()(const float* x, const uint8_t* dither) const {
     Simd::F d = Simd::sub(Simd::load(x), minimum);
     if (Scaled) d = Simd::mul(d, scale);
@@ -104,8 +127,7 @@ struct Rounding {
 // Codes of one group in bytes. x and dither may be read, codes written, up to a vector beyond n; n is at least a
 // vector.
 template <bool Scaled>
-void round_group(const float* x, int64_t n, const GroupScale& s, const uint8_t* dither, int top, uint8_t* codes) {
-  const Rounding<Scaled> y(s);
+void round_group(const float* x, int64_t n, const Rounding<Scaled>& y, const uint8_t* dither, int top, uint8_t* codes) {
   constexpr int W = Simd::W;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
@@ -118,53 +140,48 @@ void round_group(const float* x, int64_t n, const GroupScale& s, const uint8_t* 
 int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) float values[kBatch + kPad];
   alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
-  GroupScale scales[kBatchGroups];
+  Batch batch;
   Dither dither(args.seed, args.stream);
   const PackGroup pack = packer(args.bits);
   const int top = (1 << args.bits) - 1;
+  const int64_t size = item_size(args.dtype);
   int64_t exact = 0;
   Cursor cursor(args.at, first);
-  for (int64_t g = first; g < last;) {
-    // A batch: first every group's range, then every group's codes, so that the divisions of one overlap the work on
-    // others.
+  for (int64_t g = first; g < last; g += batch.count) {
     const Cursor start = cursor;
-    int count = 0;
-    int64_t total = 0;
-    for (Cursor c = start; count < kBatchGroups && g + count < last && total + c.size() <= kBatch; c.next(), ++count)
-      total += c.size();
+    batch.count = 0;
+    for (; batch.count < kBatchGroups && g + batch.count < last; cursor.next(), ++batch.count)
+      if (cursor.position - start.position + cursor.size() > (batch.count ? kTarget : kBatch)) break;
+    const int64_t total = cursor.position - start.position;
     const float* x = as_floats(args.x, args.dtype, start.position, total, values);
     cursor = start;
-    for (int i = 0; i < count; ++i, cursor.next()) {
-      GroupScale& s = scales[i];
-      s = scale_of(x + (cursor.position - start.position), cursor.size(), args.bits);
-      args.meta[2 * (g + i)] = (uint16_t)(bits_of(s.minimum) >> 16);
-      args.meta[2 * (g + i) + 1] = (uint16_t)(bits_of(s.step) >> 16);
-      exact += s.step == -1.0f;
-    }
+    for (int i = 0; i < batch.count; ++i, cursor.next())
+      batch.range(i, x + (cursor.position - start.position), cursor.size());
+    exact += batch.finish(args.bits, args.meta + g);
     const uint8_t* bytes = dither.window(start.position, start.position + total);
     cursor = start;
-    for (int i = 0; i < count; ++i, cursor.next()) {
+    for (int i = 0; i < batch.count; ++i, cursor.next()) {
       const int64_t n = cursor.size(), at = cursor.position - start.position;
-      const GroupScale& s = scales[i];
       const float* from = x + at;
+      // The next batch on its way while this one computes: the hardware's prefetcher stops at the pauses between loads.
+      const char* ahead = (const char*)args.x + (start.position + total + at) * size;
+      for (int64_t j = 0; j < n * size; j += 64) __builtin_prefetch(ahead + j);
       float few[Simd::W];
       if (n < Simd::W) {
-        memcpy(few, from, (size_t)n * sizeof(float));
-        for (int64_t j = n; j < Simd::W; ++j) few[j] = from[0];
+        for (int64_t j = 0; j < Simd::W; ++j) few[j] = from[j < n ? j : 0];
         from = few;
       }
       const int64_t padded = n < Simd::W ? Simd::W : n;
-      if (s.reciprocal == 0.0f) {
+      if (batch.reciprocal[i] == 0.0f) {
         memset(codes, 0, (size_t)n);
-      } else if (s.scale != 1.0f) {
-        round_group<true>(from, padded, s, bytes + at, top, codes);
+      } else if (batch.scale[i] != 1.0f) {
+        round_group(from, padded, Rounding<true>(batch, i), bytes + at, top, codes);
       } else {
-        round_group<false>(from, padded, s, bytes + at, top, codes);
+        round_group(from, padded, Rounding<false>(batch, i), bytes + at, top, codes);
       }
       memset(codes + n, 0, 16);  // a plane's last byte may hold fewer codes
       pack(codes, n, args.codes + cursor.byte);
     }
-    g += count;
   }
   return exact;
 }

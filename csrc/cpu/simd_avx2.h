@@ -23,16 +23,16 @@ struct Simd {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
 
-  static float hmin(F a) {
-    __m128 r = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    r = _mm_min_ps(r, _mm_movehl_ps(r, r));
-    return _mm_cvtss_f32(_mm_min_ss(r, _mm_movehdup_ps(r)));
+  static float quarter_min(__m128 a) {
+    a = _mm_min_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
   }
-  static float hmax(F a) {
-    __m128 r = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    r = _mm_max_ps(r, _mm_movehl_ps(r, r));
-    return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+  static float quarter_max(__m128 a) {
+    a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
   }
+  static float hmin(F a) { return quarter_min(_mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
+  static float hmax(F a) { return quarter_max(_mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
 
   struct NanSeen {
     __m256 any = _mm256_setzero_ps();
@@ -43,9 +43,12 @@ struct Simd {
   static F from_codes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
-  // byte / 256 + 1 / 512 is exact, fused or not.
+  // In a float of 2^15 the last bits are worth 2^-8 each, as the byte's are; the subtraction is exact. Multiplying and
+  // adding would need the two execution ports that everything else needs too.
   static F dither(const uint8_t* p) {
-    return _mm256_fmadd_ps(from_codes(p), _mm256_set1_ps(0x1p-8f), _mm256_set1_ps(0x1p-9f));
+    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    const __m256i sum = _mm256_or_si256(byte, _mm256_set1_epi32(0x47000000));
+    return _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(0x1p15f - 0x1p-9f));
   }
 
   // Packing works within 128-bit lanes; the permutation puts the dwords back in order.
@@ -83,6 +86,16 @@ struct Simd {
 
   static B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static void store_bytes(uint8_t* p, B a) { _mm256_storeu_si256((__m256i*)p, a); }
+  static B load_bytes_of(const uint8_t* p, int64_t n) {
+    uint8_t bytes[kBytes];
+    memcpy(bytes, p, (size_t)n);
+    return load_bytes(bytes);
+  }
+  static void store_bytes_of(uint8_t* p, int64_t n, B a) {
+    uint8_t bytes[kBytes];
+    store_bytes(bytes, a);
+    memcpy(p, bytes, (size_t)n);
+  }
   static B zero_bytes() { return _mm256_setzero_si256(); }
   static B or_(B a, B b) { return _mm256_or_si256(a, b); }
   static B and_(B a, int m) { return _mm256_and_si256(a, _mm256_set1_epi8((char)m)); }
@@ -122,43 +135,58 @@ struct Simd {
   }
   static void stream_done() { _mm_sfence(); }
 
-  // As in simd_avx512.h, four calls a vector: eight at a time, so that two chains hide each other's latency.
+  // As in simd_avx512.h, four calls a vector: a superblock at a time, in four chains that hide each other's latency.
   static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
-    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
-    __m256i k0[10], k1[10];
+    Keys keys;
     for (uint32_t r = 0; r < 10; ++r) {
-      k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
-      k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+      keys.k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
+      keys.k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
-    for (int64_t n = 0; n < 2 * count; ++n) {
-      const uint64_t q = block * 16 + (uint64_t)n * 8;
-      const __m256i even = _mm256_add_epi64(_mm256_set1_epi64x((long long)q), _mm256_setr_epi64x(0, 2, 4, 6));
-      __m256i a0 = even, b0 = _mm256_add_epi64(even, _mm256_set1_epi64x(1));
-      __m256i a1 = _mm256_srli_epi64(a0, 32), b1 = _mm256_srli_epi64(b0, 32);
-      __m256i a2 = _mm256_set1_epi64x((uint32_t)stream), b2 = a2;
-      __m256i a3 = _mm256_set1_epi64x((long long)(stream >> 32)), b3 = a3;
+    for (int64_t n = 0; n < count; ++n, out += 256) {
+      const uint64_t b = block + (uint64_t)n;
+      Calls x(b, 0, stream), y(b, 1, stream), z(b, 8, stream), w(b, 9, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < 10; ++r) {
-        round(a0, a1, a2, a3, m0, m1, k0[r], k1[r]);
-        round(b0, b1, b2, b3, m0, m1, k0[r], k1[r]);
+        x.round(keys, r);
+        y.round(keys, r);
+        z.round(keys, r);
+        w.round(keys, r);
       }
-      uint8_t* to = out + (n / 2) * 256 + (n % 2) * 32;
-      _mm256_storeu_si256((__m256i*)to, merge(a0, b0));
-      _mm256_storeu_si256((__m256i*)(to + 64), merge(a1, b1));
-      _mm256_storeu_si256((__m256i*)(to + 128), merge(a2, b2));
-      _mm256_storeu_si256((__m256i*)(to + 192), merge(a3, b3));
+      store_calls(x, y, out);
+      store_calls(z, w, out + 32);
     }
   }
 
  private:
-  static void round(__m256i& c0, __m256i& c1, __m256i& c2, __m256i& c3, __m256i m0, __m256i m1, __m256i k0,
-                    __m256i k1) {
-    const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, k0));
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, k1));
-    c1 = p1;
-    c3 = p0;
+  struct Keys {
+    __m256i k0[10], k1[10];
+  };
+  struct Calls {
+    __m256i c0, c1, c2, c3;
+    Calls(uint64_t block, uint64_t first, uint64_t stream) {
+      c0 = _mm256_add_epi64(_mm256_set1_epi64x((long long)(block * 16 + first)), _mm256_setr_epi64x(0, 2, 4, 6));
+      // The same in all lanes and calls of a superblock: the compiler computes what depends on it alone just once.
+      c1 = _mm256_set1_epi64x((long long)(block >> 28));
+      c2 = _mm256_set1_epi64x((uint32_t)stream);
+      c3 = _mm256_set1_epi64x((long long)(stream >> 32));
+    }
+    void round(const Keys& keys, int r) {
+      const __m256i p0 = _mm256_mul_epu32(c0, _mm256_set1_epi64x(0xD2511F53));
+      const __m256i p1 = _mm256_mul_epu32(c2, _mm256_set1_epi64x(0xCD9E8D57));
+      c0 = _mm256_xor_si256(high(p1), _mm256_xor_si256(c1, keys.k0[r]));
+      c2 = _mm256_xor_si256(high(p0), _mm256_xor_si256(c3, keys.k1[r]));
+      c1 = p1;
+      c3 = p0;
+    }
+  };
+  static void store_calls(const Calls& even, const Calls& odd, uint8_t* out) {
+    _mm256_storeu_si256((__m256i*)out, merge(even.c0, odd.c0));
+    _mm256_storeu_si256((__m256i*)(out + 64), merge(even.c1, odd.c1));
+    _mm256_storeu_si256((__m256i*)(out + 128), merge(even.c2, odd.c2));
+    _mm256_storeu_si256((__m256i*)(out + 192), merge(even.c3, odd.c3));
   }
+  // As a shuffle: products and shifts would share two ports.
+  static __m256i high(__m256i product) { return _mm256_shuffle_epi32(product, 0xF5); }
   static __m256i merge(__m256i even, __m256i odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 };
 

@@ -22,13 +22,27 @@ struct Simd {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static float hmin(F a) { return _mm512_reduce_min_ps(a); }
-  static float hmax(F a) { return _mm512_reduce_max_ps(a); }
+  static float quarter_min(__m128 a) {
+    a = _mm_min_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
+  }
+  static float quarter_max(__m128 a) {
+    a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+  }
+  static float hmin(F a) {
+    const __m256 r = _mm256_min_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return quarter_min(_mm_min_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1)));
+  }
+  static float hmax(F a) {
+    const __m256 r = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return quarter_max(_mm_max_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1)));
+  }
 
   struct NanSeen {
-    __mmask16 any = 0;
-    void add(F a, F b) { any |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
-    bool seen() const { return any != 0; }
+    __mmask16 none = 0xFFFF;
+    void add(F a, F b) { none = _mm512_mask_cmp_ps_mask(none, a, b, _CMP_ORD_Q); }
+    bool seen() const { return none != 0xFFFF; }
   };
 
   static F from_codes(const uint8_t* p) {
@@ -73,6 +87,9 @@ struct Simd {
 
   static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a); }
+  static __mmask64 first(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+  static B load_bytes_of(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi8(first(n), p); }
+  static void store_bytes_of(uint8_t* p, int64_t n, B a) { _mm512_mask_storeu_epi8(p, first(n), a); }
   static B zero_bytes() { return _mm512_setzero_si512(); }
   static B or_(B a, B b) { return _mm512_or_si512(a, b); }
   static B and_(B a, int m) { return _mm512_and_si512(a, _mm512_set1_epi8((char)m)); }
@@ -109,45 +126,72 @@ struct Simd {
   }
   static void stream_done() { _mm_sfence(); }
 
-  // Sixteen calls at once. A 32-bit word lives in the low half of a 64-bit lane, so that a product's two halves are in
-  // place for the next round (the high half of a lane is left over from before and never read); a holds calls 0, 2, 4
-  // ..., b the others.
+  // Sixteen calls a superblock, two superblocks at a time so that their chains hide each other's latency. A 32-bit word
+  // lives in the low half of a 64-bit lane, so that a product's halves are in place for the next round (the high half
+  // of a lane is left over from before and never read); x holds calls 0, 2, 4 ..., y the others.
   static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
-    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-    __m512i k0[10], k1[10];
+    Keys keys;
     for (uint32_t r = 0; r < 10; ++r) {
-      k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
-      k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+      keys.k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
+      keys.k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
-    for (int64_t n = 0; n < count; ++n, out += 256) {
-      const uint64_t q = (block + (uint64_t)n) * 16;
-      const __m512i even =
-          _mm512_add_epi64(_mm512_set1_epi64((long long)q), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
-      __m512i a0 = even, b0 = _mm512_add_epi64(even, _mm512_set1_epi64(1));
-      __m512i a1 = _mm512_srli_epi64(a0, 32), b1 = _mm512_srli_epi64(b0, 32);
-      __m512i a2 = _mm512_set1_epi64((uint32_t)stream), b2 = a2;
-      __m512i a3 = _mm512_set1_epi64((long long)(stream >> 32)), b3 = a3;
+    int64_t n = 0;
+    for (; n + 2 <= count; n += 2, out += 512) {
+      const uint64_t b = block + (uint64_t)n;
+      Calls x(b, 0, stream), y(b, 1, stream), z(b + 1, 0, stream), w(b + 1, 1, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < 10; ++r) {
-        round(a0, a1, a2, a3, m0, m1, k0[r], k1[r]);
-        round(b0, b1, b2, b3, m0, m1, k0[r], k1[r]);
+        x.round(keys, r);
+        y.round(keys, r);
+        z.round(keys, r);
+        w.round(keys, r);
       }
-      _mm512_storeu_si512(out, merge(a0, b0));
-      _mm512_storeu_si512(out + 64, merge(a1, b1));
-      _mm512_storeu_si512(out + 128, merge(a2, b2));
-      _mm512_storeu_si512(out + 192, merge(a3, b3));
+      store_calls(x, y, out);
+      store_calls(z, w, out + 256);
+    }
+    if (n < count) {
+      Calls x(block + (uint64_t)n, 0, stream), y(block + (uint64_t)n, 1, stream);
+#pragma GCC unroll 10
+      for (int r = 0; r < 10; ++r) {
+        x.round(keys, r);
+        y.round(keys, r);
+      }
+      store_calls(x, y, out);
     }
   }
 
  private:
-  static void round(__m512i& c0, __m512i& c1, __m512i& c2, __m512i& c3, __m512i m0, __m512i m1, __m512i k0,
-                    __m512i k1) {
-    const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, k0, 0x96);  // exclusive or of three
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, k1, 0x96);
-    c1 = p1;
-    c3 = p0;
+  struct Keys {
+    __m512i k0[10], k1[10];
+  };
+  struct Calls {
+    __m512i c0, c1, c2, c3;
+    Calls(uint64_t block, int odd, uint64_t stream) {
+      c0 = _mm512_add_epi64(_mm512_set1_epi64((long long)(block * 16 + (uint64_t)odd)),
+                            _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+      // The same in all lanes and calls of a superblock, so that the compiler computes what depends on it alone just
+      // once.
+      c1 = _mm512_set1_epi64((long long)(block >> 28));
+      c2 = _mm512_set1_epi64((uint32_t)stream);
+      c3 = _mm512_set1_epi64((long long)(stream >> 32));
+    }
+    void round(const Keys& keys, int r) {
+      const __m512i p0 = _mm512_mul_epu32(c0, _mm512_set1_epi64(0xD2511F53));
+      const __m512i p1 = _mm512_mul_epu32(c2, _mm512_set1_epi64(0xCD9E8D57));
+      c0 = _mm512_ternarylogic_epi64(high(p1), c1, keys.k0[r], 0x96);  // exclusive or of three
+      c2 = _mm512_ternarylogic_epi64(high(p0), c3, keys.k1[r], 0x96);
+      c1 = p1;
+      c3 = p0;
+    }
+  };
+  static void store_calls(const Calls& even, const Calls& odd, uint8_t* out) {
+    _mm512_storeu_si512(out, merge(even.c0, odd.c0));
+    _mm512_storeu_si512(out + 64, merge(even.c1, odd.c1));
+    _mm512_storeu_si512(out + 128, merge(even.c2, odd.c2));
+    _mm512_storeu_si512(out + 192, merge(even.c3, odd.c3));
   }
+  // As a shuffle: shifts would share a port with the products.
+  static __m512i high(__m512i product) { return _mm512_shuffle_epi32(product, _MM_PERM_DDBB); }
   static __m512i merge(__m512i even, __m512i odd) {
     return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
   }

@@ -93,6 +93,16 @@ struct Simd {
     return r;
   }
   static void store_bytes(uint8_t* p, B a) { memcpy(p, a.v, kBytes); }
+  static B load_bytes_of(const uint8_t* p, int64_t n) {
+    uint8_t bytes[kBytes];
+    memcpy(bytes, p, (size_t)n);
+    return load_bytes(bytes);
+  }
+  static void store_bytes_of(uint8_t* p, int64_t n, B a) {
+    uint8_t bytes[kBytes];
+    store_bytes(bytes, a);
+    memcpy(p, bytes, (size_t)n);
+  }
   static B zero_bytes() { return B{}; }
   static B or_(B a, B b) {
     for (int i = 0; i < kBytes; ++i) a.v[i] |= b.v[i];
