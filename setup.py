@@ -1,6 +1,7 @@
 """Builds the compiled CPU kernels; everything else is in pyproject.toml.
 
-HF_ACTNN_BUILD: auto (the default: compile, and install without kernels if that fails), cpu (fail if it fails), cuda, none.
+HF_ACTNN_BUILD: auto (the default: compile, and install without kernels if that fails), cpu (fail if it fails), cuda,
+    none.
 MAX_JOBS: files compiled at a time, by default one per processor.
 """
 
@@ -17,8 +18,17 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Contraction off: a fused multiply-add would round once where the codec's definition rounds twice.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-g0",
+]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-psabi"]  # what gcc 12 says of its own AVX-512 header
 VARIANT_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -55,8 +65,9 @@ class BuildKernels(build_ext):
                 raise
             bar = "*" * 100
             print(
-                f"{bar}\nThe compiled kernels could not be built: {error}\nInstalling without them: hf_actnn will work, some 50 to 100 "
-                f"times slower in packing activations.\nHF_ACTNN_BUILD=cpu makes this an error.\n{bar}",
+                f"{bar}\nThe compiled kernels could not be built: {error}\n"
+                "Installing without them: hf_actnn will work, some 50 to 100 times slower in packing activations.\n"
+                f"HF_ACTNN_BUILD=cpu makes this an error.\n{bar}",
                 file=sys.stderr,
             )
 
@@ -67,7 +78,8 @@ def extensions() -> list[Extension]:
         return []
     if BUILD == "cuda":
         raise SystemExit(
-            "HF_ACTNN_BUILD=cuda: CUDA kernels are not available yet. Use HF_ACTNN_BUILD=cpu; CUDA tensors run on plain torch."
+            "HF_ACTNN_BUILD=cuda: CUDA kernels are not available yet. "
+            "Use HF_ACTNN_BUILD=cpu; CUDA tensors run on plain torch."
         )
     if BUILD not in ("auto", "cpu"):
         raise SystemExit(f"HF_ACTNN_BUILD is {BUILD!r}; expected auto, cpu, cuda or none.")

@@ -1,14 +1,16 @@
 """Recycles the CPU memory that dequantised tensors live in.
 
-Faulting in fresh pages costs ten times what the dequantising kernel does. Memory is reused by lifetime, never by position: a block is
-free when no tensor, view, numpy array or C++ holder is left on it, which its reference count says, since every tensor handed out
-holds a reference to the Python object that owns the block (``torch.frombuffer``). Each hand-out makes a new storage, so nothing that
-identifies tensors by their storage can mistake a recycled block for the tensor that lived there before.
+Faulting in fresh pages costs ten times what the dequantising kernel does. Memory is reused by lifetime, never by
+position: a block is free when no tensor, view, numpy array or C++ holder is left on it, which its reference count says,
+    since every tensor handed out
+holds a reference to the Python object that owns the block (``torch.frombuffer``). Each hand-out makes a new storage, so
+nothing that identifies tensors by their storage can mistake a recycled block for the tensor that lived there before.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import threading
 
@@ -28,8 +30,8 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 class Pool:
-    """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all free
-    ones, too small for it, were given back."""
+    """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all
+    free ones, too small for it, were given back."""
 
     def __init__(self, max_idle: int = MAX_IDLE) -> None:
         self.max_idle = max_idle
@@ -91,6 +93,9 @@ def _block(nbytes: int) -> mmap.mmap:
 
 
 _pool = Pool()
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held the lock while this one forked.
+    os.register_at_fork(after_in_child=lambda: setattr(_pool, "_lock", threading.Lock()))
 empty = _pool.empty
 release = _pool.release
 nbytes = _pool.nbytes

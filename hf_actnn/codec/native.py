@@ -15,40 +15,44 @@ NAME = "hf_actnn._native_cpu"
 _BUILD = "Build it with `HF_ACTNN_BUILD=cpu pip install -e . --no-build-isolation` (a C++17 compiler is all it needs)"
 
 _lock = threading.Lock()
-_loaded = False
+_looked = False
+_warned = False
 _module: ModuleType | None = None
 _reason = ""
 
 
 def module() -> ModuleType | None:
-    """The compiled module, or None where there is none.
+    """The compiled module, or None where there is none, with one warning that says what that costs.
 
     Raises:
         NativeError: the module is there but cannot be loaded; the text ends with the loader's own words.
     """
-    if _loaded:
-        return _module
-    return _load()
+    global _warned
+    if not _looked:
+        _look()
+    if _module is None and not _warned:
+        _warned = True
+        warnings.warn(
+            message(
+                "The compiled CPU kernels are missing, so plain torch packs and unpacks, some 50 to 100 times slower",
+                expected=f"a module {NAME}",
+                next_step=_BUILD,
+            ),
+            ActNNWarning,
+            stacklevel=3,
+        )
+    return _module
 
 
-def _load() -> ModuleType | None:
-    global _loaded, _module, _reason
+def _look() -> None:
+    global _looked, _module, _reason
     with _lock:
-        if _loaded:
-            return _module
+        if _looked:
+            return
         if importlib.util.find_spec(NAME) is None:
             _reason = f"{NAME} is not built"
-            _loaded = True
-            warnings.warn(
-                message(
-                    "The compiled CPU kernels are missing, so plain torch packs and unpacks activations, some 50 to 100 times slower",
-                    expected=f"a module {NAME}",
-                    next_step=_BUILD,
-                ),
-                ActNNWarning,
-                stacklevel=2,
-            )
-            return None
+            _looked = True
+            return
         try:
             _module = importlib.import_module(NAME)
         except Exception as error:  # the loader's reasons differ: OSError, ImportError, our own ValueError
@@ -62,18 +66,21 @@ def _load() -> ModuleType | None:
                     next_step=f"{_BUILD}, or delete the file to run on plain torch",
                 )
             ) from error
-        _loaded = True
-        return _module
+        _looked = True
 
 
 def status() -> dict[str, Any]:
-    """What is in use, for people: ``available``, ``variant`` (avx512, avx2, portable), ``threads`` and the ``reason`` if none is."""
+    """What is in use, for people; never warns or raises.
+
+    Returns:
+        ``available``, ``variant`` (avx512, avx2 or portable), ``threads`` (where they come from) and ``reason`` (why
+        none is).
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ActNNWarning)
-            found = module()
+        if not _looked:
+            _look()
     except NativeError:
-        found = None
-    if found is None:
+        pass
+    if _module is None:
         return {"available": False, "variant": None, "threads": None, "reason": _reason}
-    return {"available": True, "variant": found.variant(), "threads": found.thread_backend(), "reason": None}
+    return {"available": True, "variant": _module.variant(), "threads": _module.thread_backend(), "reason": None}

@@ -1,9 +1,10 @@
 """The codec as torch operators: schema, checks and fake implementations together.
 
-In namespace ``hf_actnn``: ``quantize``, ``dequantize``, ``pack_mask``, ``unpack_mask``, ``pack_uint``, ``unpack_uint``. All work on flat
-tensors and are functional. CPU tensors go to the compiled kernels, any other device (and a CPU without them) to
-``reference.py``; the bytes are the same. The functions of the same names in this module are the way in: they call the kernels
-directly where nothing is tracing, since a dispatched call costs three times a direct one and a training step makes hundreds.
+In namespace ``hf_actnn``: ``quantize``, ``dequantize``, ``pack_mask``, ``unpack_mask``, ``pack_uint``, ``unpack_uint``.
+All work on flat tensors and are functional. CPU tensors go to the compiled kernels, any other device (and a CPU without
+them) to ``reference.py``; the bytes are the same. The functions of the same names in this module are the way in: they
+call the kernels directly where nothing is tracing, since a dispatched call costs three times a direct one and a
+training step makes hundreds.
 """
 
 from __future__ import annotations
@@ -372,7 +373,8 @@ _operator(
     _quantize_fake,
 )
 _operator(
-    "dequantize(Tensor codes, Tensor meta, int bits, SymInt row_length, int group_size, SymInt numel, ScalarType dtype) -> Tensor",
+    "dequantize(Tensor codes, Tensor meta, int bits, SymInt row_length, int group_size, SymInt numel, "
+    "ScalarType dtype) -> Tensor",
     _dequantize_cpu,
     _dequantize_elsewhere,
     lambda codes, meta, bits, row_length, group_size, numel, dtype: codes.new_empty(numel, dtype=dtype),
@@ -411,8 +413,8 @@ _operator(
 def quantize(
     x: Tensor, bits: int, row_length: int, group_size: int, seed: int = 0, stream: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize`. The count of exact groups comes as an integer
-    where reading it costs nothing."""
+    """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize`. The count of exact groups comes as an
+    integer where reading it costs nothing."""
     seed, stream = _signed(seed), _signed(stream)
     kernels = _direct(x)
     if kernels is None:

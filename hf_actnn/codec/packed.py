@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class PackedTensor:
         group_size: the most elements that share minimum and step.
         row_length: elements of a row, which no group straddles.
         shape, stride, dtype, device: of the tensor that comes back.
-        patch: None, or the groups that are kept exact: their indices ``[P]`` int64 and their values, one group after the other.
+        patch: None, or the groups that are kept exact: their indices ``[P]`` int64 and their values, one group after
+            the other.
     """
 
     __slots__ = (
@@ -128,11 +130,13 @@ def _positions(groups: Tensor, numel: int, row_length: int, group_size: int) -> 
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` itself if its elements fill a block of memory once, else a copy with the same order of strides that does."""
+    """``x`` itself if its elements fill a block of memory once, else a copy with the same order of strides that
+    does.
+    """
     if x.is_contiguous():
         return x
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape)):
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
             continue
         if stride != expected:
@@ -144,13 +148,13 @@ def _dense(x: Tensor) -> Tensor:
 def default_row_length(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Rows that groups stay within: a sample of an image batch (4 or more dimensions), else the innermost dimension.
 
-    "Innermost" and "sample" mean the order in storage; dimensions of size one count for neither, except that a batch of one
-    is one sample.
+    "Innermost" and "sample" mean the order in storage; dimensions of size one count for neither, except that a batch of
+    one is one sample.
     """
     numel = 1
     for size in shape:
         numel *= size
-    order = [size for _, size in sorted((s, n) for s, n in zip(stride, shape) if n != 1)]
+    order = [size for _, size in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1)]
     if numel == 0 or not order:
         return numel
     if len(shape) < 4:
@@ -175,13 +179,13 @@ def quantize(
         group_size: the most elements that share a minimum and a step, 1 to 4096. 256 costs 1/8 bit per element.
         seed: key of the dither, any integer (its low 64 bits count).
         stream: sequence under that key; give every tensor its own.
-        row_length: elements of a row in storage order, which no group straddles. By default one sample of a tensor of four or
-            more dimensions, else the innermost dimension in storage.
+        row_length: elements of a row in storage order, which no group straddles. By default one sample of a tensor of
+            four or more dimensions, else the innermost dimension in storage.
         code: name in :data:`CODES`.
 
     Returns:
-        The packed tensor. On a CPU, groups with values from 2^126 on are kept exact; on other devices, where finding out would stall
-        the device, they come back as nan.
+        The packed tensor. On a CPU, groups with values from 2^126 on are kept exact; on other devices, where finding
+        out would stall the device, they come back as nan.
     """
     if x.dtype not in ops.FLOATS:
         raise CodecError(

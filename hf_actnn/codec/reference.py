@@ -1,11 +1,11 @@
 """The codec's specification, in plain torch.
 
 Every function here is the definition that the compiled kernels must reproduce byte for byte (docs/codec.md explains the
-choices). It runs on any device torch runs on and serves where no kernel does. Shapes: ``N`` rows, ``K`` groups of a row,
-``G`` elements of a group.
+choices). It runs on any device torch runs on and serves where no kernel does. Shapes: ``N`` rows, ``K`` groups of a
+row, ``G`` elements of a group.
 
-Source of the scheme: Chen et al., "ActNN", ICML 2021, section 3.2 (per-group quantisation with stochastic rounding). What
-differs from the paper is said where it is done.
+Source of the scheme: Chen et al., "ActNN", ICML 2021, section 3.2 (per-group quantisation with stochastic rounding).
+What differs from the paper is said where it is done.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def group_bytes(group: int, bits: int) -> int:
 def layout(numel: int, row_length: int, bits: int, group_size: int) -> Layout:
     """Cut rows into equal groups of at most ``group_size`` elements, the last one of a row possibly shorter.
 
-    A row is never cut into one nearly empty group beside full ones: 257 elements at ``group_size=256`` make groups of 129
-    and 128. Works on symbolic sizes too.
+    A row is never cut into one nearly empty group beside full ones: 257 elements at ``group_size=256`` make groups of
+    129 and 128. Works on symbolic sizes too.
     """
     if numel == 0:
         return Layout(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -104,9 +104,9 @@ def philox(q: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, T
 def dither(numel: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
     """Dither of positions ``0 .. numel - 1``: ``[numel]`` fp32, ``(byte + 1/2) / 256``, so centred within a step.
 
-    Position ``p`` lies in superblock ``p >> 8``; its byte is byte ``e & 3`` of output word ``e >> 6`` of the call with counter
-    ``16 * (p >> 8) + ((e & 63) >> 2)``, where ``e = p & 255``. Sixteen calls side by side, their words written one vector
-    after the other, are 256 bytes in order.
+    Position ``p`` lies in superblock ``p >> 8``; its byte is byte ``e & 3`` of output word ``e >> 6`` of the call with
+    counter ``16 * (p >> 8) + ((e & 63) >> 2)``, where ``e = p & 255``. Sixteen calls side by side, their words written
+    one vector after the other, are 256 bytes in order.
     """
     blocks = _ceil(numel, 256)
     words = torch.stack(philox(torch.arange(blocks * 16, device=device), seed, stream))  # [4, 16 * blocks]
@@ -142,7 +142,8 @@ def _metadata(x: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tenso
     m = _bf16_bits(lo, up=False) + 0.0  # -0 becomes +0: the sign of a zero must not depend on the order of a reduction
     span = hi - m
     small = span < SMALL_STEP
-    # A quotient in the subnormal range would lose bits, even become 0: it is taken scaled up and rounded upwards by hand.
+    # A quotient in the subnormal range would lose bits, even become 0: it is taken scaled up and rounded upwards by
+    # hand.
     quotient = torch.where(small, span * SCALE_UP, span) / top
     step = torch.where(small, quotient * SMALL_STEP, quotient)
     short = small & (step * SCALE_UP < quotient)
@@ -168,8 +169,8 @@ def _quantize_groups(x: Tensor, u: Tensor, bits: int, huge: Tensor, broken: Tens
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``[..., G]`` uint8 codes into ``[..., group_bytes(G, bits)]``: element ``e`` of a plane of width ``w`` and ``n``
-    bytes sits in byte ``e % n`` at bit ``w * (e // n)``; the planes follow each other."""
+    """Pack ``[..., G]`` uint8 codes into ``[..., group_bytes(G, bits)]``: element ``e`` of a plane of width ``w`` and
+    ``n`` bytes sits in byte ``e % n`` at bit ``w * (e // n)``; the planes follow each other."""
     planes, shift = [], 0
     for width in PLANES[bits]:
         per_byte = 8 // width
@@ -214,8 +215,8 @@ def quantize(
         stream: which of the key's 2^64 sequences; one per tensor kept.
 
     Returns:
-        Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be kept
-        exact, ``[1]`` int32.
+        Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be
+        kept exact, ``[1]`` int32.
     """
     device = x.device
     at = layout(x.numel(), row_length, bits, group_size)
@@ -249,8 +250,8 @@ def dequantize(
 ) -> Tensor:
     """``minimum + code * step`` for every element: ``[numel]`` of ``dtype``.
 
-    A product, then a sum, both rounded to fp32 and then to ``dtype`` (to float64: computed in double, so exact before rounding).
-    fp16 saturates at 65504, since a step rounded up may lead past it.
+    A product, then a sum, both rounded to fp32 and then to ``dtype`` (to float64: computed in double, so exact before
+    rounding). fp16 saturates at 65504, since a step rounded up may lead past it.
     """
     at = layout(numel, row_length, bits, group_size)
     if at.n_groups == 0:
@@ -276,7 +277,9 @@ def dequantize(
 
 
 def predicate(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
-    """Evaluate a mask's predicate; ``not_le`` and ``inside`` are true for nan, as torch's own backward functions are."""
+    """Evaluate a mask's predicate; ``not_le`` and ``inside`` are true for nan, as torch's own backward functions
+    are.
+    """
     if name == "nonzero":
         return x != 0
     # Thresholds are compared in fp32 (float64 for float64), whatever the tensor's own width.
@@ -293,7 +296,9 @@ def predicate(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
 
 
 def pack_uint(values: Tensor, bits: int) -> Tensor:
-    """Pack ``[numel]`` uint8 values below ``2 ** bits`` in groups of 256 (the last one shorter); higher bits are dropped."""
+    """Pack ``[numel]`` uint8 values below ``2 ** bits`` in groups of 256 (the last one shorter); higher bits are
+    dropped.
+    """
     full = values.numel() // MASK_GROUP * MASK_GROUP
     head = pack_planes(values[:full].view(-1, MASK_GROUP), bits).view(-1)
     return torch.cat([head, pack_planes(values[full:], bits)]) if full < values.numel() else head
