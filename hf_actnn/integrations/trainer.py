@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_actnn.config import DEFAULT_LEVEL, ActNNConfig
 from hf_actnn.convert import convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
-from hf_actnn.memory import track_memory
+from hf_actnn.memory import MemoryReport
+from hf_actnn.saving.scope import observers
 
 
 class ActNNCallback(TrainerCallback):
@@ -112,25 +113,29 @@ class ActNNCallback(TrainerCallback):
         self._probe.close()
 
     def _measure_next_forward(self, model: nn.Module) -> None:
-        """Track the first forward of `model` in training mode, then take the hooks off again.
+        """Track the first training forward of `model`, then take the hooks off again.
 
-        A callback never sees the batch, the model does: hence hooks. They run nothing on tensors and draw no random number.
+        A callback never sees the batch, the model does: hence hooks. They only count; no tensor and no random number is
+        touched. `track_memory` would not do here: a forward hook runs inside the scope of the converted model, whose
+        saved-tensor hooks it would displace, so what the scope reports to its observers is counted instead.
         """
         self._probe.close()
         self.figures = {}
-        probe, tracking = ExitStack(), ExitStack()
-        measured: list[Any] = []
+        probe = ExitStack()
+        measured: list[MemoryReport] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled() and not measured:
-                measured.append(tracking.enter_context(track_memory(module)))
+                own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+                measured.append(MemoryReport(own, {}))
+                observers().append(measured[0])
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not measured:
                 return
-            tracking.close()
-            probe.close()
             memory, samples = measured[0], batch_size(module, args, kwargs)
+            observers().remove(memory)
+            probe.close()
             if output is not None and memory.saved_bytes and samples:
                 self.figures = {
                     "actnn_ratio": memory.ratio,
@@ -138,13 +143,13 @@ class ActNNCallback(TrainerCallback):
                 }
 
         probe.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        # always_call: a forward that raises must not leave the tracker on.
+        # always_call: a forward that raises must not leave an observer behind.
         probe.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         self._probe = probe
 
 
 def batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Samples in a call of `model`: the length of its main input, or of the first tensor with a length. 0 if there is none."""
+    """Samples in a call of `model`: the length of its main input or else of the first tensor with a length, or 0."""
     candidates = [kwargs.get(getattr(model, "main_input_name", "")), *args, *kwargs.values()]
     return next((value.shape[0] for value in candidates if isinstance(value, torch.Tensor) and value.ndim), 0)
 
@@ -246,7 +251,7 @@ class ActNNTrainerMixin:
         return super().create_optimizer(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the Trainer does, with the measured figures, so that reporting tools earlier in the list see them too."""
+        """Log as the Trainer does, with the measured figures, so that reporting tools see them as well."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ActNNCallback):
                 callback.add_figures(logs)

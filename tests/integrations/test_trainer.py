@@ -113,7 +113,9 @@ def test_every_model_of_model_init_is_converted(arguments, data, with_flag):
 
 def test_a_search_over_levels_is_followed(arguments, data):
     trainer = ActNNTrainer(
-        model_init=make_vit, args=ActNNTrainingArguments(**arguments(max_steps=1), actnn="L2"), train_dataset=data
+        model_init=lambda: make_vit(),
+        args=ActNNTrainingArguments(**arguments(max_steps=1), actnn="L2"),
+        train_dataset=data,
     )
     ratios = []
     for level in ("L2", None, "L1"):
@@ -306,7 +308,7 @@ def test_accumulation_changes_neither_the_figures_nor_the_gradient(arguments, da
 @pytest.mark.parametrize("how", ["callback", "model_init"])
 def test_bf16(arguments, data, how):
     """Autocast is put around the model's forward by accelerate; conversion before and after that keeps the same."""
-    given = {"model": make_vit()} if how == "callback" else {"model_init": make_vit}
+    given = {"model": make_vit()} if how == "callback" else {"model_init": lambda: make_vit()}
     trainer = Trainer(
         **given,
         args=TrainingArguments(**arguments(bf16=True)),

@@ -1,0 +1,106 @@
+"""Every python block in the README and the docs runs; every command in a bash block exists and takes its arguments."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+)
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# The commands that a page may name, besides python files of this project and targets of the Makefile.
+KNOWN = {"make", "pip", "python", "accelerate", "torchrun", "hf-actnn", "git", "ruff", "clang-format", "tools/gpu.sh"}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Blocks of one language, each with the line it starts on."""
+    text = page.read_text()
+    return [
+        (text[: match.start()].count("\n") + 2, match.group(2))
+        for match in FENCE.finditer(text)
+        if match.group(1) == language
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In order and in one namespace, as a reader would type them."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    namespace: dict[str, object] = {"__name__": name(page)}
+    for line, code in blocks(page, "python"):
+        # Blank lines in front make a traceback name the page's own line.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Each command of the page's bash blocks, as words; continued lines joined, comments dropped."""
+    found = []
+    for _, block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words = words[1:]  # an environment variable set in front
+            if words:
+                found.append(words)
+    return found
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{name(page)}: {' '.join(w)[:60]}" for page, w in COMMANDS])
+def test_commands_exist(page, words):
+    assert words[0] in KNOWN, f"{name(page)} runs {words[0]!r}; add it to KNOWN if it is meant"
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    for word in words[1:]:
+        if word.endswith((".py", ".sh")):
+            assert (ROOT / word).is_file(), f"{name(page)} names {word}"
+
+
+def script_and_options(words: list[str]) -> tuple[str, list[str]] | None:
+    """The example a command runs, whoever launches it, with the options given to it."""
+    for index, word in enumerate(words):
+        if word.startswith("examples/") and word.endswith(".py"):
+            return word, [option.split("=")[0] for option in words[index + 1 :] if option.startswith("--")]
+    return None
+
+
+RUNS = sorted({script: None for _, words in COMMANDS if (found := script_and_options(words)) for script in [found[0]]})
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_examples_take_the_options_their_pages_name(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=180)
+    assert done.returncode == 0, done.stderr
+    known = set(re.findall(r"--[\w-]+", done.stdout))
+    for page, words in COMMANDS:
+        found = script_and_options(words)
+        if found and found[0] == script:
+            assert set(found[1]) <= known, f"{name(page)}: {set(found[1]) - known}"
+
+
+def test_links_lead_somewhere():
+    """Relative links between the pages of the repository."""
+    broken = []
+    for page in PAGES + [ROOT / "CHANGELOG.md"]:
+        text = re.sub(FENCE, "", page.read_text())
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{name(page)}: {target}")
+    assert not broken, broken
