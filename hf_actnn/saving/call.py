@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
-from hf_actnn.saving.identity import LAST, SAMPLE, is_dense, storage_key
+from hf_actnn.saving.identity import LAST, SAMPLE, fills_its_memory, is_dense, storage_key
 from hf_actnn.saving.kept import Blank, Exact, Geometry, Kept, Mask, Quantized, Recipe
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Call:
         first = slots[0].tensor
         assert first is not None
         layout = registry.layout(first)
-        if layout is not None and (layout.numel != first.numel() or not is_dense(first.shape, first.stride())):
+        if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
             distinct = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
                         for s in slots if s.tensor is not None}
             if 2 * sum(distinct.values()) < layout.numel:
@@ -248,13 +248,13 @@ class Call:
         if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
             return
         kept = Recipe(name, function, [parent for parent in parents if parent is not None], output, writes=writes)
-        if is_dense(output.shape, output.stride()):
+        if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
 
 
 def flat_storage(tensor: Tensor) -> Tensor | None:
     """The values of a dense tensor in storage order, as a flat view; None where it has gaps or overlaps."""
-    if not is_dense(tensor.shape, tensor.stride()):
+    if not fills_its_memory(tensor):
         return None
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 

@@ -60,6 +60,11 @@ def is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
+def fills_its_memory(tensor: Tensor) -> bool:
+    """:func:`is_dense`, quick for the usual case."""
+    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
+
+
 def _view_key(tensor: Tensor) -> tuple:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -102,7 +107,7 @@ class Registry:
     def produced(self, tensor: Tensor, rows: str | None) -> None:
         """Note the shape in which an operation made a tensor, before views of it are saved."""
         entry = self._entry(tensor)
-        if entry.layout is None and is_dense(tensor.shape, tensor.stride()):
+        if entry.layout is None and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
 
     def layout(self, tensor: Tensor) -> Layout | None:
@@ -135,11 +140,11 @@ class Registry:
     def learn(self, tensor: Tensor, kept: Kept, rows: str | None = None) -> None:
         """Remember that ``kept`` gives ``tensor`` back."""
         entry = self._entry(tensor)
-        if entry.layout is None and is_dense(tensor.shape, tensor.stride()):
+        if entry.layout is None and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
         entry.known[_view_key(tensor)] = kept
         layout = entry.layout
         if layout is not None and layout.numel == tensor.numel() and layout.dtype == tensor.dtype and (
-            layout.offset == tensor.storage_offset() and is_dense(tensor.shape, tensor.stride())
+            layout.offset == tensor.storage_offset() and fills_its_memory(tensor)
         ):
             entry.whole = kept

@@ -137,7 +137,7 @@ class Offsets(Kept):
         self.codes, self.bits, self.numel, self.decode = codes, bits, numel, decode
 
     def get(self) -> Tensor:
-        return self.decode(codec.unpack_uint(self.codes, self.bits, self.numel, torch.int64))
+        return self.decode(codec.unpack_uint(self.codes, self.bits, self.numel, torch.int32))
 
     @property
     def nbytes(self) -> int:

@@ -56,9 +56,7 @@ class Scope:
         self.session = session
         self.seed = session.key()
         self._streams = itertools.count(session.next_step() << 32)
-        weights = {p.untyped_storage()._cdata for p in root.parameters() if _has_storage(p)}
-        weights.update(b.untyped_storage()._cdata for b in root.buffers() if _has_storage(b))
-        self.registry = Registry(weights)
+        self.registry = Registry(_weights(root))
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -133,16 +131,16 @@ class Scope:
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
             return
-        with torch.no_grad():
-            if self._from_weights_alone(call):
-                for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
-                    if _has_storage(tensor):
-                        self.registry.mark_derived(tensor)
-                call.exact_rest("computed from parameters and constants alone")
-            else:
-                if differentiable and _has_storage(output):
-                    self.registry.produced(output, self._rows(call))
-                if call.slots or (rule is not None and rule.without_saves):
+        if self._from_weights_alone(call):
+            for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+                if _has_storage(tensor):
+                    self.registry.mark_derived(tensor)
+            call.exact_rest("computed from parameters and constants alone")
+        else:
+            if differentiable and _has_storage(output):
+                self.registry.produced(output, self._rows(call))
+            if call.slots or (rule is not None and rule.without_saves):
+                with torch.no_grad():
                     self._keep(call)
         for slot in call.slots:
             self._decided(slot, call.path, call.name)
@@ -208,12 +206,29 @@ _release = _Release()
 
 def _unpack(slot: Slot) -> Tensor:
     _release.request()
+    if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
+        return slot.get()
     with torch.no_grad():
         return slot.get()
 
 
+def _weights(root: torch.nn.Module) -> set[int]:
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion."""
+    found: set[int] = set()
+    seen: set[torch.nn.Module] = set()
+    open_modules = [root]
+    while open_modules:
+        module = open_modules.pop()
+        seen.add(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and _has_storage(tensor):
+                found.add(tensor.untyped_storage()._cdata)
+        open_modules.extend(child for child in module._modules.values() if child is not None and child not in seen)
+    return found
+
+
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided
 
 
 def check_can_open() -> None:

@@ -101,12 +101,17 @@ def _keep_batch_norm(call: Call) -> None:
     else:
         mean, factor = (exact(call.scope, value, call.where) for value in (running_mean, running_var))
 
-    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-        scale = scale if use_batch else torch.rsqrt(scale + eps)
-        # Two passes over the activation: statistics and scale are joined while they are one value per channel.
-        return value.mul_(view(scale)).sub_(view(middle * scale))
+    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
-    _register_output(call, source, [mean, factor], weight, bias, normalise, view)
+    def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
+        scale = scale if use_batch else torch.rsqrt(scale + eps)
+        # Everything that is one value per channel is joined first: two passes over the activation.
+        if has_weight:
+            scale = scale * parameters[0]
+        shift = (parameters[-1] if has_bias else 0) - middle * scale
+        return _widened(value, scale).mul_(view(scale)).add_(view(shift))
+
+    call.output_recipe(call.name, rebuild, [source, mean, factor, *_parameters(call, weight, bias)], writes=True)
 
 
 def _keep_instance_norm(call: Call) -> None:

@@ -26,29 +26,41 @@ class Windows(NamedTuple):
     length: int
 
 
-def _encode(indices: Tensor, sizes: Sequence[int], windows: Sequence[Windows]) -> Tensor:
-    """Flat indices ``[..., *output]`` into the input plane ``sizes`` -> offsets within the window, uint8."""
-    offset = torch.zeros_like(indices)
-    rest = indices
-    for axis in reversed(range(len(sizes))):
-        place = rest % sizes[axis]
-        rest = torch.div(rest, sizes[axis], rounding_mode="floor")
-        window = windows[axis]
-        shape = [-1 if axis == i else 1 for i in range(len(sizes))]
-        within = (place - window.starts.view(shape)) // window.dilation
-        offset += within * math.prod(w.length for w in windows[axis + 1:])
-    return offset.to(torch.uint8)
+class _Plane:
+    """Flat index into the input plane = index of the window's first place + a step that depends on the offset alone.
 
+    Args:
+        sizes: of the input plane.
+        windows: one per dimension.
+    """
 
-def _decode(offset: Tensor, sizes: Sequence[int], windows: Sequence[Windows]) -> Tensor:
-    """The inverse of :func:`_encode`; ``offset`` int64 ``[..., *output]``."""
-    index = torch.zeros_like(offset)
-    for axis, window in enumerate(windows):
-        trailing = math.prod(w.length for w in windows[axis + 1:])
-        within = torch.div(offset, trailing, rounding_mode="floor") % window.length
-        shape = [-1 if axis == i else 1 for i in range(len(sizes))]
-        index = index * sizes[axis] + window.starts.view(shape) + within * window.dilation
-    return index
+    def __init__(self, sizes: Sequence[int], windows: Sequence[Windows]) -> None:
+        device = windows[0].starts.device
+        first = torch.zeros((), dtype=torch.int64, device=device)
+        steps = torch.zeros((), dtype=torch.int64, device=device)
+        for size, window in zip(sizes, windows, strict=True):
+            first = first.unsqueeze(-1) * size + window.starts
+            steps = steps.unsqueeze(-1) * size + torch.arange(window.length, device=device) * window.dilation
+        self.first = first  # [*output]
+        largest = 0
+        for size, window in zip(sizes, windows, strict=True):
+            largest = largest * size + (window.length - 1) * window.dilation
+        self.largest = largest  # step; known here without asking the device
+        self.steps = steps.reshape(-1)  # [places in a window]
+
+    def encode(self, indices: Tensor) -> Tensor:
+        """Flat indices ``[..., *output]`` int64 -> places in the window, uint8.
+
+        Two places with the same step, which a dilated window wider than the plane can have, are the same index.
+        """
+        place = torch.zeros(self.largest + 1, dtype=torch.uint8, device=indices.device)
+        place[self.steps] = torch.arange(len(self.steps), dtype=torch.uint8, device=indices.device)
+        step = indices - self.first
+        return place.index_select(0, step.view(-1)).view(step.shape)
+
+    def decode(self, places: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`; ``places`` ``[..., *output]``, any integer type."""
+        return self.steps.index_select(0, places.reshape(-1)).view(places.shape).add_(self.first)
 
 
 def _each(value: Any, dimensions: int) -> list[int]:
@@ -93,18 +105,16 @@ def _keep_max(call: Call, dimensions: int, adaptive: bool) -> None:
         if count > 256:
             continue
         bits = max(1, (count - 1).bit_length())
-        shape = indices.shape
-        offsets = _encode(indices.reshape(*shape[: indices.dim() - dimensions], *output) if dimensions > 1
-                          else indices.reshape(-1, *output), sizes, windows)
-        geometry = Geometry(indices)
-        coded_shape = offsets.shape
+        plane = _Plane(sizes, windows)
+        shape = (-1, *output)  # without the dimensions of size one that a 1-D pooling's indices have
+        places = plane.encode(indices.reshape(shape))
+        geometry, coded = Geometry(indices), places.shape
 
-        def decode(flat: Tensor, coded_shape: torch.Size = coded_shape, windows: list[Windows] = windows,
-                   geometry: Geometry = geometry) -> Tensor:
-            return geometry.fit(_decode(flat.view(coded_shape), sizes, windows))
+        def decode(flat: Tensor, plane: _Plane = plane, geometry: Geometry = geometry,
+                   coded: torch.Size = coded) -> Tensor:
+            return geometry.fit(plane.decode(flat.view(coded)))
 
-        codes = codec.pack_uint(offsets.reshape(-1), bits)
-        call.keep(slot, Offsets(codes, bits, offsets.numel(), decode))
+        call.keep(slot, Offsets(codec.pack_uint(places.reshape(-1), bits), bits, places.numel(), decode))
 
 
 def _max_rule(name: str, dimensions: int, targets: list[Any], adaptive: bool = False) -> Rule:
