@@ -116,7 +116,7 @@ HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
   const bool bad = broken | exact;
   const float top = (float)((1 << bits) - 1);
   const float minimum = bf16_down(lo) + 0.0f;  // -0 becomes +0: its sign would depend on the order of the reduction
-  const float span = hi - minimum;
+  const float span = hi - minimum + 0.0f;
   // A subnormal quotient would lose bits, even become 0: small ones are taken scaled up, and rounded upwards by hand.
   const bool small = span < kSmallStep;
   const float quotient = (small ? span * kScaleUp : span) / top;

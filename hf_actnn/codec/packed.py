@@ -145,6 +145,14 @@ def _dense(x: Tensor) -> Tensor:
     return x
 
 
+def _count(exact: Tensor | int) -> int:
+    """How many groups to keep exact, where that can be read for nothing; elsewhere they come back as nan."""
+    if isinstance(exact, int):
+        return exact
+    readable = exact.device.type == "cpu" and type(exact) is Tensor and not torch.compiler.is_compiling()
+    return int(exact) if readable else 0
+
+
 def default_row_length(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Rows that groups stay within: a sample of an image batch (4 or more dimensions), else the innermost dimension.
 
@@ -208,7 +216,7 @@ def quantize(
     flat = x.as_strided((numel,), (1,), x.storage_offset())
     codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream)
     patch = None
-    if x.device.type == "cpu" and int(exact):
+    if _count(exact):
         groups = (meta[:, 1] == reference.EXACT_STEP).nonzero().view(-1)
         patch = (groups, flat[_positions(groups, numel, row_length, group_size)])
     return PackedTensor(

@@ -140,7 +140,7 @@ def _metadata(x: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tenso
     bad = huge | broken
     lo, hi = lo.masked_fill(bad, 0.0), hi.masked_fill(bad, 0.0)
     m = _bf16_bits(lo, up=False) + 0.0  # -0 becomes +0: the sign of a zero must not depend on the order of a reduction
-    span = hi - m
+    span = hi - m + 0.0
     small = span < SMALL_STEP
     # A quotient in the subnormal range would lose bits, even become 0: it is taken scaled up and rounded upwards by
     # hand.

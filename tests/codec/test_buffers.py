@@ -1,0 +1,166 @@
+"""Recycled memory: no two live tensors share any, and nothing idle is kept."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from hf_actnn.codec import buffers, quantize
+
+BIG = buffers.SMALLEST  # elements of fp32: well above the size from which memory is recycled
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    gc.collect()
+    buffers.release()
+    yield
+    gc.collect()
+    buffers.release()
+
+
+def address(x):
+    return x.untyped_storage().data_ptr()
+
+
+def test_live_tensors_never_share():
+    live = [buffers.empty(BIG, torch.float32) for _ in range(4)]
+    assert len({address(x) for x in live}) == 4
+    spot = address(live.pop(1))
+    assert address(buffers.empty(BIG, torch.float32)) == spot
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda x: x[5:9],
+        lambda x: x.detach(),
+        lambda x: x.view(2, -1).t(),
+        lambda x: x.numpy()[3:],
+        lambda x: memoryview(x.numpy()),
+        lambda x: x.untyped_storage(),
+        lambda x: torch.utils.dlpack.to_dlpack(x),
+        lambda x: x.view(torch.int32),
+        lambda x: torch.ones(BIG, requires_grad=True) * x,  # autograd's own reference, in C++
+    ],
+    ids=["view", "detach", "transpose", "numpy", "memoryview", "storage", "dlpack", "dtype view", "graph"],
+)
+def test_whoever_holds_it_keeps_it(holder):
+    x = buffers.empty(BIG, torch.float32)
+    spot = address(x)
+    held = holder(x)
+    del x
+    assert address(buffers.empty(BIG, torch.float32)) != spot
+    buffers.release()
+    assert buffers.nbytes()[0] == BIG * 4
+    del held
+    gc.collect()
+    assert buffers.nbytes()[0] == 0
+
+
+def test_a_new_storage_every_time():
+    """A cache keyed by storage must not take the next tensor on the memory for the one before."""
+    import weakref
+
+    x = buffers.empty(BIG, torch.float32)
+    spot, storage = address(x), weakref.ref(x.untyped_storage())
+    del x
+    gc.collect()
+    y = buffers.empty(BIG, torch.float32)
+    assert address(y) == spot
+    assert storage() is None
+
+
+def test_release_and_cap():
+    a, b = buffers.empty(BIG, torch.float32), buffers.empty(2 * BIG, torch.float32)
+    assert buffers.nbytes() == (12 * BIG, 0)
+    del a, b
+    assert buffers.nbytes() == (0, 12 * BIG)
+    buffers.release()
+    assert buffers.nbytes() == (0, 0)
+    pool = buffers.Pool(max_idle=4 * BIG)
+    live = [pool.empty(BIG, torch.float32) for _ in range(4)]
+    live.clear()
+    keep = pool.empty(BIG, torch.float32)
+    assert pool.nbytes() == (4 * BIG, 4 * BIG)
+    del keep
+
+
+def test_free_blocks_go_before_a_new_one_comes():
+    """The pool never holds more than was alive at one time."""
+    del [buffers.empty(BIG, torch.float32) for _ in range(3)][:]
+    big = buffers.empty(8 * BIG, torch.float32)
+    assert buffers.nbytes() == (32 * BIG, 0)
+    del big
+
+
+def test_a_far_larger_block_is_not_taken():
+    big = buffers.empty(16 * BIG, torch.float32)
+    del big
+    small = buffers.empty(BIG, torch.float32)
+    assert buffers.nbytes() == (4 * BIG, 0)
+    del small
+
+
+def test_small_tensors_bypass():
+    buffers.empty(100, torch.float32)
+    assert buffers.nbytes() == (0, 0)
+
+
+class Saved(torch.autograd.Function):
+    """Keeps its input packed; what backward gives back is the dequantised tensor itself, edited or not."""
+
+    @staticmethod
+    def forward(ctx, x, edit):
+        ctx.packed, ctx.edit = quantize(x, 8), edit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.packed.dequantize()
+        if ctx.edit:
+            x.mul_(2)
+        return x, None
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_function_that_returns_its_saved_tensor(edit):
+    inputs = [torch.randn(BIG, requires_grad=True) for _ in range(3)]
+    sum(Saved.apply(x, edit).sum() for x in inputs).backward()
+    for x in inputs:
+        expected = quantize(x, 8).dequantize() * (2 if edit else 1)
+        assert torch.equal(x.grad, expected)
+
+
+def test_create_graph():
+    """Dequantised tensors that a second graph keeps must outlive the first backward pass."""
+    x = torch.randn(BIG, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: quantize(t, 8), lambda p: p.dequantize())
+    with hooks:
+        y = (x**3).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        buffers.release()
+        noise = [buffers.empty(BIG, torch.float32).fill_(torch.nan) for _ in range(3)]
+        (second,) = torch.autograd.grad(first.sum(), x)
+    del noise
+    assert torch.isfinite(second).all()
+    torch.testing.assert_close(second, 6 * x.detach(), atol=0.5, rtol=0)  # steps of 1/40, times 6, twice
+
+
+def test_threads():
+    """Two threads that fill and check their own tensors."""
+    failures = []
+
+    def work(value):
+        for _ in range(200):
+            x = buffers.empty(BIG, torch.float32).fill_(value)
+            if not (x == value).all():
+                failures.append(value)
+
+    threads = [threading.Thread(target=work, args=(v,)) for v in (1.0, 2.0)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
