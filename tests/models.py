@@ -66,8 +66,7 @@ EXAMPLES: dict[str, Example] = {
     "timm_convnext": Example(_timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), drop_path_rate=0.3,
                                    ls_init_value=0.5), 64),
     # Batch norm with an activation inside (timm's BatchNormAct2d), squeeze and excite, SiLU, drop path.
-    "timm_efficientnet": Example(_timm("efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3, drop_rate=0.1,
-                                       drop_path_rate=0.2), 48),
+    "timm_efficientnet": Example(_timm("test_efficientnet", drop_rate=0.1, drop_path_rate=0.2), 64),
 }
 
 

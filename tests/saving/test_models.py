@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 import hf_actnn
 from hf_actnn.saving.call import Slot
-from hf_actnn.saving.kept import Kept
-from tests.models import EXAMPLES, assert_same, batch, cosine, logits, make, step, twins
+from hf_actnn.saving.kept import Blank, Exact, Mask, Offsets, Quantized, Recipe, Rerunnable, View
+from tests.models import EXAMPLES, assert_same, batch, cosine, logits, make, step, twins, whole
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -57,23 +55,41 @@ def test_gradients_at_8_bits_are_close(name):
     expected = step(plain, images, labels)[2]
     found = step(converted, images, labels)[2]
     assert cosine(found, expected) > 0.999
+    # Parameter by parameter, too: attention weighs little in the gradient of random weights.
+    floor = 1e-4 * whole(expected).norm()
+    errors = {key: ((found[key] - expected[key]).norm() / max(floor, expected[key].norm())).item() for key in found}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 0.15, (worst, errors[worst])
     assert any(row.kept == "quantized" for row in hf_actnn.report(converted).rows)
     different = [key for key in found if not torch.equal(found[key], expected[key])]
     assert different, "nothing was coded"
 
 
-def kept_objects() -> int:
-    gc.collect()
-    return sum(issubclass(type(thing), (Slot, Kept)) for thing in gc.get_objects())
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of what was made to keep a tensor since the test began."""
+    names: list[str] = []
+
+    def watch(cls: type) -> None:
+        original = cls.__init__
+
+        def __init__(self, *args, **kwargs):
+            names.append(cls.__name__)
+            original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "__init__", __init__)
+
+    for cls in (Slot, Exact, Quantized, Mask, Offsets, Blank, View, Recipe, Rerunnable):
+        watch(cls)
+    return names
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "inference"])
-def test_nothing_is_stored_without_training(name, mode):
+def test_nothing_is_stored_without_training(name, mode, made):
     plain, converted = twins(make(name))
     hf_actnn.convert(converted, bits=2, min_numel=0)
     images, _ = batch(name)
-    before = kept_objects()
     outputs = []
     for model in (plain, converted):
         torch.manual_seed(3)
@@ -84,5 +100,7 @@ def test_nothing_is_stored_without_training(name, mode):
             with torch.no_grad() if mode == "no_grad" else torch.inference_mode():
                 outputs.append(logits(model, images))
     assert torch.equal(*outputs)
-    assert kept_objects() == before
+    assert not made
     assert not hf_actnn.report(converted).observed
+    logits(converted.train(), images)
+    assert made, "the count itself does not work"
