@@ -1,0 +1,32 @@
+"""`hf-actnn env`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hf_actnn import cli
+
+
+def test_env_names_versions_machine_and_kernels(capsys):
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "cpu_kernels" in printed
+
+
+def test_env_as_json(capsys):
+    assert cli.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu_kernels"]["available"] or found["cpu_kernels"]["reason"]
+
+
+@pytest.mark.parametrize("words", [[], ["profile"], ["run", "script.py"]])
+def test_what_is_not_there_is_not_offered(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert "env" in capsys.readouterr().err

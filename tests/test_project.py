@@ -1,0 +1,60 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_readme_shows_what_was_measured():
+    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run tools/readme.py"
+
+
+def test_one_version_everywhere():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert f'__version__ = "{version}"' in (ROOT / "hf_actnn" / "__init__.py").read_text()
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_everything_the_tools_need_is_pinned():
+    """`make` must not pick up a new version of what decides a test's outcome by itself."""
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    done = subprocess.run(
+        [sys.executable, "tools/requirements.py", "dev", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    needed = {re.split(r"[\[<>=]", line)[0].lower() for line in done.stdout.split()}
+    assert needed <= pinned, needed - pinned
+
+
+def test_unknown_extra_is_refused():
+    done = subprocess.run([sys.executable, "tools/requirements.py", "nope"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nope" in done.stderr
+
+
+def test_torchvision_is_imported_beside_a_torch_without_cuda():
+    """In a new process, and without importing torch at start-up."""
+    pytest.importorskip("torchvision")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import torchvision_without_cuda as watch
+watch.install()
+watch.install()
+assert sum(type(finder).__name__ == "_TorchvisionWatch" for finder in sys.meta_path) == 1
+assert "torch" not in sys.modules
+import torchvision, torch
+assert hasattr(torch.ops.torchvision, "nms")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

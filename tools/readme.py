@@ -1,0 +1,64 @@
+"""Writes the table of measured results into README.md, from the JSON files in benchmarks/results that it names.
+
+python tools/readme.py            # rewrite the region between the two marks
+python tools/readme.py --check    # exit 1 if the region is not what the files say
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin.", "<!-- results: end -->"
+NAMES = {"vit": "Hugging Face ViT", "resnet": "Hugging Face ResNet"}
+
+
+def demo(results: dict[str, Any]) -> list[str]:
+    """The demo's table."""
+    lines = [
+        "| model | level | test accuracy | activations per image | ratio | peak RSS growth | time per step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        cells = [
+            NAMES[run["model"]],
+            "uncompressed" if run["level"] == "none" else run["level"],
+            f"{100 * run['test_accuracy']:.1f} %",
+            f"{run['activation_bytes_per_image'] / 1e3:,.1f} kB",
+            f"{run['ratio']:.1f}x",
+            f"{run['peak_rss_growth_bytes'] / 1e6:,.0f} MB",
+            f"{1e3 * run['seconds_per_step']:.0f} ms",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"`make demo`, small models on 8 x 8 digits, one seed; {results['machine']}"]
+    lines[-1] += " ([benchmarks/results/demo.json](benchmarks/results/demo.json))."
+    return lines
+
+
+def region() -> str:
+    """What belongs between the marks now."""
+    path = RESULTS / "demo.json"
+    if not path.exists():
+        return "No results are stored yet: `make demo` measures on your machine.\n"
+    return "\n".join(demo(json.loads(path.read_text()))) + "\n"
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(BEGIN, 1)
+    mark, rest = rest.split("\n", 1)
+    _, tail = rest.split(END, 1)
+    new = f"{head}{BEGIN}{mark}\n\n{region()}\n{END}{tail}"
+    if "--check" in sys.argv[1:]:
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
