@@ -1,0 +1,156 @@
+"""Gradient checkpointing of a converted model: gradients right, bytes and recomputations no more than without us."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import hf_actnn
+from tests.memory.counting import StorageCount
+from tests.models import batch, cosine, gradients, logits, make, step
+
+KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+
+
+class Block(nn.Module):
+    """Counts its forward passes."""
+
+    runs = 0
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        Block.runs += 1
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Linear(width, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.reentrant: bool | None = None
+        self.sequential = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.reentrant is None:
+            return self.blocks(x)
+        if self.sequential:
+            return checkpoint_sequential(self.blocks, 2, x, use_reentrant=self.reentrant)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def measure(model: nn.Module, run) -> tuple[dict, int, int]:
+    """Gradients, block runs, and the bytes of storages made by the forward pass that are alive before backward."""
+    Block.runs = 0
+    model.zero_grad()
+    torch.manual_seed(5)
+    leaf = torch.randn(8, 16, 32, requires_grad=True)  # a reentrant checkpoint needs an input that wants a gradient
+    with StorageCount(model, leaf) as count:
+        # Only the graph holds the sum: a loop, too, lets go of its batch.
+        total = run(leaf + 0).square().mean()
+    held = count.alive()
+    total.backward()
+    return gradients(model), Block.runs, held
+
+
+def pair(bits: int = 8, **attributes) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = Stack()
+    for name, value in attributes.items():
+        setattr(plain, name, value)
+    return plain, hf_actnn.convert(copy.deepcopy(plain), bits=bits, min_numel=0)
+
+
+@KINDS
+@pytest.mark.parametrize("sequential", [False, True], ids=["blocks", "checkpoint_sequential"])
+def test_checkpoints_inside_the_model(reentrant, sequential):
+    plain, model = pair(reentrant=reentrant, sequential=sequential)
+    expected, runs, held = measure(plain, plain)
+    found, found_runs, found_held = measure(model, model)
+    assert cosine(found, expected) > 0.999
+    assert found_runs == runs
+    assert found_held <= 1.05 * held
+    assert runs > 4, "nothing was recomputed: the count itself does not work"
+
+
+@KINDS
+def test_checkpoint_around_the_model(reentrant):
+    plain, model = pair()
+    expected, runs, held = measure(plain, lambda x: checkpoint(plain, x, use_reentrant=reentrant))
+    found, found_runs, found_held = measure(model, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    assert cosine(found, expected) > 0.999
+    assert found_runs == runs == 8
+    assert found_held <= 1.05 * held
+
+
+@KINDS
+def test_checkpoint_around_a_part(reentrant):
+    def around(model):
+        return lambda x: checkpoint(model.blocks, model.stem(x), use_reentrant=reentrant)
+
+    plain, model = pair()
+    expected, runs, held = measure(plain, around(plain))
+    found, found_runs, found_held = measure(model, around(model))
+    assert cosine(found, expected) > 0.999
+    assert found_runs == runs == 8
+    assert found_held <= 1.05 * held
+
+
+def test_a_reentrant_recomputation_is_compressed():
+    """It opens its own scope: what is held while one block is differentiated is codes."""
+    plain, model = pair(bits=2, reentrant=True)
+    results = []
+    for one in (plain, model):
+        x = torch.randn(8, 16, 32, requires_grad=True)
+        total = one(x).square().mean()
+        with hf_actnn.track_memory(one) as memory:
+            total.backward()
+        results.append(memory.saved_bytes)
+    assert 0 < results[1] < results[0] / 5
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["hf_vit_sdpa_dropout", "hf_vit_eager", "hf_swin"])
+def test_hugging_face_checkpointing(name, reentrant):
+    plain = make(name)
+    assert plain.supports_gradient_checkpointing
+    images, labels = batch(name)
+    images.requires_grad_()  # a reentrant checkpoint needs an input that wants a gradient
+    unchecked = step(copy.deepcopy(plain), images, labels)[2]
+    plain.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=0)
+    results = []
+    for one in (plain, model):
+        calls: list[str] = []
+        handles = [module.register_forward_pre_hook(lambda *_, path=path: calls.append(path))
+                   for path, module in one.named_modules()]
+        one.zero_grad()
+        torch.manual_seed(3)
+        with StorageCount(one, images) as count:
+            total = F.cross_entropy(logits(one, images + 0), labels)
+        held = count.alive()
+        forward_calls = len(calls)
+        total.backward()
+        for handle in handles:
+            handle.remove()
+        results.append((gradients(one), held, forward_calls, sorted(calls)))
+        gc.collect()
+    (expected, held, first, calls), (found, found_held, found_first, found_calls) = results
+    assert cosine(expected, unchecked) > 0.9999
+    assert cosine(found, expected) > 0.999
+    assert found_calls == calls and found_first == first
+    assert len(calls) > first, "nothing was recomputed"
+    assert found_held <= 1.05 * held

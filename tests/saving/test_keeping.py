@@ -1,0 +1,277 @@
+"""Properties that hold across rules: kept once, groups within rows, unknown operations exact, autocast, nan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_actnn
+from hf_actnn.saving import rules
+from hf_actnn.saving.call import row_length
+from tests.saving.bench import Bench, kinds, run
+
+
+def held(model: nn.Module, *inputs: torch.Tensor) -> int:
+    with hf_actnn.track_memory(model) as memory:
+        run(model, inputs)
+    return memory.saved_bytes
+
+
+# -- each distinct tensor once -----------------------------------------------------------------------------------------
+
+
+def test_shared_input_is_kept_once():
+    weights = {name: torch.randn(32, 64) for name in "qkv"}
+    x = torch.randn(4, 9, 64)
+    three = hf_actnn.convert(Bench(lambda m, x: F.linear(x, m.q) + F.linear(x, m.k) + F.linear(x, m.v), **weights),
+                             bits=4, min_numel=0)
+    assert held(three, x) == hf_actnn.quantize(x, 4, 64).nbytes
+
+
+def test_views_of_one_storage_are_kept_once():
+    """timm's q, k, v are strided views of one projection: one code, in the projection's own rows."""
+    x = torch.randn(2, 9, 96)
+    model = Bench(lambda m, x: F.scaled_dot_product_attention(
+        *(x + 0).view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)))
+    hf_actnn.convert(model, bits=4, min_numel=0)
+    assert held(model, x) == hf_actnn.quantize(x, 4, 256, row_length=96).nbytes
+
+
+def test_relu_output_is_the_next_convolutions_input():
+    """The input of a ReLU that someone keeps, and one bit: its output is a recipe."""
+    x = torch.randn(4, 8, 10, 10)
+    w = torch.randn(8, 8, 3, 3) / 8
+    chain = hf_actnn.convert(Bench(lambda m, x: F.conv2d(F.relu(F.batch_norm(x, None, None, training=True)), m.w), w=w),
+                             bits=4, min_numel=0)
+    code, mask, statistics = x.numel() // 2, x.numel() // 8, 2 * 8 * 4
+    assert held(chain, x) <= 1.03 * (code + mask + statistics) + 4 * 4 * 4
+    # Where nobody kept the ReLU's input, its output is coded once: for the convolution and for no one else.
+    alone = hf_actnn.convert(Bench(lambda m, x: F.conv2d(F.relu(x + 1), m.w), w=w), bits=4, min_numel=0)
+    assert held(alone, x) <= 1.03 * (code + mask) + 4 * 4 * 4
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, permutation, rows, expected",
+    [
+        ((4, 9, 192), (0, 1, 2), "last", 192),  # tokens
+        ((4, 9, 192), (0, 2, 1), "last", 192),  # a transposed view: rows as they lie in memory
+        ((4, 8, 10, 10), (0, 1, 2, 3), "sample", 800),
+        ((4, 10, 10, 8), (0, 3, 1, 2), "sample", 800),  # channels_last
+        ((4, 8, 10, 10), (0, 1, 2, 3), None, 800),
+        ((7,), (0,), None, 7),
+    ],
+)
+def test_row_length(shape, permutation, rows, expected):
+    x = torch.empty(shape).permute(permutation)
+    assert row_length(x.shape, x.stride(), rows) == expected
+
+
+@pytest.mark.parametrize("width", [96, 192, 320])  # below, at no multiple of, and above a group of 256
+def test_a_token_has_its_own_range(width):
+    """A class token of another scale beside patch tokens must not widen their groups."""
+    x = torch.randn(2, 5, width)
+    x[:, 0] *= 1000
+    model = Bench(lambda m, x: F.linear(x, m.w), w=torch.randn(8, width))
+    _, exact = run(model, [x[:, 1:]])
+    hf_actnn.convert(model, bits=8, min_numel=0)
+    projection = torch.zeros(2, 5, 8)
+    projection[:, 1:] = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(9))
+    model.zero_grad()
+    model(x).backward(projection)
+    assert (model.w.grad - exact["w"]).norm() / exact["w"].norm() < 0.02
+
+
+# -- what no rule knows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        ("log", torch.log),
+        ("div", lambda x: 1 / x),
+        ("div", lambda x: torch.div(x, x.flip(0) + 1)),
+        ("pow", lambda x: x**-0.5),
+        ("sqrt", torch.sqrt),
+        ("cumprod", lambda x: x.cumprod(-1)),
+        ("einsum", lambda x: torch.einsum("ij,kj->ik", x, x)),
+        ("logsumexp", lambda x: torch.logsumexp(x, -1)),
+    ],
+)
+def test_unknown_operations_stay_exact_and_are_listed(name, function):
+    x = torch.rand(16, 128) + 0.01
+    plain = Bench(lambda m, x: function(F.relu(x)))
+    _, expected = run(plain, [x])
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=2, min_numel=0)
+    _, found = run(model, [x])
+    assert torch.equal(found["x0"], expected["x0"])
+    left = [row for row in hf_actnn.report(model).left_alone if row.kind != "relu"]
+    assert left and sum(row.nbytes for row in left) >= x.numel() * 4
+    assert all(row.reason for row in left)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+@torch.jit.script
+def scripted(x):
+    return torch.tanh(x) * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize("function", [Cube.apply, scripted], ids=["autograd.Function", "scripted"])
+def test_foreign_functions_stay_exact_and_are_listed(function):
+    x = torch.randn(16, 128)
+    plain = Bench(lambda m, x: function(F.linear(x, m.w)), w=torch.randn(128, 128) / 10)
+    _, expected = run(plain, [x])
+    model = hf_actnn.convert(Bench(plain.function, w=plain.w.detach()), bits=8, min_numel=0)
+    _, found = run(model, [x])
+    # Through the foreign function and an exact weight; the scripting compiler may fuse one of the two runs.
+    assert torch.allclose(found["x0"], expected["x0"], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found["w"], expected["w"])
+    assert sum(row.nbytes for row in hf_actnn.report(model).left_alone) >= x.numel() * 4
+
+
+# -- nothing computed from parameters is coded --------------------------------------------------------------------------
+
+
+def standardised(m, x):
+    w = (m.w - m.w.mean((1, 2, 3), keepdim=True)) * torch.rsqrt(m.w.var((1, 2, 3), keepdim=True) + 1e-5)
+    return F.conv2d(x, w * m.gain)
+
+
+def test_computed_weights_stay_exact():
+    x = torch.randn(4, 8, 9, 9)
+    model = Bench(standardised, w=torch.randn(8, 8, 3, 3), gain=torch.ones(8, 1, 1, 1))
+    _, expected = run(model, [x])
+    hf_actnn.convert(model, bits=2, min_numel=0)
+    _, found = run(model, [x])
+    assert torch.equal(found["x0"], expected["x0"])
+    assert not torch.equal(found["w"], expected["w"])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_autocast(frozen):
+    x = torch.randn(8, 17, 64)
+    plain = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    if frozen:
+        plain[2].weight.requires_grad_(False)
+    converted = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=0)
+    grads = []
+    for model in (plain, converted):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(leaf)
+        out.float().square().mean().backward()
+        grads.append(torch.cat([leaf.grad.flatten()] + [p.grad.flatten() for p in model.parameters()
+                                                        if p.grad is not None]))
+    assert F.cosine_similarity(*grads, dim=0) > 0.99
+    rows = hf_actnn.report(converted).rows
+    linear = [row for row in rows if row.kind == "linear"]
+    weights = {row.kept for row in linear} - {"quantized", "recipe: gelu", "recipe: layer_norm", "recipe: copy", "recipe: view"}
+    if not frozen:
+        assert weights <= {"recipe: cast", "parameter"}, weights
+    # No weight among the codes: there are as many coded or rebuilt saves as layers whose weight is trained.
+    assert sum(row.count for row in linear if row.kept not in ("recipe: cast", "parameter", "exact")) == 3 - frozen
+
+
+def test_autocast_weight_copies_hold_no_bytes():
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    hf_actnn.convert(model, bits=8, min_numel=0)
+    with hf_actnn.track_memory(model) as memory, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 512)).float().sum().backward()
+    assert memory.saved_bytes < 512 * 512
+
+
+# -- values that are not finite -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_reach_the_gradient(value):
+    x = torch.randn(4, 64)
+    x[1, 7] = value
+    model = hf_actnn.convert(Bench(lambda m, x: F.linear(x, m.w), w=torch.randn(8, 64)), bits=2, min_numel=0)
+    _, found = run(model, [x])
+    assert not torch.isfinite(found["w"]).all()
+
+
+CORNERS = torch.tensor([float("nan"), float("inf"), -float("inf"), -3.0, 0.0, -0.0, 6.0, 3.0, 1e-45, -1e-45, 1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.relu, F.relu6, F.leaky_relu, F.hardsigmoid, F.hardtanh, torch.relu_, F.max_pool1d],
+    ids=lambda function: function.__name__,
+)
+def test_corners_and_nan_are_treated_as_torch_does(function):
+    x = CORNERS.repeat(1, 4, 8)
+    pool = (2,) if "pool" in getattr(function, "__name__", "") else ()
+    grads = []
+    for convert in (False, True):
+        model = Bench(lambda m, x: function(x.clone(), *pool))
+        if convert:
+            hf_actnn.convert(model, bits=1, min_numel=0)
+        grads.append(run(model, [x])[1]["x0"])
+    assert torch.equal(grads[0].isnan(), grads[1].isnan())
+    assert torch.equal(grads[0].nan_to_num(), grads[1].nan_to_num())
+
+
+# -- a new rule ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table():
+    """The table of rules, as it was before the test when the test is over."""
+    from hf_actnn.saving.rules import rule
+
+    before = dict(rule._RULES)
+    yield
+    rule._RULES.clear()
+    rule._RULES.update(before)
+
+
+def test_a_new_rule_is_one_function_and_one_row(table):
+    """The worked example of docs/architecture.md: ``sin`` saves its input, and its derivative lies in [-1, 1]."""
+
+    def keep(call):
+        for slot, _ in call.open_slots():
+            kept = call.data_argument(slot, call.argument(0, "input"))
+            call.output_recipe("sin", torch.sin, [kept])
+
+    model = Bench(lambda m, x: F.linear(torch.sin(x), m.w), w=torch.randn(8, 64))
+    x = torch.randn(4, 9, 64)
+    out, exact = run(model, [x])
+    hf_actnn.convert(model, bits=8, min_numel=0)
+    run(model, [x])
+    assert kinds(model)["sin"] == {"exact"}, "it has a rule already: choose another example"
+
+    rules.register(rules.Rule("sin", keep, bounded="the derivative is cos(x), in [-1, 1]"), rules.functions("sin"))
+    found_out, found = run(model, [x])
+    assert torch.equal(found_out, out)
+    assert kinds(model)["sin"] == {"quantized"}
+    assert kinds(model)["linear"] <= {"recipe: sin", "recipe: view", "parameter"}
+    for name in ("x0", "w"):
+        assert (found[name] - exact[name]).norm() / exact[name].norm() < 0.04
+
+
+def test_every_rule_says_why_it_is_bounded():
+    assert all(rule.bounded for rule in rules.all_rules())
+
+
+def test_a_misspelt_function_is_an_error():
+    with pytest.raises(AttributeError, match="geluu"):
+        rules.functions("geluu")
