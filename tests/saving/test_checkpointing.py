@@ -123,6 +123,7 @@ def test_a_reentrant_recomputation_is_compressed():
 
 
 @KINDS
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", ["hf_vit_sdpa_dropout", "hf_vit_eager", "hf_swin"])
 def test_hugging_face_checkpointing(name, reentrant):
     plain = make(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 import hf_actnn
 from hf_actnn.errors import NotAvailableError
 from hf_actnn.saving import scope
+from hf_actnn.saving.kept import Kept
 from tests.models import assert_same, gradients, relative_error
 
 
@@ -55,6 +58,25 @@ def test_a_fresh_copy_repeats_its_gradients():
     assert_same(grads_of(first, loss(first, images())), grads_of(second, loss(second, images())))
     again = grads_of(first, loss(first, images()))
     assert not torch.equal(again["0.weight"], gradients(second)["0.weight"]), "two passes drew the same numbers"
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["after backward", "after the graph is dropped"])
+def test_all_is_let_go_at_once(backward):
+    """Nothing waits for the cycle collector: it does not run when memory, host's or device's, is short."""
+    model = convert(net(), 2)
+    gc.collect()
+    gc.disable()
+    try:
+        one = loss(model, images())
+        alive = [weakref.ref(thing) for thing in gc.get_objects() if issubclass(type(thing), (Kept, scope.Scope))]
+        assert alive, "the count itself does not work"
+        if backward:
+            one.backward()
+        del one
+        left = [type(ref()).__name__ for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_seed_changes_the_draw():

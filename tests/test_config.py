@@ -1,0 +1,131 @@
+"""Levels are presets of fields; whatever cannot mean anything is refused with a text that helps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from hf_actnn import ActNNConfig
+from hf_actnn.errors import ActNNError, ConfigError, NotAvailableError
+
+
+@pytest.mark.parametrize(
+    "fields, bits, exact_norms",
+    [
+        ({"level": "L0"}, None, True),
+        ({"level": "L1"}, 4, True),
+        ({"level": "L2"}, 4, False),
+        ({}, 4, False),
+        ({"level": "L1", "bits": 2}, 2, True),  # a field beside a level replaces that field alone
+        ({"level": "L2", "exact_norms": True}, 4, True),
+        ({"level": "L1", "exact_norms": False}, 4, False),
+        ({"level": "L0", "bits": 8}, 8, False),  # L0 asks for nothing of norms that were compressed
+        *[({"bits": bits}, bits, False) for bits in range(1, 9)],
+    ],
+)
+def test_levels_are_presets(fields, bits, exact_norms):
+    config = ActNNConfig(**fields)
+    assert (config.effective_bits, config.effective_exact_norms) == (bits, exact_norms)
+
+
+BAD = {
+    "unknown level": ({"level": "L7"}, ConfigError, ["unknown level", "L0, L1, L2", "'L7'", "bits=2"]),
+    "level that is no text": ({"level": 2}, ConfigError, ["unknown level", "Received 2", "bits=2"]),
+    "L2.5": ({"level": "L2.5"}, NotAvailableError, ["'L2.5'", "per sample", "not available yet", "Use 'L2'"]),
+    "L3": ({"level": "L3"}, NotAvailableError, ["'L3'", "not available yet", "Use 'L2'"]),
+    "L4": ({"level": "L4"}, NotAvailableError, ["'L4'", "swapping", "not available yet"]),
+    "L5": ({"level": "L5"}, NotAvailableError, ["'L5'", "defragmentation", "not available yet"]),
+    "0 bits": ({"bits": 0}, ConfigError, ["at bits", "from 1 to 8", "Received 0", "the safe one"]),
+    "9 bits": ({"bits": 9}, ConfigError, ["at bits", "from 1 to 8", "Received 9"]),
+    "minus one bit": ({"bits": -1}, ConfigError, ["from 1 to 8", "Received -1"]),
+    "bits as text": ({"bits": "4"}, ConfigError, ["from 1 to 8", "'4'"]),
+    "bits as truth": ({"bits": True}, ConfigError, ["from 1 to 8", "True"]),
+    "bits not a number": ({"bits": float("nan")}, ConfigError, ["from 1 to 8", "nan"]),
+    "2.5 bits": ({"bits": 2.5}, NotAvailableError, ["adaptive", "not available yet", "2.5", "Round it"]),
+    "half a bit": ({"bits": 0.5}, ConfigError, ["no allocation can meet", "at least one bit", "0.5", "1 bit or more"]),
+    "override out of range": ({"overrides": {"a.*": 9}}, ConfigError, ["overrides['a.*']", "or 'exact'", "Received 9"]),
+    "override of a word": ({"overrides": {"a": "full"}}, ConfigError, ["overrides['a']", "or 'exact'", "'full'"]),
+    "overrides that are no mapping": ({"overrides": ["a"]}, ConfigError, ["`overrides`", "mapping", "['a']"]),
+    "skip as one text": ({"skip": "classifier"}, ConfigError, ["`skip`", '("classifier",)', "Wrap"]),
+    "skip of numbers": ({"skip": (1,)}, ConfigError, ["`skip`", "(1,)"]),
+    "group of nothing": ({"group_size": 0}, ConfigError, ["`group_size`", "from 1 to 4096", "Received 0"]),
+    "group too large": ({"group_size": 5000}, ConfigError, ["`group_size`", "from 1 to 4096", "Received 5000"]),
+    "negative seed": ({"seed": -1}, ConfigError, ["`seed`", "Received -1"]),
+    "negative min_numel": ({"min_numel": -1}, ConfigError, ["`min_numel`", "Received -1"]),
+    "exact_norms": ({"exact_norms": 1}, ConfigError, ["`exact_norms`", "True, False or None", "Received 1"]),
+    "adaptive interval": ({"update_interval": 10}, NotAvailableError, ["`update_interval`", "not available yet", "10"]),
+    "swap": ({"swap": True}, NotAvailableError, ["`swap`", "not available yet", "True"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    fields, error, texts = BAD[name]
+    with pytest.raises(error) as caught:
+        ActNNConfig(**fields)
+    assert isinstance(caught.value, ActNNError)
+    text = str(caught.value)
+    for part in [*texts, "Expected", "Received"]:
+        assert part in text, text
+    assert text.endswith((".", ")")) and ".." not in text
+
+
+def test_frozen_and_independent():
+    overrides = {"a": 2}
+    config = ActNNConfig(overrides=overrides, skip=["b"])
+    overrides["a"] = 8
+    assert config.overrides == {"a": 2} and config.skip == ("b",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 3
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+
+
+FULL = ActNNConfig(level="L1", bits=3, group_size=128, skip=("a.*",), overrides={"b": 8, "c": "exact"}, seed=7, min_numel=5,
+                   exact_norms=False)
+
+
+@pytest.mark.parametrize("config", [ActNNConfig(), FULL], ids=["default", "full"])
+def test_json_both_ways(config, tmp_path: Path):
+    file = tmp_path / "actnn.json"
+    file.write_text(config.to_json_string())
+    assert ActNNConfig.from_json_file(file) == config
+    assert ActNNConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert ActNNConfig.from_dict(config.to_dict()) == config
+    for given in (config, config.to_dict(), file, str(file)):
+        assert ActNNConfig.resolve(given) == config
+
+
+def test_json_errors_name_the_file(tmp_path: Path):
+    file = tmp_path / "actnn.json"
+    cases = [('{"bits": 2, "bitz": 3}', ["'bitz'", "bits", "correct its spelling"]), ("{", ["not JSON", "to_json_string"]),
+             ("[1]", ["not a mapping", "list"]), ('{"bits": 9}', ["from 1 to 8", "Received 9"])]
+    for text, parts in cases:
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            ActNNConfig.from_json_file(file)
+        for part in parts if "from 1 to 8" in parts else [*parts, str(file)]:
+            assert part in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot be read.*nowhere\.json.*Check the path"):
+        ActNNConfig.resolve(str(tmp_path / "nowhere.json"))
+
+
+def test_resolve():
+    assert ActNNConfig.resolve(None) == ActNNConfig()
+    assert ActNNConfig.resolve("L1") == ActNNConfig(level="L1")
+    assert ActNNConfig.resolve({"bits": 2}) == ActNNConfig(bits=2)
+    with pytest.raises(ConfigError, match=r"not a configuration.*Received int 2.*bits=2"):
+        ActNNConfig.resolve(2)
+
+
+def test_replace():
+    config = ActNNConfig(level="L1")
+    assert config.replace(bits=2) == ActNNConfig(level="L1", bits=2)
+    with pytest.raises(ConfigError, match="'bitz'.*keyword arguments"):
+        config.replace(bitz=2)
+    with pytest.raises(ConfigError, match="from 1 to 8"):
+        config.replace(bits=0)
