@@ -157,6 +157,6 @@ def test_a_kept_tensor_changed_in_place_still_raises_under_the_tracker():
 
 
 def test_not_a_module():
-    with pytest.raises(ConversionError, match=r"Expected a torch\.nn\.Module.*Received int.*Pass the model"):
-        with hf_actnn.track_memory(3):
-            pass
+    with (pytest.raises(ConversionError, match=r"Expected a torch\.nn\.Module.*Received int.*Pass the model"),
+          hf_actnn.track_memory(3)):
+        pass

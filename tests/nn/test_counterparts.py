@@ -40,7 +40,7 @@ def convert(model: nn.Module, bits: int = 2) -> nn.Module:
     return hf_actnn.convert(model, bits=bits, min_numel=0)
 
 
-# -- what conversion leaves as it was -----------------------------------------------------------------------------------
+# -- what conversion leaves as it was -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,7 +57,8 @@ def test_only_classes_change(name):
         assert (new.__name__, new.__qualname__, new.__module__) == (old.__name__, old.__qualname__, old.__module__)
         assert new.__doc__ == old.__doc__
         assert inspect.signature(module.forward) == inspect.signature(old.forward.__get__(module))
-    assert {key: (id(p), p.data_ptr(), p._version, p.requires_grad) for key, p in model.named_parameters()} == parameters
+    after = {key: (id(p), p.data_ptr(), p._version, p.requires_grad) for key, p in model.named_parameters()}
+    assert after == parameters
     assert {key: id(b) for key, b in model.named_buffers()} == buffers
     assert list(model.state_dict()) == list(values)
     assert_same(model.state_dict(), values)
@@ -98,7 +99,7 @@ def test_converting_again_reconfigures():
     assert type(model) is nn.Sequential
 
 
-# -- copies -------------------------------------------------------------------------------------------------------------
+# -- copies ---------------------------------------------------------------------------------------------
 
 
 def by_deepcopy(model):
@@ -154,7 +155,7 @@ def test_a_converted_model_can_be_collected():
     assert gone() is None
 
 
-# -- parameters that are shared, frozen, or computed ------------------------------------------------------------------
+# -- parameters that are shared, frozen, or computed ----------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -292,7 +293,7 @@ def test_deepcopy_of_a_parametrised_layer(order):
     grads_of(model)
 
 
-# -- hooks --------------------------------------------------------------------------------------------------------------
+# -- hooks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -343,7 +344,7 @@ def test_activations_handed_out_by_hooks_are_the_real_ones():
     assert relative_error(results[1][1], results[0][1]) < 0.05
 
 
-# -- the public counterparts ----------------------------------------------------------------------------------------------
+# -- the public counterparts ----------------------------------------------------------------------------
 
 SPECIAL = {"Linear": (8, 8), "MultiheadAttention": (8, 2), "TransformerEncoderLayer": (8, 2),
            "TransformerDecoderLayer": (8, 2), "GroupNorm": (2, 8), "LayerNorm": (8,), "RMSNorm": (8,)}

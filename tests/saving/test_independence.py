@@ -82,7 +82,8 @@ def test_all_is_let_go_at_once(backward):
 def test_seed_changes_the_draw():
     one = hf_actnn.convert(net(), bits=2, min_numel=0, seed=1)
     two = hf_actnn.convert(net(), bits=2, min_numel=0, seed=2)
-    assert not torch.equal(grads_of(one, loss(one, images()))["0.weight"], grads_of(two, loss(two, images()))["0.weight"])
+    first, second = (grads_of(model, loss(model, images())) for model in (one, two))
+    assert not torch.equal(first["0.weight"], second["0.weight"])
 
 
 def test_two_models_interleaved():
@@ -330,7 +331,9 @@ def test_functional_transforms_say_that_they_cannot(transform):
     model = convert(nn.Linear(4, 4))
     params = dict(model.named_parameters())
 
-    def of(values, x=torch.randn(2, 4)):
+    images = torch.randn(2, 4)
+
+    def of(values, x=images):
         return torch.func.functional_call(model, values, (x,)).square().sum()
 
     with pytest.raises(NotAvailableError, match=r"torch\.func.*Expected.*revert"):
@@ -346,7 +349,7 @@ def test_functional_transforms_say_that_they_cannot(transform):
     model(torch.randn(2, 4)).sum().backward()
 
 
-# -- what is kept by reference ------------------------------------------------------------------------------------------
+# -- what is kept by reference --------------------------------------------------------------------------
 
 CHANGED = "modified by an inplace operation"
 
@@ -375,7 +378,8 @@ def test_running_statistics_changed_before_backward_raise():
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize(
     "norm, shape",
-    [(lambda: nn.LayerNorm(16), (4, 16)), (lambda: nn.BatchNorm1d(16), (4, 16)), (lambda: nn.GroupNorm(2, 16), (4, 16))],
+    [(lambda: nn.LayerNorm(16), (4, 16)), (lambda: nn.BatchNorm1d(16), (4, 16)),
+     (lambda: nn.GroupNorm(2, 16), (4, 16))],
     ids=["layer", "batch", "group"],
 )
 def test_a_parent_of_a_recipe_changed_before_backward_raises(norm, shape, name):

@@ -21,7 +21,7 @@ def held(model: nn.Module, *inputs: torch.Tensor) -> int:
     return memory.saved_bytes
 
 
-# -- each distinct tensor once -----------------------------------------------------------------------------------------
+# -- each distinct tensor once --------------------------------------------------------------------------
 
 
 def test_shared_input_is_kept_once():
@@ -54,7 +54,7 @@ def test_relu_output_is_the_next_convolutions_input():
     assert held(alone, x) <= 1.03 * (code + mask) + 4 * 4 * 4
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_token_has_its_own_range(width):
     assert (model.w.grad - exact["w"]).norm() / exact["w"].norm() < 0.02
 
 
-# -- what no rule knows -------------------------------------------------------------------------------------------------
+# -- what no rule knows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_foreign_functions_stay_exact_and_are_listed(function):
     assert sum(row.nbytes for row in hf_actnn.report(model).left_alone) >= x.numel() * 4
 
 
-# -- nothing computed from parameters is coded --------------------------------------------------------------------------
+# -- nothing computed from parameters is coded ----------------------------------------------------------
 
 
 def standardised(m, x):
@@ -182,11 +182,53 @@ def test_autocast(frozen):
     assert F.cosine_similarity(*grads, dim=0) > 0.99
     rows = hf_actnn.report(converted).rows
     linear = [row for row in rows if row.kind == "linear"]
-    weights = {row.kept for row in linear} - {"quantized", "recipe: gelu", "recipe: layer_norm", "recipe: copy", "recipe: view"}
+    inputs = {"quantized", "recipe: gelu", "recipe: layer_norm", "recipe: copy", "recipe: view"}
+    weights = {row.kept for row in linear} - inputs
     if not frozen:
         assert weights <= {"recipe: cast", "parameter"}, weights
     # No weight among the codes: there are as many coded or rebuilt saves as layers whose weight is trained.
     assert sum(row.count for row in linear if row.kept not in ("recipe: cast", "parameter", "exact")) == 3 - frozen
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 64),  # as many values as the weight has: mistaken for each other, they would fit
+        (4, 16, 64),  # the same, with the tokens flattened by the operation
+        (4, 64, 16),  # transposed on the way in, so that the operation copies it
+        (5, 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_autocast_tells_weight_from_input(kind, shape, bias, frozen):
+    """A linear layer without a bias saves its weight first, one with a bias its input first; a frozen weight's copy
+    comes as an anonymous tensor."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    if kind == "convolution":
+        x = x.reshape(-1, 64, 1)
+        plain = nn.Sequential(nn.Conv1d(64, 64, 1, bias=bias), nn.Conv1d(64, 8, 1))
+    else:
+        layers = [nn.Flatten(0, -2)] if shape == (4, 64, 16) else []
+        plain = nn.Sequential(*layers, nn.Linear(64, 64, bias=bias), nn.Linear(64, 8))
+    plain[-2].weight.requires_grad_(not frozen)
+    converted = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=0)
+    grads = []
+    for model in (plain, converted):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(leaf.transpose(1, 2) if shape == (4, 64, 16) and kind == "linear" else leaf)
+        out.float().square().mean().backward()
+        grads.append([leaf.grad] + [p.grad for p in model.parameters() if p.grad is not None])
+    for found, expected in zip(*reversed(grads), strict=True):
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+    assert torch.equal(grads[0][0], grads[1][0]), "a weight was coded: the input's gradient reads weights alone"
+    # Every input is a code, or a recipe; but for a first layer that is frozen, whose input nobody needs.
+    data = [row for row in hf_actnn.report(converted).rows if row.kept == "exact"]
+    assert frozen or not data, data
 
 
 def test_autocast_weight_copies_hold_no_bytes():
@@ -197,7 +239,7 @@ def test_autocast_weight_copies_hold_no_bytes():
     assert memory.saved_bytes < 512 * 512
 
 
-# -- values that are not finite -----------------------------------------------------------------------------------------
+# -- values that are not finite -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -230,7 +272,7 @@ def test_corners_and_nan_are_treated_as_torch_does(function):
     assert torch.equal(grads[0].nan_to_num(), grads[1].nan_to_num())
 
 
-# -- a new rule ----------------------------------------------------------------------------------------------------------
+# -- a new rule -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     shapes: Sequence[Sequence[int]]
     kept: set[str]
     gradients: str = CLOSE
-    members: dict[str, Any] = {}
+    members: dict[str, Any] = {}  # noqa: RUF012
     unbiased: Sequence[str] = ()
 
 
@@ -67,8 +67,8 @@ def _linear() -> list[Case]:
         Case("linear/functional", lambda m, x: F.linear(x, m.w, m.b), [(4, 6, 40)], WEIGHTED, CLOSE, weights, ("w",)),
         Case("linear/one row", lambda m, x: F.linear(x, m.w), [(40,)], WEIGHTED, CLOSE, {"w": (24, 40)}),
         # Not a view of anything dense: a strided input is packed as it is read.
-        Case("linear/strided input", lambda m, x: F.linear(x[:, ::2], m.w, m.b), [(4, 12, 40)], WEIGHTED, CLOSE, weights,
-             ("w",)),
+        Case("linear/strided input", lambda m, x: F.linear(x[:, ::2], m.w, m.b), [(4, 12, 40)], WEIGHTED, CLOSE,
+             weights, ("w",)),
         Case("linear/transposed input", lambda m, x: F.linear(x.transpose(1, 2), m.w, m.b), [(4, 40, 6)], WEIGHTED,
              CLOSE, weights, ("w",)),
         # A weight that is an activation (as hypernetworks have) is coded like one.
@@ -95,14 +95,15 @@ def _convolutions() -> list[Case]:
             def op(cls=cls):
                 return cls(4, 8, 3, padding=1, groups=2, dilation=1, bias=False)
 
-            cases += [Case(f"{name}/functional", functional, [shape], WEIGHTED, CLOSE, {"w": weight, "b": (4,)}, ("w",)),
+            weights = {"w": weight, "b": (4,)}
+            cases += [Case(f"{name}/functional", functional, [shape], WEIGHTED, CLOSE, weights, ("w",)),
                       module(f"{name}/module, groups", op, shape, WEIGHTED, unbiased=("op.weight",))]
     cases += [
         Case("conv2d/torch's form", lambda m, x: torch.conv2d(x, m.w, padding="same", dilation=2), [_IMAGE], WEIGHTED,
              CLOSE, {"w": (4, 4, 3, 3)}, ("w",)),
         module("conv2d/depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), _IMAGE, WEIGHTED, unbiased=("op.weight",)),
-        module("conv2d/reflect padding", lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), _IMAGE, WEIGHTED,
-               unbiased=("op.weight",)),
+        module("conv2d/reflect padding", lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), _IMAGE,
+               WEIGHTED, unbiased=("op.weight",)),
         Case("conv2d/channels_last", lambda m, x: F.conv2d(x.contiguous(memory_format=torch.channels_last), m.w),
              [_IMAGE], WEIGHTED, CLOSE, {"w": (4, 4, 3, 3)}, ("w",)),
     ]
@@ -148,7 +149,8 @@ def _activations() -> list[Case]:
     cases = [
         # The exact side of each value's corner, in one bit: at any bit width gradients are equal.
         *elementwise("relu", MASK, EXACT, F.relu, nn.ReLU, torch.relu_),
-        *elementwise("relu6", MASK, EXACT, lambda x: F.relu6(5 * x), nn.ReLU6, lambda x: F.relu6(x.mul_(5), inplace=True)),
+        *elementwise("relu6", MASK, EXACT, lambda x: F.relu6(5 * x), nn.ReLU6,
+                     lambda x: F.relu6(x.mul_(5), inplace=True)),
         *elementwise("leaky_relu", MASK, EXACT, lambda x: F.leaky_relu(x, 0.2), nn.LeakyReLU,
                      lambda x: F.leaky_relu(x, 0.1, inplace=True)),
         *elementwise("hardsigmoid", MASK, EXACT, lambda x: F.hardsigmoid(3 * x), nn.Hardsigmoid,
@@ -217,7 +219,8 @@ def _pools() -> list[Case]:
                    EXACT),
             Case(f"max_pool{dimensions}d/with indices",
                  lambda m, x, f=maximum: f(x, 2, return_indices=True)[0], [shape], OFFSETS, EXACT),
-            Case(f"adaptive_max_pool{dimensions}d/uneven", lambda m, x, f=adaptive_max: f(x, 3), [shape], OFFSETS, EXACT),
+            Case(f"adaptive_max_pool{dimensions}d/uneven", lambda m, x, f=adaptive_max: f(x, 3), [shape], OFFSETS,
+                 EXACT),
             Case(f"adaptive_avg_pool{dimensions}d/uneven", lambda m, x, f=adaptive: f(x, 3), [shape], {"shape only"},
                  EXACT),
             Case(f"avg_pool{dimensions}d/padded",
@@ -250,7 +253,8 @@ def _products() -> list[Case]:
         Case("matmul/transposed", lambda m, x, y: x.matmul(y.transpose(-1, -2)), [(2, 3, 8, 32), (2, 3, 8, 32)], CODED,
              CLOSE, {}, both),
         # Heads split off one projection, as in every eager attention.
-        Case("matmul/heads", lambda m, x, y: x.view(2, 8, 2, 32).transpose(1, 2) @ y.view(2, 8, 2, 32).permute(0, 2, 3, 1),
+        Case("matmul/heads",
+             lambda m, x, y: x.view(2, 8, 2, 32).transpose(1, 2) @ y.view(2, 8, 2, 32).permute(0, 2, 3, 1),
              [(2, 8, 64), (2, 8, 64)], {"recipe: copy"}, CLOSE, {}, both),
         Case("matmul/a parameter", lambda m, x: x @ m.w, [(4, 8, 32)], WEIGHTED, CLOSE, {"w": (32, 8)}, ("w",)),
         Case("matmul/mm", lambda m, x, y: torch.mm(x, mat2=y), [(8, 32), (32, 8)], CODED, CLOSE, {}, both),
