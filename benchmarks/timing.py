@@ -50,6 +50,7 @@ def environment() -> dict[str, Any]:
         "cpu": model,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": [round(v, 2) for v in os.getloadavg()],  # of others too: above 0 before the run, the figures are low
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
 

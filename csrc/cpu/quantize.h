@@ -151,7 +151,7 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
     const Cursor start = cursor;
     batch.count = 0;
     for (; batch.count < kBatchGroups && g + batch.count < last; cursor.next(), ++batch.count)
-      if (cursor.position - start.position + cursor.size() > kBatch) break;
+      if (cursor.position - start.position + cursor.size() > (batch.count > 0 ? kTarget : kBatch)) break;
     const int64_t total = cursor.position - start.position;
     const float* x = as_floats(args.x, args.dtype, start.position, total, values);
     cursor = start;
