@@ -55,8 +55,9 @@ def test_gradients_at_8_bits_are_close(name):
     expected = step(plain, images, labels)[2]
     found = step(converted, images, labels)[2]
     assert cosine(found, expected) > 0.999
-    # Parameter by parameter, too: attention weighs little in the gradient of random weights.
-    floor = 1e-4 * whole(expected).norm()
+    # Parameter by parameter, too: attention weighs little in the gradient of random weights. Of a bias before a batch
+    # norm the true gradient is zero, so the error is measured against no less than a thousandth of the whole.
+    floor = 1e-3 * whole(expected).norm()
     errors = {key: ((found[key] - expected[key]).norm() / max(floor, expected[key].norm())).item() for key in found}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < 0.15, (worst, errors[worst])
