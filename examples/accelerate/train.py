@@ -55,9 +55,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--cpu", action="store_true", help="for several processes without a GPU, under torchrun")
     options = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
     set_seed(0)
     train, test = digits() if options.dataset == "digits" else hub_or_files(options.dataset)
     classes = int(train.tensors[1].max()) + 1

@@ -24,7 +24,7 @@ SMALL_VIT = (
 )
 SHORT = [
     *("--per_device_train_batch_size", "16", "--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no"),
-    *("--report_to", "none", "--use_cpu", "--disable_tqdm"),
+    *("--report_to", "none", "--use_cpu", "--disable_tqdm", "True"),
 ]
 
 
@@ -114,10 +114,10 @@ def test_accelerate_launch(precision):
 def test_two_processes():
     """Distributed data parallel around a converted model: both processes train, and stay in step."""
     printed = run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-        + ["examples/accelerate/train.py", "--epochs", "1"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        + ["examples/accelerate/train.py", "--epochs", "1", "--cpu"]
     )
-    assert printed.count("test accuracy") == 1
+    assert printed.count("test accuracy") == 1  # two separate runs would each print it
 
 
 def test_demo(tmp_path):
