@@ -25,8 +25,8 @@ REPEATS = 20
 
 
 def quantizer(x, bits, variant=None):
-    """A call that packs ``x``, as one row per 2^20 elements, into memory that was touched before, as a copy's target
-    is.""" row, module = min(x.numel(), 2**20), native.module()
+    """A call that packs ``x``, as one row per 2^20 elements, into memory touched before, as a copy's target is."""
+    row, module = min(x.numel(), 2**20), native.module()
     codes, meta, _ = ops.quantize(x, bits, row, GROUP, 1, 1)
     code, threads = ops._CODE[x.dtype], torch.get_num_threads()
 
