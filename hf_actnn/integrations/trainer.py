@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -76,21 +76,19 @@ class ActNNCallback(TrainerCallback):
         if "loss" in logs:
             logs.update(self.figures)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Convert before the Trainer makes the optimizer and wraps the model."""
-        self.apply(args, model)
+        self.apply(args, kwargs["model"])
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Convert a model that came after the Trainer was made, and get ready to measure.
 
         Parameters stay the same objects: an optimizer or a distributed wrapper that holds them is not disturbed.
         """
-        self.apply(args, model)
-        self._measure_next_forward(extract_model_from_parallel(model))
+        self.apply(args, kwargs["model"])
+        self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
 
     def on_log(
         self,
@@ -168,7 +166,8 @@ class ActNNTrainingArguments(TrainingArguments):
         NotAvailableError: at construction, for a level that is planned but not there yet.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "actnn_config"]
+    # What TrainingArguments itself turns from a JSON string into a dict. No annotation: it is no field.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "actnn_config"]  # noqa: RUF012
 
     actnn: str | None = field(
         default=None,
@@ -201,7 +200,14 @@ def config_of(args: TrainingArguments) -> ActNNConfig | None:
     return config if level is None else config.replace(level=level)
 
 
-class ActNNTrainerMixin:
+# A mixin for Trainers: type checkers see what it relies on, while at run time any class may stand behind it.
+if TYPE_CHECKING:
+    _Behind = Trainer
+else:
+    _Behind = object
+
+
+class ActNNTrainerMixin(_Behind):
     """Gives any Trainer the flag: `class MyTrainer(ActNNTrainerMixin, SomeTrainer)`.
 
     With `args.actnn` or `args.actnn_config` set it behaves as if an `ActNNCallback` had been passed, and also converts
