@@ -7,6 +7,7 @@ python tools/readme.py --check    # exit 1 if the region is not what the files s
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def region() -> str:
 
 
 def main() -> int:
+    if "--demo" in sys.argv[1:-1]:
+        made = Path(sys.argv[sys.argv.index("--demo") + 1])
+        shutil.copyfile(made / "demo.json", RESULTS / "demo.json")
+        shutil.copyfile(made / "demo.png", ROOT / "docs" / "images" / "demo.png")
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, rest = text.split(BEGIN, 1)

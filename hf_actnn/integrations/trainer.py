@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -245,7 +245,7 @@ class ActNNTrainerMixin(_Behind):
             if self._actnn is None:
                 self._actnn = ActNNCallback(config)
                 self.add_callback(self._actnn)
-            self._actnn.apply(self.args, self.model)
+            self._actnn.apply(self.args, cast(nn.Module, self.model))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Convert once more before making the optimizer.
