@@ -19,10 +19,8 @@ from torch import Tensor
 
 #: Smaller tensors come from torch: its allocator reuses small blocks well.
 SMALLEST = 64 * 1024
-#: Free blocks beyond this many bytes are given back.
-MAX_IDLE = 256 * 1024 * 1024
 #: A block serves a request this many times smaller at most; the rest of it would be held for nothing.
-LARGEST_FIT = 8
+LARGEST_FIT = 2
 
 _HUGE_PAGE = 2 * 1024 * 1024
 # Windows has no private anonymous maps: there every tensor comes from torch.
@@ -33,8 +31,7 @@ class Pool:
     """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all
     free ones, too small for it, were given back."""
 
-    def __init__(self, max_idle: int = MAX_IDLE) -> None:
-        self.max_idle = max_idle
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[mmap.mmap] = []
 
@@ -48,7 +45,7 @@ class Pool:
             fits = [block for block in free if need <= len(block) <= LARGEST_FIT * need]
             if fits:
                 block = min(fits, key=len)
-                self._trim([other for other in free if other is not block])
+                self._trim([other for other in free if other is not block], need)
             else:
                 self._forget(free)
                 del free
@@ -76,10 +73,13 @@ class Pool:
         gone = set(map(id, blocks))
         self._blocks = [block for block in self._blocks if id(block) not in gone]
 
-    def _trim(self, free: list[mmap.mmap]) -> None:
-        """Give back the largest free blocks until the rest is within ``max_idle``."""
+    def _trim(self, free: list[mmap.mmap], allowed: int) -> None:
+        """Give back the largest free blocks until no more than ``allowed`` bytes are idle.
+
+        Allowed is the size of the request being served: a layer's worth of idle memory saves faults, more raises the peak.
+        """
         free = sorted(free, key=len)
-        while free and sum(map(len, free)) > self.max_idle:
+        while free and sum(map(len, free)) > allowed:
             self._forget([free.pop()])
 
 

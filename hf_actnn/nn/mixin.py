@@ -35,10 +35,9 @@ class Compressed:
         member: Member | None = self.__dict__.get(ATTRIBUTE)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise NotAvailableError(_COMPILED)
         current = scope.current()
         if current is not None:
+            _check_not_compiled(self)
             current.places.append((member.path, member.policy))
             try:
                 return forward(*args, **kwargs)
@@ -46,6 +45,7 @@ class Compressed:
                 current.places.pop()
         if not self.training or scope.is_checkpointing():  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
+        _check_not_compiled(self)
         scope.check_can_open()
         opened = scope.Scope(member.session, self)  # type: ignore[arg-type]
         return opened.run((member.path, member.policy), forward, args, kwargs)
@@ -66,6 +66,14 @@ class Compressed:
 _COMPILED = message("a converted model cannot run under torch.compile yet", expected="an uncompiled model",
                     received="a forward pass that torch.compile is tracing",
                     next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile")
+
+
+def _check_not_compiled(module: Any) -> None:
+    """Raise while torch.compile traces, in the plain run it falls back to where it cannot, and after module.compile()."""
+    if torch.compiler.is_compiling() or module._compiled_call_impl is not None or (
+        torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+    ):
+        raise NotAvailableError(_COMPILED)
 
 
 def _new(original: type, *args: Any) -> Any:
@@ -117,16 +125,22 @@ def _join_beneath_parametrization(module: nn.Module) -> None:
     """Torch takes a parametrised class apart as "the class over its first base": so the counterpart goes beneath it."""
     parametrised = type(module)
     base = counterpart(parametrised.__bases__[0])
-    names = {key: value for key, value in vars(parametrised).items() if key not in ("__dict__", "__weakref__")}
-    names["_actnn_original"] = parametrised
+    names = {**_own_names(parametrised), "_actnn_original": parametrised}
     module.__class__ = type(parametrised)(parametrised.__name__, (base,), names)
+
+
+def _own_names(cls: type) -> dict[str, Any]:
+    return {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
 
 
 def leave(module: nn.Module) -> None:
     """Undo :func:`join`."""
-    original = getattr(type(module), "_actnn_original", None)
-    if original is not None:
-        module.__class__ = original
+    present = type(module)
+    if "_actnn_original" in vars(present):
+        module.__class__ = vars(present)["_actnn_original"]
+    elif (original := getattr(present, "_actnn_original", None)) is not None:
+        # Parametrised since: torch's class stands over the counterpart, and goes over the original instead.
+        module.__class__ = type(present)(present.__name__, (original,), _own_names(present))
     module.__dict__.pop(ATTRIBUTE, None)
 
 

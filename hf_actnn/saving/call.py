@@ -161,6 +161,8 @@ class Call:
         registry = self.scope.registry
         first = slots[0].tensor
         assert first is not None
+        if registry.layout(first) is None and first._is_view() and first._base is not None:
+            registry.produced(first._base, None)  # views of a tensor that no operation here produced
         layout = registry.layout(first)
         if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
             distinct = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()

@@ -161,10 +161,13 @@ class View(Kept):
     """Another view of a tensor that is kept."""
 
     __slots__ = ("parent", "shape", "stride", "offset")
-    kind = "recipe: view"
 
     def __init__(self, parent: Kept, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
         self.parent, self.shape, self.stride, self.offset = parent, shape, stride, offset
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.parent.kind
 
     @property
     def fresh(self) -> bool:  # type: ignore[override]
@@ -196,7 +199,7 @@ class Recipe(Kept):
 
     @property
     def kind(self) -> str:  # type: ignore[override]
-        return f"recipe: {self.name}"
+        return self.parents[0].kind if self.function is None else f"recipe: {self.name}"
 
     def get(self) -> Tensor:
         values = [parent.get() for parent in self.parents]

@@ -81,6 +81,11 @@ class Scope:
             _thread.scope = None
             self.places.pop()
             self.session.observed(self._notes)
+            self._close()
+
+    def _close(self) -> None:
+        """Let go of hooks, mode and registry: they refer back here, and a cycle would hold every code until collected."""
+        del self._hooks, self._mode, self.registry
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def test_release_and_cap():
     assert buffers.nbytes() == (0, 12 * BIG)
     buffers.release()
     assert buffers.nbytes() == (0, 0)
-    pool = buffers.Pool(max_idle=4 * BIG)
+    pool = buffers.Pool()
     live = [pool.empty(BIG, torch.float32) for _ in range(4)]
     live.clear()
     keep = pool.empty(BIG, torch.float32)

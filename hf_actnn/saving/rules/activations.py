@@ -127,12 +127,17 @@ def _keep_between(call: Call, low: float, high: float, predicate: str, again: Ca
 
 def _keep_hardtanh(call: Call) -> None:
     low, high = call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0)
-    # hardtanh_backward stops the gradient where x <= low or x >= high: nan passes it.
-    _keep_between(call, float(low), float(high), "inside", lambda value: F.hardtanh(value, low, high))
+    _keep_between(call, float(low), float(high), _within(call), lambda value: F.hardtanh(value, low, high))
 
 
 def _keep_relu6(call: Call) -> None:
-    _keep_between(call, 0.0, 6.0, "inside", F.relu6)
+    _keep_between(call, 0.0, 6.0, _within(call), F.relu6)
+
+
+def _within(call: Call) -> str:
+    """hardtanh_backward passes the gradient of nan where it is written out (not x <= low), and stops it where it is
+    vectorised, on the CPU."""
+    return "strict_inside" if call.output.device.type == "cpu" else "inside"
 
 
 def _keep_hardsigmoid(call: Call) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_actnn.errors import SavedTensorError, message
+from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST
 from hf_actnn.saving.kept import Recipe, Rerun, Rerunnable
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
@@ -65,8 +66,9 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
                       and call.same_storage(tensor, mask)), None)
     if mask_slot is not None:
         parents.append(call.exact(mask_slot, "an attention mask"))
+    elif isinstance(mask, Tensor):
+        parents.append(exact(call.scope, mask, call.where))  # a boolean mask, which torch saves a float copy of
     again = _again(backend, [argument.requires_grad for argument in (query, key, value)], len(slots),
-                   mask=isinstance(mask, Tensor) and mask_slot is None and mask or None,
                    is_causal=at(5, "is_causal", False), scale=call.kwargs.get("scale"),
                    enable_gqa=call.kwargs.get("enable_gqa", False), where=call.where)
     group = Rerun(again, [parent for parent in parents if parent is not None], owned=len(slots) - (mask_slot is not None))
@@ -78,7 +80,7 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
             call.scope.registry.learn(tensor, Rerunnable(group, index, own=False), LAST)
 
 
-def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, mask: Tensor | None, is_causal: bool,
+def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, is_causal: bool,
            scale: float | None, enable_gqa: bool, where: str) -> Callable[..., list[Tensor]]:
     """A function from (q, k, v[, mask]) to all that the operation saves, in its order."""
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
@@ -89,7 +91,7 @@ def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, mask: Ten
         saved: list[Tensor] = []
 
         def record(tensor: Tensor) -> int:
-            saved.append(tensor)
+            saved.append(tensor.detach())  # not the output itself: its graph would hold this list, and the list the graph
             return len(saved) - 1
 
         tensors = [tensor.detach().requires_grad_(flag) for tensor, flag in
@@ -98,12 +100,12 @@ def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, mask: Ten
         with torch.enable_grad(), torch.autocast(device, enabled=False), sdpa_kernel(backend), (
             torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index])
         ):
-            F.scaled_dot_product_attention(*tensors, attn_mask=rest[0] if rest else mask, **options)
+            F.scaled_dot_product_attention(*tensors, attn_mask=rest[0] if rest else None, **options)
         if len(saved) != count:
             raise SavedTensorError(message("attention saved other tensors when it was run again", where=where,
                                            expected=f"{count} tensors", received=str(len(saved)),
                                            next_step="Leave this module out with skip=(...)"))
-        return [tensor.detach() for tensor in saved]
+        return saved
 
     return run
 

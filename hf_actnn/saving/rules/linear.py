@@ -4,34 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
-    from hf_actnn.saving.call import Call
+    from hf_actnn.saving.call import Call, Slot
 
 
-def _keep(rows: str, call: Call) -> None:
-    data, weight = call.argument(0, "input"), call.argument(1, "weight")
-    # Autograd saves the input first. A frozen weight's autocast copy comes as an anonymous tensor, so position tells
-    # the two apart; and without a gradient for the weight a linear layer does not save its input at all.
-    slots = call.open_slots()
-    input_saved = rows == SAMPLE or weight.requires_grad
-    for position, (slot, tensor) in enumerate(slots):
-        if call.is_weight(tensor) or not tensor.is_floating_point():
-            continue
-        if call.same_storage(tensor, data) or (position == 0 and input_saved):
-            call.data_argument(slot, data, rows)
-        elif not call.is_weight(weight):
-            call.data(slot)  # another activation used as a weight
+def _unknown(call: Call) -> list[tuple[Slot, Tensor]]:
+    """The saves that are not known to be weights, in autograd's order."""
+    return [(slot, tensor) for slot, tensor in call.open_slots()
+            if tensor.is_floating_point() and not call.is_weight(tensor)]
 
 
 def _keep_linear(call: Call) -> None:
-    _keep(LAST, call)
+    data, weight = call.argument(0, "input"), call.argument(1, "weight")
+    weight_is_ours = call.is_weight(weight)
+    for slot, tensor in _unknown(call):
+        if call.same_storage(tensor, data):
+            call.data_argument(slot, data, LAST)
+        elif not weight_is_ours:
+            call.data(slot)  # another activation used as a weight
+        elif weight.requires_grad and not _is_transposed_copy(tensor, weight):
+            # Without a gradient for its weight a linear layer does not save its input. What is left then, as here, is
+            # autocast's copy of a frozen or computed weight, which comes as an anonymous tensor.
+            call.data_argument(slot, data, LAST)
+
+
+def _is_transposed_copy(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor lies in memory as a cast of the weight does, which a linear layer saves transposed."""
+    return tensor.dtype != weight.dtype and tensor.shape == weight.shape[::-1] and (
+        tensor.stride() == weight.stride()[::-1])
 
 
 def _keep_convolution(call: Call) -> None:
-    _keep(SAMPLE, call)
+    data, weight = call.argument(0, "input"), call.argument(1, "weight")
+    # Autograd saves input and weight, in this order, whichever of them needs a gradient.
+    slots = _unknown(call)
+    for slot, _ in slots[:1]:
+        call.data_argument(slot, data, SAMPLE)
+    if not call.is_weight(weight):
+        call.data_all([slot for slot, _ in slots[1:]])
 
 
 LINEAR = register(

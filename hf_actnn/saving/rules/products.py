@@ -16,25 +16,28 @@ _LINEAR = "the gradient of each factor is linear in the other"
 
 
 def _keep_matmul(call: Call) -> None:
-    """Autograd saves the left factor if the right one needs a gradient, then the right one if the left does.
+    """Factors that cannot be viewed as a batch of matrices are saved as copies, which are kept as the factor.
 
-    Factors that cannot be viewed as a batch of matrices are saved as copies; order tells which is which.
+    Which copy is which factor's: mm and bmm save the right factor first, baddbmm its first batch first; a factor is
+    saved if the other needs a gradient. Shapes must agree with that, or the copy is kept by itself.
     """
-    first = 1 if call.name == "baddbmm" else 0
-    left = call.argument(first, "batch1" if first else "input")
-    right = call.argument(first + 1, "batch2" if first else "mat2" if "mat2" in call.kwargs else "other")
-    factors = [factor for factor, other in ((left, right), (right, left))
-               if isinstance(factor, Tensor) and isinstance(other, Tensor) and other.requires_grad]
+    joined = call.name == "baddbmm"
+    left = call.argument(1, "batch1") if joined else call.argument(0, "input")
+    right = call.argument(2, "batch2") if joined else call.argument(1, "mat2" if "mat2" in call.kwargs else "other")
+    if call.function is Tensor.__rmatmul__:
+        left, right = right, left
     slots: list[tuple[Slot, Tensor]] = call.open_slots()
     data = [slot for slot, tensor in slots if not call.is_weight(tensor)]
-    if len(factors) != len(slots):
-        call.data_all(data, LAST)
-        return
-    copies = {id(slot) for slot, tensor in slots if not any(call.same_storage(tensor, f) for f in factors)}
-    call.data_all([slot for slot in data if id(slot) not in copies], LAST)
-    for (slot, _), factor in zip(slots, factors, strict=True):
-        if slot.kept is None and slot in data:
-            call.data_argument(slot, factor, LAST)
+    pairs = [(left, right), (right, left)] if joined else [(right, left), (left, right)]
+    saved = [factor for factor, other in pairs if isinstance(other, Tensor) and other.requires_grad]
+    call.data_all([slot for slot in data if slot.tensor is not None and any(
+        call.same_storage(slot.tensor, factor) for factor in (left, right))], LAST)
+    # Matrices of different rank are multiplied transposed and folded: then order says nothing.
+    if len(saved) == len(slots) and left.dim() == right.dim():
+        for (slot, tensor), factor in zip(slots, saved, strict=True):
+            if slot.kept is None and slot in data and tensor.shape[-2:] == factor.shape[-2:]:
+                call.data_argument(slot, factor, LAST)
+    call.data_all([slot for slot in data if slot.kept is None], LAST)
 
 
 def _keep_mul(call: Call) -> None:
