@@ -4,9 +4,9 @@
 
 For each model at 224 px, fp32: the bytes PyTorch holds (each storage once, parameters excluded), the bytes hf_actnn
 holds, and an independent count of the latter, by weak references to every storage made in the forward pass and still
-alive before the backward pass. Then the slope of the peak resident set over the batch, each point a process of its own,
-for plain training, for saved tensors that cost nothing (given back as zeros: what no way of storing can remove), and for
-hf_actnn.
+alive before the backward pass. Then the slope of the peak resident set over the batch, each point a process of its
+own, for plain training, for saved tensors that cost nothing (given back as zeros: what no way of storing can remove),
+and for hf_actnn.
 """
 
 from __future__ import annotations
@@ -68,8 +68,13 @@ def accounted(name: str, bits: int, size: int) -> dict[str, float]:
         loss = model(**data).loss
     independent = storages.alive()
     del loss
-    return {"plain_bytes": raw / size, "held_bytes": held / size, "independent_bytes": independent / size,
-            "ratio": raw / held, "independent_over_held": independent / held}
+    return {
+        "plain_bytes": raw / size,
+        "held_bytes": held / size,
+        "independent_bytes": independent / size,
+        "ratio": raw / held,
+        "independent_over_held": independent / held,
+    }
 
 
 def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
@@ -113,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(4, 12), help="batch sizes between which slopes are taken")
+    parser.add_argument(
+        "--sizes", type=int, nargs=2, default=(4, 12), help="batch sizes between which slopes are taken"
+    )
     parser.add_argument("--skip-rss", action="store_true")
     parser.add_argument("--output", default="memory")
     parser.add_argument("--peak", nargs=4, metavar=("MODEL", "MODE", "SIZE", "BITS"), help=argparse.SUPPRESS)
@@ -126,12 +133,19 @@ def main() -> None:
         row = accounted(name, arguments.bits, size=2)
         if not arguments.skip_rss:
             sizes = tuple(arguments.sizes)
-            row |= {f"rss_slope_{mode}": slope(name, mode, sizes, arguments.bits) for mode in ("plain", "free", "hf_actnn")}
+            row |= {
+                f"rss_slope_{mode}": slope(name, mode, sizes, arguments.bits) for mode in ("plain", "free", "hf_actnn")
+            }
             row["rss_over_floor"] = row["rss_slope_hf_actnn"] / (row["rss_slope_free"] + row["held_bytes"])
         rows[name] = row
-        print(f"{name}: " + ", ".join(
-            f"{key} {value / 1e6:.2f} MB" if "bytes" in key or "slope" in key else f"{key} {value:.3f}"
-            for key, value in row.items()), flush=True)
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"{key} {value / 1e6:.2f} MB" if "bytes" in key or "slope" in key else f"{key} {value:.3f}"
+                for key, value in row.items()
+            ),
+            flush=True,
+        )
     path: Path = timing.write(arguments.output, {"bits": arguments.bits, "per_image": rows})
     print(json.dumps(str(path.name)))
 

@@ -43,5 +43,7 @@ def make(name: str) -> nn.Module:
 def batch(size: int, resolution: int = 224) -> dict[str, torch.Tensor]:
     """Images ``[size, 3, resolution, resolution]`` and labels."""
     generator = torch.Generator().manual_seed(1)
-    return {"pixel_values": torch.randn(size, 3, resolution, resolution, generator=generator),
-            "labels": torch.randint(0, 1000, (size,), generator=generator)}
+    return {
+        "pixel_values": torch.randn(size, 3, resolution, resolution, generator=generator),
+        "labels": torch.randint(0, 1000, (size,), generator=generator),
+    }

@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--models resnet50 vit_b16 convnext_t] [--bits 2] [--rounds 7]
 
-One process per model; the contenders take turns in every round, and the median over rounds is reported, so that a slow
-minute of the machine hits all of them. A step is forward, loss and backward, without the optimizer. The checkpointing is
-Hugging Face's for the ViT; Hugging Face's ResNet and ConvNeXt have none, so timm's models and timm's switch stand there.
+One process per model; the contenders take turns in every round, and the median over rounds is reported, so that a
+slow minute of the machine hits all of them. A step is forward, loss and backward, without the optimizer. The
+checkpointing is Hugging Face's for the ViT; Hugging Face's ResNet and ConvNeXt have none, so timm's models and timm's
+switch stand there.
 """
 
 from __future__ import annotations
@@ -70,8 +71,14 @@ def measure(name: str, bits: int, rounds: int) -> dict[str, object]:
         return run
 
     seconds = timing.interleaved({key: step(model) for key, model in contenders.items()}, rounds=rounds, warmup=1)
-    return {"model": what, "batch": size, "bits": bits, "rounds": rounds, "seconds": seconds,
-            "over_plain": {key: value / seconds["plain"] for key, value in seconds.items()}}
+    return {
+        "model": what,
+        "batch": size,
+        "bits": bits,
+        "rounds": rounds,
+        "seconds": seconds,
+        "over_plain": {key: value / seconds["plain"] for key, value in seconds.items()},
+    }
 
 
 def main() -> None:
@@ -87,7 +94,16 @@ def main() -> None:
         return
     rows = {}
     for name in arguments.models:
-        command = [sys.executable, __file__, "--one", name, "--bits", str(arguments.bits), "--rounds", str(arguments.rounds)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--bits",
+            str(arguments.bits),
+            "--rounds",
+            str(arguments.rounds),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)

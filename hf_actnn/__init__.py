@@ -15,7 +15,7 @@ from hf_actnn.memory import MemoryReport, track_memory
 __version__ = "0.1.0.dev0"
 
 #: Names that need transformers, imported when they are first used.
-_LAZY = {name: "hf_actnn.integrations.trainer" for name in ("ActNNCallback", "ActNNTrainer", "ActNNTrainingArguments")}
+_LAZY = dict.fromkeys(("ActNNCallback", "ActNNTrainer", "ActNNTrainingArguments"), "hf_actnn.integrations.trainer")
 
 __all__ = [
     "ActNNCallback",

@@ -79,15 +79,33 @@ class ActNNConfig:
         _check_int("seed", self.seed, 0, 2**64 - 1)
         _check_int("min_numel", self.min_numel, 0, 2**62)
         if self.exact_norms is not None and not isinstance(self.exact_norms, bool):
-            raise ConfigError(message("`exact_norms` is not a yes or no", expected="True, False or None",
-                                      received=repr(self.exact_norms), next_step="Leave it out to take the level's"))
+            raise ConfigError(
+                message(
+                    "`exact_norms` is not a yes or no",
+                    expected="True, False or None",
+                    received=repr(self.exact_norms),
+                    next_step="Leave it out to take the level's",
+                )
+            )
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
-            raise ConfigError(message("`skip` is not a sequence of patterns", expected='for example ("classifier",)',
-                                      received=repr(self.skip), next_step="Wrap a single pattern in a tuple"))
+            raise ConfigError(
+                message(
+                    "`skip` is not a sequence of patterns",
+                    expected='for example ("classifier",)',
+                    received=repr(self.skip),
+                    next_step="Wrap a single pattern in a tuple",
+                )
+            )
         object.__setattr__(self, "skip", tuple(self.skip))
         if not isinstance(self.overrides, Mapping):
-            raise ConfigError(message("`overrides` is not a mapping", expected='for example {"encoder.*.mlp": 8}',
-                                      received=repr(self.overrides), next_step="Give pattern -> bits or 'exact'"))
+            raise ConfigError(
+                message(
+                    "`overrides` is not a mapping",
+                    expected='for example {"encoder.*.mlp": 8}',
+                    received=repr(self.overrides),
+                    next_step="Give pattern -> bits or 'exact'",
+                )
+            )
         for pattern, value in self.overrides.items():
             if value != "exact":
                 _check_bits(value, f"overrides[{pattern!r}]", " or 'exact'")
@@ -127,11 +145,20 @@ class ActNNConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> ActNNConfig:
         """The inverse of :meth:`to_dict`; an unknown key raises :class:`ConfigError`."""
         if not isinstance(values, Mapping):
-            raise ConfigError(message("a configuration is not a mapping", where=where, expected="a JSON object",
-                                      received=type(values).__name__, next_step="See ActNNConfig for the fields"))
+            raise ConfigError(
+                message(
+                    "a configuration is not a mapping",
+                    where=where,
+                    expected="a JSON object",
+                    received=type(values).__name__,
+                    next_step="See ActNNConfig for the fields",
+                )
+            )
         _check_keys(values, where or "the configuration")
-        return cls(**{key: tuple(value) if key == "skip" and not isinstance(value, str) else value
-                      for key, value in values.items()})
+        fields: dict[str, Any] = dict(values)
+        if not isinstance(fields.get("skip", ""), str):
+            fields["skip"] = tuple(fields["skip"])
+        return cls(**fields)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> ActNNConfig:
@@ -140,16 +167,28 @@ class ActNNConfig:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
         except OSError as error:
-            raise ConfigError(message("the configuration file cannot be read", where=os.fspath(path),
-                                      received=str(error), next_step="Check the path")) from error
+            raise ConfigError(
+                message(
+                    "the configuration file cannot be read",
+                    where=os.fspath(path),
+                    received=str(error),
+                    next_step="Check the path",
+                )
+            ) from error
         except json.JSONDecodeError as error:
-            raise ConfigError(message("the configuration file is not JSON", where=os.fspath(path),
-                                      received=str(error), next_step="Write it with to_json_string()")) from error
+            raise ConfigError(
+                message(
+                    "the configuration file is not JSON",
+                    where=os.fspath(path),
+                    received=str(error),
+                    next_step="Write it with to_json_string()",
+                )
+            ) from error
         return cls.from_dict(values, where=os.fspath(path))
 
     @classmethod
     def resolve(cls, config: ActNNConfig | str | Mapping[str, Any] | os.PathLike[str] | None) -> ActNNConfig:
-        """A configuration from whatever a user may pass: itself, a level, a mapping, a path of a JSON file, ``None``."""
+        """A configuration from what a user may pass: itself, a level, a mapping, a path of a JSON file, ``None``."""
         if config is None:
             return cls()
         if isinstance(config, ActNNConfig):
@@ -160,28 +199,49 @@ class ActNNConfig:
             return cls.from_json_file(config)
         if isinstance(config, str):
             return cls(level=config)
-        raise ConfigError(message("this is not a configuration",
-                                  expected="an ActNNConfig, a level such as 'L2', a mapping, or the path of a JSON file",
-                                  received=f"{type(config).__name__} {config!r}",
-                                  next_step="For a bit width write convert(model, bits=2)"))
+        raise ConfigError(
+            message(
+                "this is not a configuration",
+                expected="an ActNNConfig, a level such as 'L2', a mapping, or the path of a JSON file",
+                received=f"{type(config).__name__} {config!r}",
+                next_step="For a bit width write convert(model, bits=2)",
+            )
+        )
 
 
 def _check_level(level: Any) -> None:
     if isinstance(level, str) and level in LEVELS:
         return
     if isinstance(level, str) and level in PLANNED_LEVELS:
-        raise NotAvailableError(message(f"level {level!r} ({PLANNED_LEVELS[level]}) is not available yet",
-                                        expected=f"one of {', '.join(LEVELS)}, or bits=1 to 8",
-                                        received=repr(level), next_step="Use 'L2', or bits=2 for two bits per value"))
-    raise ConfigError(message("unknown level", expected=f"one of {', '.join(LEVELS)}", received=repr(level),
-                              next_step="For a bit width write bits=2"))
+        raise NotAvailableError(
+            message(
+                f"level {level!r} ({PLANNED_LEVELS[level]}) is not available yet",
+                expected=f"one of {', '.join(LEVELS)}, or bits=1 to 8",
+                received=repr(level),
+                next_step="Use 'L2', or bits=2 for two bits per value",
+            )
+        )
+    raise ConfigError(
+        message(
+            "unknown level",
+            expected=f"one of {', '.join(LEVELS)}",
+            received=repr(level),
+            next_step="For a bit width write bits=2",
+        )
+    )
 
 
 def _check_unavailable(config: ActNNConfig) -> None:
     for name, what in (("update_interval", "adaptive bits are"), ("swap", "swapping to the host is")):
         if getattr(config, name) is not None:
-            raise NotAvailableError(message(f"`{name}` cannot be set: {what} not available yet", expected="None",
-                                            received=repr(getattr(config, name)), next_step="Leave the field out"))
+            raise NotAvailableError(
+                message(
+                    f"`{name}` cannot be set: {what} not available yet",
+                    expected="None",
+                    received=repr(getattr(config, name)),
+                    next_step="Leave the field out",
+                )
+            )
 
 
 def _check_bits(bits: Any, where: str, also: str = "") -> None:
@@ -190,26 +250,58 @@ def _check_bits(bits: Any, where: str, also: str = "") -> None:
         return
     expected = f"a whole number of bits from {MIN_BITS} to {MAX_BITS}{also}"
     if isinstance(bits, float) and bits < MIN_BITS:
-        raise ConfigError(message("no allocation can meet this budget: every value takes at least one bit", where=where,
-                                  expected=expected, received=repr(bits), next_step="Ask for 1 bit or more"))
+        raise ConfigError(
+            message(
+                "no allocation can meet this budget: every value takes at least one bit",
+                where=where,
+                expected=expected,
+                received=repr(bits),
+                next_step="Ask for 1 bit or more",
+            )
+        )
     if isinstance(bits, float) and bits <= MAX_BITS and bits != int(bits):
-        raise NotAvailableError(message("an average that is not a whole number of bits needs adaptive bits, which are "
-                                        "not available yet", where=where, expected=expected, received=repr(bits),
-                                        next_step="Round it"))
-    raise ConfigError(message("bits out of range", where=where, expected=expected, received=repr(bits),
-                              next_step="2 is the paper's default, 4 the safe one, 8 nearly exact"))
+        raise NotAvailableError(
+            message(
+                "an average that is not a whole number of bits needs adaptive bits, which are not available yet",
+                where=where,
+                expected=expected,
+                received=repr(bits),
+                next_step="Round it",
+            )
+        )
+    raise ConfigError(
+        message(
+            "bits out of range",
+            where=where,
+            expected=expected,
+            received=repr(bits),
+            next_step="2 is the paper's default, 4 the safe one, 8 nearly exact",
+        )
+    )
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(message(f"`{name}` is out of range", expected=f"a whole number from {low} to {high}",
-                                  received=repr(value), next_step="Leave it out to take the default"))
+        raise ConfigError(
+            message(
+                f"`{name}` is out of range",
+                expected=f"a whole number from {low} to {high}",
+                received=repr(value),
+                next_step="Leave it out to take the default",
+            )
+        )
 
 
 def _check_keys(values: Mapping[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(ActNNConfig)]
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise ConfigError(message(f"unknown configuration key {unknown[0]!r}", where=where,
-                                  expected=f"keys among {', '.join(known)}", received=", ".join(map(repr, unknown)),
-                                  next_step="Remove it or correct its spelling"))
+        raise ConfigError(
+            message(
+                f"unknown configuration key {unknown[0]!r}",
+                where=where,
+                expected=f"keys among {', '.join(known)}",
+                received=", ".join(map(repr, unknown)),
+                next_step="Remove it or correct its spelling",
+            )
+        )

@@ -17,7 +17,9 @@ from hf_actnn.saving.policy import policies
 from hf_actnn.saving.session import Observation, Session
 
 
-def convert(model: nn.Module, config: ActNNConfig | str | Mapping[str, Any] | None = None, **overrides: Any) -> nn.Module:
+def convert(
+    model: nn.Module, config: ActNNConfig | str | Mapping[str, Any] | None = None, **overrides: Any
+) -> nn.Module:
     """Keep a model's activations compressed for the backward pass. In place; the same object is returned.
 
     Only classes change: parameters, buffers, hooks, names, optimizer references stay what they are. Convert before
@@ -25,7 +27,7 @@ def convert(model: nn.Module, config: ActNNConfig | str | Mapping[str, Any] | No
 
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.
-        config: an :class:`ActNNConfig`, a level (``"L2"``, the default), a mapping of fields or the path of a JSON file.
+        config: an :class:`ActNNConfig`, a level (``"L2"``, the default), a mapping of fields or a path of JSON.
         **overrides: fields of the configuration to replace, for example ``bits=2``.
 
     Raises:
@@ -39,10 +41,15 @@ def convert(model: nn.Module, config: ActNNConfig | str | Mapping[str, Any] | No
     modules = dict(_convertible(model))
     found = policies(resolved, modules)
     if resolved.effective_bits is not None and all(policy.bits is None for policy in found.values()):
-        raise ConversionError(message("everything in the model is left out", where=type(model).__name__,
-                                      expected="at least one module to compress",
-                                      received=f"skip={resolved.skip!r}, overrides={dict(resolved.overrides)!r}",
-                                      next_step="Narrow the patterns, or use level 'L0'"))
+        raise ConversionError(
+            message(
+                "everything in the model is left out",
+                where=type(model).__name__,
+                expected="at least one module to compress",
+                received=f"skip={resolved.skip!r}, overrides={dict(resolved.overrides)!r}",
+                next_step="Narrow the patterns, or use level 'L0'",
+            )
+        )
     session = Session(resolved)
     for path, module in modules.items():
         join(module, Member(path, found[path], session))
@@ -64,26 +71,44 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def _not_a_module(model: Any) -> str:
-    return message("this is not a model", expected="a torch.nn.Module", received=type(model).__name__,
-                   next_step="Pass the module itself; of a pipeline or a trainer that is its .model")
+    return message(
+        "this is not a model",
+        expected="a torch.nn.Module",
+        received=type(model).__name__,
+        next_step="Pass the module itself; of a pipeline or a trainer that is its .model",
+    )
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(_not_a_module(model))
     for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ConversionError(message("a compiled model cannot be converted", where=path or type(model).__name__,
-                                          expected="the model before torch.compile", received=type(module).__name__,
-                                          next_step="Convert first; of a torch.compile'd model the original is "
-                                                    "model._orig_mod. Compiling a converted model is not available yet"))
-    if not any(type(module).__mro__ and any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()) and (
-        not any(True for _ in model.parameters())
-    ):
-        raise ConversionError(message("there is nothing to convert", where=type(model).__name__,
-                                      expected="a model with parameters, or with a layer that hf_actnn.nn knows",
-                                      received=f"{sum(1 for _ in model.modules())} modules, none of them either",
-                                      next_step="Check that this is the model you train"))
+        if (
+            isinstance(module, torch._dynamo.OptimizedModule)
+            or getattr(module, "_compiled_call_impl", None) is not None
+        ):
+            raise ConversionError(
+                message(
+                    "a compiled model cannot be converted",
+                    where=path or type(model).__name__,
+                    expected="the model before torch.compile",
+                    received=type(module).__name__,
+                    next_step="Convert first; of a torch.compile'd model the original is "
+                    "model._orig_mod. Compiling a converted model is not available yet",
+                )
+            )
+    if not any(
+        type(module).__mro__ and any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()
+    ) and (not any(True for _ in model.parameters())):
+        raise ConversionError(
+            message(
+                "there is nothing to convert",
+                where=type(model).__name__,
+                expected="a model with parameters, or with a layer that hf_actnn.nn knows",
+                received=f"{sum(1 for _ in model.modules())} modules, none of them either",
+                next_step="Check that this is the model you train",
+            )
+        )
 
 
 def _convertible(model: nn.Module) -> Any:
@@ -104,7 +129,7 @@ class Row(NamedTuple):
         kind: of the module, or the name of the operation whose saves were observed.
         kept: how its saves are kept.
         bits: bits per value where they are coded.
-        count: saves in the last training forward pass; 0 before there was one.
+        saves: how many in the last training forward pass; 0 before there was one.
         nbytes: their bytes before compression, a tensor that several operations save counted for each.
         reason: why they are exact.
     """
@@ -113,7 +138,7 @@ class Row(NamedTuple):
     kind: str
     kept: str
     bits: int | None
-    count: int
+    saves: int
     nbytes: int
     reason: str
 
@@ -133,15 +158,27 @@ class ConversionReport:
 
     def __str__(self) -> str:
         head = f"hf_actnn {self.config.level}" + (f", bits={self.config.bits}" if self.config.bits else "")
-        lines = [f"{head}: {len({row.module for row in self.rows})} modules"
-                 + ("" if self.observed else " (no training forward pass seen yet: what it saves is listed after one)")]
+        lines = [
+            f"{head}: {len({row.module for row in self.rows})} modules"
+            + ("" if self.observed else " (no training forward pass seen yet: what it saves is listed after one)")
+        ]
         table = [("module", "kind", "kept as", "bits", "saves", "MB before", "reason")]
         for row in self.rows:
-            table.append((row.module or "(model)", row.kind, row.kept, "" if row.bits is None else str(row.bits),
-                          str(row.count or ""), f"{row.nbytes / 1e6:.3f}" if row.count else "", row.reason))
+            table.append(
+                (
+                    row.module or "(model)",
+                    row.kind,
+                    row.kept,
+                    "" if row.bits is None else str(row.bits),
+                    str(row.saves or ""),
+                    f"{row.nbytes / 1e6:.3f}" if row.saves else "",
+                    row.reason,
+                )
+            )
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                  for line in table]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
         return "\n".join(lines)
 
 
@@ -154,23 +191,48 @@ def report(model: nn.Module) -> ConversionReport:
     Raises:
         ConversionError: the model is not converted.
     """
-    members = {path: (module, found) for path, module in model.named_modules()
-               if (found := membership(module)) is not None} if isinstance(model, nn.Module) else {}
+    members = (
+        {path: (module, found) for path, module in model.named_modules() if (found := membership(module)) is not None}
+        if isinstance(model, nn.Module)
+        else {}
+    )
     if not members:
-        raise ConversionError(message("there is no report", where=type(model).__name__, expected="a converted model",
-                                      received="a model without converted modules",
-                                      next_step="Call hf_actnn.convert(model) first"))
+        raise ConversionError(
+            message(
+                "there is no report",
+                where=type(model).__name__,
+                expected="a converted model",
+                received="a model without converted modules",
+                next_step="Call hf_actnn.convert(model) first",
+            )
+        )
     session = next(iter(members.values()))[1].session
     bits = {found.path: found.policy.bits for _, found in members.values()}
     if session.last:
         rows = [_observed_row(note, bits.get(note.path)) for note in session.last]
     else:
-        rows = [Row(path, kind_of(module), "exact" if found.policy.bits is None else "by its operations' rules",
-                    found.policy.bits, 0, 0, found.policy.reason)
-                for path, (module, found) in members.items()]
+        rows = [
+            Row(
+                path,
+                kind_of(module),
+                "exact" if found.policy.bits is None else "by its operations' rules",
+                found.policy.bits,
+                0,
+                0,
+                found.policy.reason,
+            )
+            for path, (module, found) in members.items()
+        ]
     return ConversionReport(rows, session.config, bool(session.last))
 
 
 def _observed_row(note: Observation, bits: int | None) -> Row:
-    return Row(note.path, note.function, note.kind, bits if note.kind == "quantized" else None, note.count, note.nbytes,
-               note.reason if note.kind == "exact" else "")
+    return Row(
+        note.path,
+        note.function,
+        note.kind,
+        bits if note.kind == "quantized" else None,
+        note.saves,
+        note.nbytes,
+        note.reason if note.kind == "exact" else "",
+    )

@@ -42,9 +42,18 @@ def _timm(name: str, **fields: object) -> Callable[[], nn.Module]:
 
 
 def _vit(attention: str, dropout: float) -> Callable[[], nn.Module]:
-    return _hf("ViT", attention, image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2,
-               num_attention_heads=2, intermediate_size=128, hidden_dropout_prob=0.1,
-               attention_probs_dropout_prob=dropout)
+    return _hf(
+        "ViT",
+        attention,
+        image_size=32,
+        patch_size=8,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=dropout,
+    )
 
 
 EXAMPLES: dict[str, Example] = {
@@ -53,18 +62,55 @@ EXAMPLES: dict[str, Example] = {
     "hf_vit_sdpa_dropout": Example(_vit("sdpa", 0.1), 32),
     "hf_vit_eager": Example(_vit("eager", 0.1), 32),
     # Two blocks per stage, so that shifted windows and their masks take part.
-    "hf_swin": Example(_hf("Swin", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
-                           window_size=4, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-                           drop_path_rate=0.2), 32),
-    "hf_convnext": Example(_hf("ConvNext", hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, patch_size=2,
-                               drop_path_rate=0.3, layer_scale_init_value=0.5), 32),
-    "hf_resnet": Example(_hf("ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2],
-                             layer_type="bottleneck"), 64),
+    "hf_swin": Example(
+        _hf(
+            "Swin",
+            image_size=32,
+            patch_size=2,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+            drop_path_rate=0.2,
+        ),
+        32,
+    ),
+    "hf_convnext": Example(
+        _hf(
+            "ConvNext",
+            hidden_sizes=[16, 32],
+            depths=[2, 2],
+            num_stages=2,
+            patch_size=2,
+            drop_path_rate=0.3,
+            layer_scale_init_value=0.5,
+        ),
+        32,
+    ),
+    "hf_resnet": Example(
+        _hf("ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck"), 64
+    ),
     "timm_resnet": Example(_timm("resnet10t", channels=(16, 24, 32, 40), drop_rate=0.1, drop_path_rate=0.2), 64),
-    "timm_vit": Example(_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2,
-                              drop_rate=0.1, attn_drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.2), 32),
-    "timm_convnext": Example(_timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), drop_path_rate=0.3,
-                                   ls_init_value=0.5), 64),
+    "timm_vit": Example(
+        _timm(
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=64,
+            depth=2,
+            num_heads=2,
+            drop_rate=0.1,
+            attn_drop_rate=0.1,
+            proj_drop_rate=0.1,
+            drop_path_rate=0.2,
+        ),
+        32,
+    ),
+    "timm_convnext": Example(
+        _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64), drop_path_rate=0.3, ls_init_value=0.5), 64
+    ),
     # Batch norm with an activation inside (timm's BatchNormAct2d), squeeze and excite, SiLU, drop path.
     "timm_efficientnet": Example(_timm("test_efficientnet", drop_rate=0.1, drop_path_rate=0.2), 64),
 }
@@ -80,8 +126,10 @@ def batch(name: str, count: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Images and labels for the named model."""
     size = EXAMPLES[name].size
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(count, 3, size, size, generator=generator),
-            torch.randint(0, CLASSES, (count,), generator=generator))
+    return (
+        torch.randn(count, 3, size, size, generator=generator),
+        torch.randint(0, CLASSES, (count,), generator=generator),
+    )
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:

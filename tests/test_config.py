@@ -85,8 +85,16 @@ def test_frozen_and_independent():
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
 
 
-FULL = ActNNConfig(level="L1", bits=3, group_size=128, skip=("a.*",), overrides={"b": 8, "c": "exact"}, seed=7,
-                   min_numel=5, exact_norms=False)
+FULL = ActNNConfig(
+    level="L1",
+    bits=3,
+    group_size=128,
+    skip=("a.*",),
+    overrides={"b": 8, "c": "exact"},
+    seed=7,
+    min_numel=5,
+    exact_norms=False,
+)
 
 
 @pytest.mark.parametrize("config", [ActNNConfig(), FULL], ids=["default", "full"])
@@ -102,9 +110,12 @@ def test_json_both_ways(config, tmp_path: Path):
 
 def test_json_errors_name_the_file(tmp_path: Path):
     file = tmp_path / "actnn.json"
-    cases = [('{"bits": 2, "bitz": 3}', ["'bitz'", "bits", "correct its spelling"]),
-             ("{", ["not JSON", "to_json_string"]),
-             ("[1]", ["not a mapping", "list"]), ('{"bits": 9}', ["from 1 to 8", "Received 9"])]
+    cases = [
+        ('{"bits": 2, "bitz": 3}', ["'bitz'", "bits", "correct its spelling"]),
+        ("{", ["not JSON", "to_json_string"]),
+        ("[1]", ["not a mapping", "list"]),
+        ('{"bits": 9}', ["from 1 to 8", "Received 9"]),
+    ]
     for text, parts in cases:
         file.write_text(text)
         with pytest.raises(ConfigError) as caught:

@@ -53,11 +53,19 @@ REFUSED = {
     "skip of nothing": (small, {"skip": ("classifier",)}, ConfigError, ["`skip`", "'classifier'", "named_modules"]),
     "override of nothing": (small, {"overrides": {"head": 8}}, ConfigError, ["`overrides`", "'head'", "named_modules"]),
     "everything skipped": (small, {"skip": ("*",)}, ConversionError, ["left out", "skip=('*',)", "'L0'"]),
-    "nothing to convert": (lambda: nn.Sequential(nn.Identity(), nn.Flatten()), {}, ConversionError,
-                           ["nothing to convert", "Sequential", "3 modules", "the model you train"]),
+    "nothing to convert": (
+        lambda: nn.Sequential(nn.Identity(), nn.Flatten()),
+        {},
+        ConversionError,
+        ["nothing to convert", "Sequential", "3 modules", "the model you train"],
+    ),
     "an empty module": (nn.Module, {}, ConversionError, ["nothing to convert"]),
-    "a compiled model": (lambda: torch.compile(small(), backend="eager"), {}, ConversionError,
-                         ["compiled model", "before torch.compile", "_orig_mod"]),
+    "a compiled model": (
+        lambda: torch.compile(small(), backend="eager"),
+        {},
+        ConversionError,
+        ["compiled model", "before torch.compile", "_orig_mod"],
+    ),
     "a compiled part": (Compiled, {}, ConversionError, ["compiled model", "(at part)", "before torch.compile"]),
     "compiled in place": (compiled_in_place, {}, ConversionError, ["compiled model", "(at 1)"]),
 }
@@ -87,8 +95,9 @@ def test_a_refusal_leaves_a_converted_model_as_it_was():
     train(model)
 
 
-@pytest.mark.parametrize("thing", [None, 3, "resnet50", nn.Linear, torch.relu, torch.zeros(3)],
-                         ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing", [None, 3, "resnet50", nn.Linear, torch.relu, torch.zeros(3)], ids=lambda thing: type(thing).__name__
+)
 @pytest.mark.parametrize("verb", ["convert", "revert", "report"])
 def test_not_a_module(verb, thing):
     with pytest.raises(ConversionError, match=r"Expected a .*Received .*"):
@@ -190,7 +199,7 @@ def test_report_before_and_after_a_step():
     train(model)
     after = hf_actnn.report(model)
     assert after.observed
-    assert all(row.count > 0 for row in after.rows)
+    assert all(row.saves > 0 for row in after.rows)
     assert {row.bits for row in after.rows if row.kept == "quantized"} == {2}
     text = str(after)
     assert all(word in text for word in ("module", "kept as", "0.1", "layer_norm", "skip '2'"))

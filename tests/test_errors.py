@@ -16,8 +16,14 @@ def test_the_form():
 
 @pytest.mark.parametrize(
     "name, builtin",
-    [("ConfigError", ValueError), ("ConversionError", RuntimeError), ("CodecError", ValueError),
-     ("NativeError", RuntimeError), ("SavedTensorError", RuntimeError), ("NotAvailableError", NotImplementedError)],
+    [
+        ("ConfigError", ValueError),
+        ("ConversionError", RuntimeError),
+        ("CodecError", ValueError),
+        ("NativeError", RuntimeError),
+        ("SavedTensorError", RuntimeError),
+        ("NotAvailableError", NotImplementedError),
+    ],
 )
 def test_can_be_caught_as_ours_and_as_pythons(name, builtin):
     cls = getattr(errors, name)

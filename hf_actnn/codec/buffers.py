@@ -76,7 +76,8 @@ class Pool:
     def _trim(self, free: list[mmap.mmap], allowed: int) -> None:
         """Give back the largest free blocks until no more than ``allowed`` bytes are idle.
 
-        Allowed is the size of the request being served: a layer's worth of idle memory saves faults, more raises the peak.
+        Allowed is the size of the request being served: a layer's worth of idle memory saves faults, more of it
+        raises the peak.
         """
         free = sorted(free, key=len)
         while free and sum(map(len, free)) > allowed:

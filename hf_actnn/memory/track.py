@@ -17,7 +17,7 @@ from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import scope
 from hf_actnn.saving.call import Slot
-from hf_actnn.saving.kept import Exact, Kept
+from hf_actnn.saving.kept import Exact
 
 
 class MemoryReport:
@@ -54,10 +54,15 @@ class MemoryReport:
         rows = sorted(self.by_module.items(), key=lambda item: -item[1][1])
         width = max([len("(model)"), *(len(path) for path, _ in rows)])
         lines = [f"{'module'.ljust(width)}  {'held MB':>10}  {'plain MB':>10}  {'ratio':>6}"]
-        lines += [f"{(path or '(model)').ljust(width)}  {held / 1e6:10.3f}  {raw / 1e6:10.3f}  "
-                  f"{raw / held if held else float('inf'):6.1f}" for path, (held, raw) in rows]
-        lines.append(f"{'total'.ljust(width)}  {self.saved_bytes / 1e6:10.3f}  {self.uncompressed_bytes / 1e6:10.3f}  "
-                     f"{self.ratio:6.1f}")
+        lines += [
+            f"{(path or '(model)').ljust(width)}  {held / 1e6:10.3f}  {raw / 1e6:10.3f}  "
+            f"{raw / held if held else float('inf'):6.1f}"
+            for path, (held, raw) in rows
+        ]
+        lines.append(
+            f"{'total'.ljust(width)}  {self.saved_bytes / 1e6:10.3f}  {self.uncompressed_bytes / 1e6:10.3f}  "
+            f"{self.ratio:6.1f}"
+        )
         return "\n".join(lines)
 
     # -- counting ------------------------------------------------------------------------------------------------------
@@ -158,10 +163,19 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
         On a plain model the tensors are counted by saved-tensor hooks, which makes the step a little slower.
     """
     if not isinstance(model, nn.Module):
-        raise ConversionError(message("there is no memory to track", expected="a torch.nn.Module",
-                                      received=type(model).__name__, next_step="Pass the model"))
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
-           if tensor.layout == torch.strided}
+        raise ConversionError(
+            message(
+                "there is no memory to track",
+                expected="a torch.nn.Module",
+                received=type(model).__name__,
+                next_step="Pass the model",
+            )
+        )
+    own = {
+        tensor.untyped_storage()._cdata
+        for tensor in [*model.parameters(), *model.buffers()]
+        if tensor.layout == torch.strided
+    }
     memory = MemoryReport(own, {})
     stack: list[str] = [""]
     handles = []

@@ -63,15 +63,20 @@ class Compressed:
         return (_new, (made, *reduced[1][1:]), *reduced[2:])
 
 
-_COMPILED = message("a converted model cannot run under torch.compile yet", expected="an uncompiled model",
-                    received="a forward pass that torch.compile is tracing",
-                    next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile")
+_COMPILED = message(
+    "a converted model cannot run under torch.compile yet",
+    expected="an uncompiled model",
+    received="a forward pass that torch.compile is tracing",
+    next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile",
+)
 
 
 def _check_not_compiled(module: Any) -> None:
-    """Raise while torch.compile traces, in the plain run it falls back to where it cannot, and after module.compile()."""
-    if torch.compiler.is_compiling() or module._compiled_call_impl is not None or (
-        torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+    """Raise while torch.compile traces, in the plain run it falls back to, and after module.compile()."""
+    if (
+        torch.compiler.is_compiling()
+        or module._compiled_call_impl is not None
+        or (torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False))
     ):
         raise NotAvailableError(_COMPILED)
 
@@ -92,8 +97,13 @@ def counterpart(original: type[nn.Module]) -> Any:
     """
     made = _made.get(original)
     if made is None:
-        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
-                 "_actnn_original": original, "__init__": _make_init(original)}
+        names = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "_actnn_original": original,
+            "__init__": _make_init(original),
+        }
         metaclass: Any = type(original)
         made = _made[original] = metaclass(original.__name__, (Compressed, original), names)
     return made
@@ -126,7 +136,8 @@ def _join_beneath_parametrization(module: nn.Module) -> None:
     parametrised = type(module)
     base = counterpart(parametrised.__bases__[0])
     names = {**_own_names(parametrised), "_actnn_original": parametrised}
-    module.__class__ = type(parametrised)(parametrised.__name__, (base,), names)
+    metaclass: Any = type(parametrised)
+    module.__class__ = metaclass(parametrised.__name__, (base,), names)
 
 
 def _own_names(cls: type) -> dict[str, Any]:
@@ -140,7 +151,8 @@ def leave(module: nn.Module) -> None:
         module.__class__ = vars(present)["_actnn_original"]
     elif (original := getattr(present, "_actnn_original", None)) is not None:
         # Parametrised since: torch's class stands over the counterpart, and goes over the original instead.
-        module.__class__ = type(present)(present.__name__, (original,), _own_names(present))
+        metaclass: Any = type(present)
+        module.__class__ = metaclass(present.__name__, (original,), _own_names(present))
     module.__dict__.pop(ATTRIBUTE, None)
 
 

@@ -18,7 +18,7 @@ def named(kind: str, *originals: type[nn.Module]) -> tuple[type[nn.Module], ...]
 
 
 def kind_of(module: nn.Module) -> str:
-    """The kind of a module: its own class's, that of a known class it derives from, else ``"container"`` or ``"other"``."""
+    """The kind of a module: that of the known class it derives from, else ``"container"`` or ``"other"``."""
     for cls in type(module).__mro__:
         if cls in KINDS:
             return KINDS[cls]

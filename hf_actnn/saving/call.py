@@ -38,8 +38,13 @@ class Slot:
 
     def get(self) -> Tensor:
         if self.kept is None:
-            raise SavedTensorError(message("a saved tensor was asked for before its operation had finished",
-                                           where=self.where, next_step="Do not call backward() inside the operation"))
+            raise SavedTensorError(
+                message(
+                    "a saved tensor was asked for before its operation had finished",
+                    where=self.where,
+                    next_step="Do not call backward() inside the operation",
+                )
+            )
         return self.kept.get()
 
     def __reduce__(self) -> Any:
@@ -165,8 +170,11 @@ class Call:
             registry.produced(first._base, None)  # views of a tensor that no operation here produced
         layout = registry.layout(first)
         if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
-            distinct = {(s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
-                        for s in slots if s.tensor is not None}
+            distinct = {
+                (s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
+                for s in slots
+                if s.tensor is not None
+            }
             if 2 * sum(distinct.values()) < layout.numel:
                 layout = None  # a small part of a large tensor: the part alone is cheaper
         for slot in slots:
@@ -201,17 +209,33 @@ class Call:
         length = row_length(shape, stride, rows)
         if codec.packed_nbytes(numel, length, policy.bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
             return Exact(tensor, where=self.where)
-        return Quantized(codec.quantize(tensor, policy.bits, policy.group_size, seed=self.scope.seed,
-                                        stream=self.scope.next_stream(), row_length=length))
+        return Quantized(
+            codec.quantize(
+                tensor,
+                policy.bits,
+                policy.group_size,
+                seed=self.scope.seed,
+                stream=self.scope.next_stream(),
+                row_length=length,
+            )
+        )
 
     def data_argument(self, slot: Slot, argument: Any, rows: str | None = None) -> Kept:
         """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""
         tensor = slot.tensor
         assert tensor is not None
         registry = self.scope.registry
-        copied = (isinstance(argument, Tensor) and not self.same_storage(tensor, argument)
-                  and argument.numel() == tensor.numel() and argument.is_floating_point()
-                  and registry.find(tensor) is None and not self.is_weight(argument))
+        if self.in_place and argument is self.args[0] and not self.same_storage(tensor, argument):
+            # The argument holds the output by now; autograd saved a copy of what it held, which `before` gives back.
+            return self.keep(slot, self.before) if self.before is not None else self.data(slot, rows)
+        copied = (
+            isinstance(argument, Tensor)
+            and not self.same_storage(tensor, argument)
+            and argument.numel() == tensor.numel()
+            and argument.is_floating_point()
+            and registry.find(tensor) is None
+            and not self.is_weight(argument)
+        )
         if not copied:
             return self.data(slot, rows)
         source = Slot(argument, slot.where)
@@ -241,8 +265,15 @@ class Call:
         """What already gives a tensor back, if it is kept."""
         return self.scope.registry.find(tensor) if isinstance(tensor, Tensor) else None
 
-    def output_recipe(self, name: str, function: Callable[..., Tensor] | None, parents: Sequence[Kept | None],
-                      *, writes: bool = False, output: Tensor | None = None) -> None:
+    def output_recipe(
+        self,
+        name: str,
+        function: Callable[..., Tensor] | None,
+        parents: Sequence[Kept | None],
+        *,
+        writes: bool = False,
+        output: Tensor | None = None,
+    ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
         output = self.output if output is None else output
         if self.policy.bits is None or any(parent is None for parent in parents):
@@ -290,8 +321,17 @@ def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:
     return None
 
 
-_CASTS_AND_VIEWS = frozenset({"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0",
-                              "UnsafeViewBackward0", "ReshapeAliasBackward0", "PermuteBackward0"})
+_CASTS_AND_VIEWS = frozenset(
+    {
+        "ToCopyBackward0",
+        "TBackward0",
+        "TransposeBackward0",
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "PermuteBackward0",
+    }
+)
 
 
 def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
@@ -315,8 +355,10 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
 
 def _recast(parameter: Tensor, copy: Tensor, where: str) -> Kept | None:
     """A recipe that casts the parameter again, in the copy's geometry; None where the copy is no plain view of it."""
-    if copy.numel() != parameter.numel() or not is_dense(parameter.shape, parameter.stride()) or not is_dense(
-        copy.shape, copy.stride()
+    if (
+        copy.numel() != parameter.numel()
+        or not is_dense(parameter.shape, parameter.stride())
+        or not is_dense(copy.shape, copy.stride())
     ):
         return None
     dtype, shape, stride = copy.dtype, copy.shape, copy.stride()

@@ -108,7 +108,7 @@ class Registry:
         """Note the shape in which an operation made a tensor, before views of it are saved."""
         entry = self._entry(tensor)
         if entry.layout is None and fills_its_memory(tensor):
-            entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
+            entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
 
     def layout(self, tensor: Tensor) -> Layout | None:
         """The layout this tensor is a view of, if it is known and of the tensor's dtype."""
@@ -133,7 +133,7 @@ class Registry:
         layout = entry.layout
         if entry.whole is None or layout is None or layout.dtype != tensor.dtype:
             return None
-        kept = View(entry.whole, tensor.shape, tensor.stride(), tensor.storage_offset() - layout.offset)
+        kept = View(entry.whole, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - layout.offset)
         entry.known[_view_key(tensor)] = kept
         return kept
 
@@ -141,10 +141,13 @@ class Registry:
         """Remember that ``kept`` gives ``tensor`` back."""
         entry = self._entry(tensor)
         if entry.layout is None and fills_its_memory(tensor):
-            entry.layout = Layout(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, rows)
+            entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
         entry.known[_view_key(tensor)] = kept
         layout = entry.layout
-        if layout is not None and layout.numel == tensor.numel() and layout.dtype == tensor.dtype and (
-            layout.offset == tensor.storage_offset() and fills_its_memory(tensor)
+        if (
+            layout is not None
+            and layout.numel == tensor.numel()
+            and layout.dtype == tensor.dtype
+            and (layout.offset == tensor.storage_offset() and fills_its_memory(tensor))
         ):
             entry.whole = kept

@@ -56,11 +56,16 @@ class Exact(Kept):
 
     def get(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise SavedTensorError(message(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{tuple(self.tensor.shape)} {self.tensor.dtype} is at version {self.tensor._version}",
-                where=self.where, expected=f"version {self.version}", received=f"version {self.tensor._version}",
-                next_step="Make the change out of place, or after backward()"))
+            raise SavedTensorError(
+                message(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{tuple(self.tensor.shape)} {self.tensor.dtype} is at version {self.tensor._version}",
+                    where=self.where,
+                    expected=f"version {self.version}",
+                    received=f"version {self.tensor._version}",
+                    next_step="Make the change out of place, or after backward()",
+                )
+            )
         return self.tensor
 
     @property
@@ -188,8 +193,15 @@ class Recipe(Kept):
 
     __slots__ = ("name", "function", "parents", "geometry", "writes")
 
-    def __init__(self, name: str, function: Callable[..., Tensor] | None, parents: Sequence[Kept], like: Tensor,
-                 *, writes: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Tensor] | None,
+        parents: Sequence[Kept],
+        like: Tensor,
+        *,
+        writes: bool = False,
+    ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
         self.geometry = Geometry(like)
 

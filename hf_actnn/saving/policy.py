@@ -46,10 +46,15 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
         for pattern in patterns:
             if not any(_covers(pattern, path) for path in paths):
                 near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3)
-                raise ConfigError(message(
-                    f"a pattern of `{field}` matches no module", expected="a pattern on module paths"
-                    + (f", for example {', '.join(map(repr, near))}" if near else ""), received=repr(pattern),
-                    next_step="List the paths with [name for name, _ in model.named_modules()]"))
+                raise ConfigError(
+                    message(
+                        f"a pattern of `{field}` matches no module",
+                        expected="a pattern on module paths"
+                        + (f", for example {', '.join(map(repr, near))}" if near else ""),
+                        received=repr(pattern),
+                        next_step="List the paths with [name for name, _ in model.named_modules()]",
+                    )
+                )
     made = {}
     for path in paths:
         bits, reason = config.effective_bits, ""

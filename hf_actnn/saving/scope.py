@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hf_actnn.saving.session import Session
 
 _thread = threading.local()
-_GETTER = type(torch.Tensor.shape.__get__)  # reading x.shape arrives as a torch function too
+_GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
 
 
 class Observer(Protocol):
@@ -84,7 +84,7 @@ class Scope:
             self._close()
 
     def _close(self) -> None:
-        """Let go of hooks, mode and registry: they refer back here, and a cycle would hold every code until collected."""
+        """Let go of what refers back here: a cycle would hold every code until the collector runs."""
         del self._hooks, self._mode, self.registry
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
@@ -164,8 +164,9 @@ class Scope:
         for tensor in tensors_in(call.args):
             if not _has_storage(tensor) or not self.registry.is_weight(tensor):
                 return False
-        return all(_has_storage(tensor) and self.registry.is_weight(tensor)
-                   for tensor in tensors_in(call.kwargs.values()))
+        return all(
+            _has_storage(tensor) and self.registry.is_weight(tensor) for tensor in tensors_in(call.kwargs.values())
+        )
 
     def _rows(self, call: Call) -> str | None:
         rule = call.rule
@@ -239,10 +240,14 @@ def _has_storage(tensor: Tensor) -> bool:
 def check_can_open() -> None:
     """Raise where saved-tensor hooks cannot work."""
     if torch._C._functorch.maybe_current_level() is not None:
-        raise NotAvailableError(message(
-            "torch.func transforms cannot run over a converted model: they reject saved-tensor hooks",
-            where="torch.func.grad, vjp, jacrev or vmap", expected="loss.backward() or torch.autograd.grad",
-            next_step="Call hf_actnn.revert(model) first, or put the model in eval mode"))
+        raise NotAvailableError(
+            message(
+                "torch.func transforms cannot run over a converted model: they reject saved-tensor hooks",
+                where="torch.func.grad, vjp, jacrev or vmap",
+                expected="loss.backward() or torch.autograd.grad",
+                next_step="Call hf_actnn.revert(model) first, or put the model in eval mode",
+            )
+        )
 
 
 def is_checkpointing() -> bool:

@@ -27,7 +27,7 @@ class Observation(NamedTuple):
     function: str
     kind: str
     reason: str
-    count: int
+    saves: int
     nbytes: int
 
 

@@ -15,8 +15,16 @@ from tests.memory.counting import StorageCount
 from tests.models import batch, logits, make
 from tests.saving.bench import Bench
 
-MODELS = ["hf_vit_sdpa", "hf_vit_sdpa_dropout", "hf_vit_eager", "hf_resnet", "hf_convnext", "hf_swin", "timm_convnext",
-          "timm_efficientnet"]
+MODELS = [
+    "hf_vit_sdpa",
+    "hf_vit_sdpa_dropout",
+    "hf_vit_eager",
+    "hf_resnet",
+    "hf_convnext",
+    "hf_swin",
+    "timm_convnext",
+    "timm_efficientnet",
+]
 
 
 def measure(model: nn.Module, name: str) -> tuple[hf_actnn.MemoryReport, int]:
@@ -157,6 +165,8 @@ def test_a_kept_tensor_changed_in_place_still_raises_under_the_tracker():
 
 
 def test_not_a_module():
-    with (pytest.raises(ConversionError, match=r"Expected a torch\.nn\.Module.*Received int.*Pass the model"),
-          hf_actnn.track_memory(3)):
+    with (
+        pytest.raises(ConversionError, match=r"Expected a torch\.nn\.Module.*Received int.*Pass the model"),
+        hf_actnn.track_memory(3),
+    ):
         pass

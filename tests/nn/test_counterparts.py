@@ -236,16 +236,19 @@ def test_computed_weights(norm, order, layer):
         if one is model and order == "normed first":
             convert(model, 8)
     cls = type(plain[layer])
-    assert isinstance(model[layer], plain[layer].__class__.__bases__[0] if parametrize.is_parametrized(plain[layer])
-                      else cls)
+    assert isinstance(
+        model[layer], plain[layer].__class__.__bases__[0] if parametrize.is_parametrized(plain[layer]) else cls
+    )
     torch.manual_seed(3)
     expected = grads_of(plain)
     torch.manual_seed(3)
     found = grads_of(model)
     assert relative_error(found, expected) < 0.05
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert not any(row.kept == "quantized" and row.kind not in ("convolution", "batch_norm", "linear")
-                   for row in hf_actnn.report(model).rows), "a norm of a weight was coded"
+    assert not any(
+        row.kept == "quantized" and row.kind not in ("convolution", "batch_norm", "linear")
+        for row in hf_actnn.report(model).rows
+    ), "a norm of a weight was coded"
     # Taken off while converted; then reverted: a plain layer again.
     remove(model[layer])
     remove(plain[layer])
@@ -346,8 +349,15 @@ def test_activations_handed_out_by_hooks_are_the_real_ones():
 
 # -- the public counterparts ----------------------------------------------------------------------------
 
-SPECIAL = {"Linear": (8, 8), "MultiheadAttention": (8, 2), "TransformerEncoderLayer": (8, 2),
-           "TransformerDecoderLayer": (8, 2), "GroupNorm": (2, 8), "LayerNorm": (8,), "RMSNorm": (8,)}
+SPECIAL = {
+    "Linear": (8, 8),
+    "MultiheadAttention": (8, 2),
+    "TransformerEncoderLayer": (8, 2),
+    "TransformerDecoderLayer": (8, 2),
+    "GroupNorm": (2, 8),
+    "LayerNorm": (8,),
+    "RMSNorm": (8,),
+}
 
 
 def arguments(name: str) -> tuple:

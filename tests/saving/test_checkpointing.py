@@ -136,8 +136,10 @@ def test_hugging_face_checkpointing(name, reentrant):
     results = []
     for one in (plain, model):
         calls: list[str] = []
-        handles = [module.register_forward_pre_hook(lambda *_, path=path, calls=calls: calls.append(path))
-                   for path, module in one.named_modules()]
+        handles = [
+            module.register_forward_pre_hook(lambda *_, path=path, calls=calls: calls.append(path))
+            for path, module in one.named_modules()
+        ]
         one.zero_grad()
         torch.manual_seed(3)
         with StorageCount(one, images) as count:

@@ -22,8 +22,17 @@ from tests.models import assert_same, gradients, relative_error
 
 def net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
-                         nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 6))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(128, 6),
+    )
 
 
 def images(count: int = 4, seed: int = 1) -> torch.Tensor:
@@ -378,8 +387,11 @@ def test_running_statistics_changed_before_backward_raise():
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize(
     "norm, shape",
-    [(lambda: nn.LayerNorm(16), (4, 16)), (lambda: nn.BatchNorm1d(16), (4, 16)),
-     (lambda: nn.GroupNorm(2, 16), (4, 16))],
+    [
+        (lambda: nn.LayerNorm(16), (4, 16)),
+        (lambda: nn.BatchNorm1d(16), (4, 16)),
+        (lambda: nn.GroupNorm(2, 16), (4, 16)),
+    ],
     ids=["layer", "batch", "group"],
 )
 def test_a_parent_of_a_recipe_changed_before_backward_raises(norm, shape, name):

@@ -27,16 +27,18 @@ def held(model: nn.Module, *inputs: torch.Tensor) -> int:
 def test_shared_input_is_kept_once():
     weights = {name: torch.randn(32, 64) for name in "qkv"}
     x = torch.randn(4, 9, 64)
-    three = hf_actnn.convert(Bench(lambda m, x: F.linear(x, m.q) + F.linear(x, m.k) + F.linear(x, m.v), **weights),
-                             bits=4, min_numel=0)
+    three = hf_actnn.convert(
+        Bench(lambda m, x: F.linear(x, m.q) + F.linear(x, m.k) + F.linear(x, m.v), **weights), bits=4, min_numel=0
+    )
     assert held(three, x) == hf_actnn.quantize(x, 4, 64).nbytes
 
 
 def test_views_of_one_storage_are_kept_once():
     """timm's q, k, v are strided views of one projection: one code, in the projection's own rows."""
     x = torch.randn(2, 9, 96)
-    model = Bench(lambda m, x: F.scaled_dot_product_attention(
-        *(x + 0).view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)))
+    model = Bench(
+        lambda m, x: F.scaled_dot_product_attention(*(x + 0).view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0))
+    )
     hf_actnn.convert(model, bits=4, min_numel=0)
     assert held(model, x) == hf_actnn.quantize(x, 4, 256, row_length=96).nbytes
 
@@ -45,8 +47,9 @@ def test_relu_output_is_the_next_convolutions_input():
     """The input of a ReLU that someone keeps, and one bit: its output is a recipe."""
     x = torch.randn(4, 8, 10, 10)
     w = torch.randn(8, 8, 3, 3) / 8
-    chain = hf_actnn.convert(Bench(lambda m, x: F.conv2d(F.relu(F.batch_norm(x, None, None, training=True)), m.w), w=w),
-                             bits=4, min_numel=0)
+    chain = hf_actnn.convert(
+        Bench(lambda m, x: F.conv2d(F.relu(F.batch_norm(x, None, None, training=True)), m.w), w=w), bits=4, min_numel=0
+    )
     code, mask, statistics = x.numel() // 2, x.numel() // 8, 2 * 8 * 4
     assert held(chain, x) <= 1.03 * (code + mask + statistics) + 4 * 4 * 4
     # Where nobody kept the ReLU's input, its output is coded once: for the convolution and for no one else.
@@ -177,8 +180,9 @@ def test_autocast(frozen):
         with torch.autocast("cpu", torch.bfloat16):
             out = model(leaf)
         out.float().square().mean().backward()
-        grads.append(torch.cat([leaf.grad.flatten()] + [p.grad.flatten() for p in model.parameters()
-                                                        if p.grad is not None]))
+        grads.append(
+            torch.cat([leaf.grad.flatten()] + [p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert F.cosine_similarity(*grads, dim=0) > 0.99
     rows = hf_actnn.report(converted).rows
     linear = [row for row in rows if row.kind == "linear"]
@@ -187,7 +191,7 @@ def test_autocast(frozen):
     if not frozen:
         assert weights <= {"recipe: cast", "parameter"}, weights
     # No weight among the codes: there are as many coded or rebuilt saves as layers whose weight is trained.
-    assert sum(row.count for row in linear if row.kept not in ("recipe: cast", "parameter", "exact")) == 3 - frozen
+    assert sum(row.saves for row in linear if row.kept not in ("recipe: cast", "parameter", "exact")) == 3 - frozen
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])

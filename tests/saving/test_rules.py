@@ -43,15 +43,30 @@ class Case(NamedTuple):
     unbiased: Sequence[str] = ()
 
 
-def module(name: str, op: Callable[[], nn.Module], shape: Sequence[int], kept: set[str], gradients: str = CLOSE,
-           unbiased: Sequence[str] = ()) -> Case:
+def module(
+    name: str,
+    op: Callable[[], nn.Module],
+    shape: Sequence[int],
+    kept: set[str],
+    gradients: str = CLOSE,
+    unbiased: Sequence[str] = (),
+) -> Case:
     return Case(name, lambda m, x: m.op(x), [shape], kept, gradients, {"op": op}, unbiased)
 
 
-def elementwise(name: str, kept: set[str], gradients: str, functional: Callable, op: Callable[[], nn.Module],
-                in_place: Callable | None, shape: Sequence[int] = (4, 8, 40)) -> list[Case]:
-    cases = [Case(f"{name}/functional", lambda m, x: functional(x), [shape], kept, gradients),
-             module(f"{name}/module", op, shape, kept, gradients)]
+def elementwise(
+    name: str,
+    kept: set[str],
+    gradients: str,
+    functional: Callable,
+    op: Callable[[], nn.Module],
+    in_place: Callable | None,
+    shape: Sequence[int] = (4, 8, 40),
+) -> list[Case]:
+    cases = [
+        Case(f"{name}/functional", lambda m, x: functional(x), [shape], kept, gradients),
+        module(f"{name}/module", op, shape, kept, gradients),
+    ]
     if in_place is not None:
         # The clone is a tensor that nobody saved; the sum keeps the in-place result from being the model's output.
         cases.append(Case(f"{name}/in place", lambda m, x: in_place(x.clone()) + 0, [shape], kept, gradients))
@@ -67,16 +82,42 @@ def _linear() -> list[Case]:
         Case("linear/functional", lambda m, x: F.linear(x, m.w, m.b), [(4, 6, 40)], WEIGHTED, CLOSE, weights, ("w",)),
         Case("linear/one row", lambda m, x: F.linear(x, m.w), [(40,)], WEIGHTED, CLOSE, {"w": (24, 40)}),
         # Not a view of anything dense: a strided input is packed as it is read.
-        Case("linear/strided input", lambda m, x: F.linear(x[:, ::2], m.w, m.b), [(4, 12, 40)], WEIGHTED, CLOSE,
-             weights, ("w",)),
-        Case("linear/transposed input", lambda m, x: F.linear(x.transpose(1, 2), m.w, m.b), [(4, 40, 6)], WEIGHTED,
-             CLOSE, weights, ("w",)),
+        Case(
+            "linear/strided input",
+            lambda m, x: F.linear(x[:, ::2], m.w, m.b),
+            [(4, 12, 40)],
+            WEIGHTED,
+            CLOSE,
+            weights,
+            ("w",),
+        ),
+        Case(
+            "linear/transposed input",
+            lambda m, x: F.linear(x.transpose(1, 2), m.w, m.b),
+            [(4, 40, 6)],
+            WEIGHTED,
+            CLOSE,
+            weights,
+            ("w",),
+        ),
         # A weight that is an activation (as hypernetworks have) is coded like one.
-        Case("linear/activation as weight", lambda m, x, y: F.linear(x, y), [(6, 40), (24, 40)], CODED, CLOSE, {},
-             ("x0", "x1")),
+        Case(
+            "linear/activation as weight",
+            lambda m, x, y: F.linear(x, y),
+            [(6, 40), (24, 40)],
+            CODED,
+            CLOSE,
+            {},
+            ("x0", "x1"),
+        ),
         module("linear/module", lambda: nn.Linear(40, 24), (4, 6, 40), WEIGHTED, unbiased=("op.weight",)),
-        module("linear/timm's own weight use", lambda: nn.Linear(40, 24, bias=False), (4, 40), WEIGHTED,
-               unbiased=("op.weight",)),
+        module(
+            "linear/timm's own weight use",
+            lambda: nn.Linear(40, 24, bias=False),
+            (4, 40),
+            WEIGHTED,
+            unbiased=("op.weight",),
+        ),
     ]
 
 
@@ -96,16 +137,37 @@ def _convolutions() -> list[Case]:
                 return cls(4, 8, 3, padding=1, groups=2, dilation=1, bias=False)
 
             weights = {"w": weight, "b": (4,)}
-            cases += [Case(f"{name}/functional", functional, [shape], WEIGHTED, CLOSE, weights, ("w",)),
-                      module(f"{name}/module, groups", op, shape, WEIGHTED, unbiased=("op.weight",))]
+            cases += [
+                Case(f"{name}/functional", functional, [shape], WEIGHTED, CLOSE, weights, ("w",)),
+                module(f"{name}/module, groups", op, shape, WEIGHTED, unbiased=("op.weight",)),
+            ]
     cases += [
-        Case("conv2d/torch's form", lambda m, x: torch.conv2d(x, m.w, padding="same", dilation=2), [_IMAGE], WEIGHTED,
-             CLOSE, {"w": (4, 4, 3, 3)}, ("w",)),
+        Case(
+            "conv2d/torch's form",
+            lambda m, x: torch.conv2d(x, m.w, padding="same", dilation=2),
+            [_IMAGE],
+            WEIGHTED,
+            CLOSE,
+            {"w": (4, 4, 3, 3)},
+            ("w",),
+        ),
         module("conv2d/depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), _IMAGE, WEIGHTED, unbiased=("op.weight",)),
-        module("conv2d/reflect padding", lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), _IMAGE,
-               WEIGHTED, unbiased=("op.weight",)),
-        Case("conv2d/channels_last", lambda m, x: F.conv2d(x.contiguous(memory_format=torch.channels_last), m.w),
-             [_IMAGE], WEIGHTED, CLOSE, {"w": (4, 4, 3, 3)}, ("w",)),
+        module(
+            "conv2d/reflect padding",
+            lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            _IMAGE,
+            WEIGHTED,
+            unbiased=("op.weight",),
+        ),
+        Case(
+            "conv2d/channels_last",
+            lambda m, x: F.conv2d(x.contiguous(memory_format=torch.channels_last), m.w),
+            [_IMAGE],
+            WEIGHTED,
+            CLOSE,
+            {"w": (4, 4, 3, 3)},
+            ("w",),
+        ),
     ]
     return cases
 
@@ -121,16 +183,30 @@ def _norms() -> list[Case]:
     affine = {"w": (4,), "b": (4,)}
     rows = {"w": (40,), "b": (40,)}
     return [
-        Case("batch_norm/functional", lambda m, x: F.batch_norm(x, None, None, m.w, m.b, training=True), [_IMAGE], NORM,
-             CLOSE, affine, ("w",)),
+        Case(
+            "batch_norm/functional",
+            lambda m, x: F.batch_norm(x, None, None, m.w, m.b, training=True),
+            [_IMAGE],
+            NORM,
+            CLOSE,
+            affine,
+            ("w",),
+        ),
         module("batch_norm/module 1d", lambda: nn.BatchNorm1d(4), _SIGNAL, NORM, unbiased=("op.weight",)),
         module("batch_norm/module 2d", lambda: nn.BatchNorm2d(4), _IMAGE, NORM, unbiased=("op.weight",)),
         module("batch_norm/module 3d", lambda: nn.BatchNorm3d(4), _VOLUME, NORM, unbiased=("op.weight",)),
         module("batch_norm/not affine", lambda: nn.BatchNorm2d(4, affine=False), _IMAGE, NORM),
         # With running statistics the gradient is linear in the input throughout.
         module("batch_norm/eval in a training model", _batch_norm_in_eval, _IMAGE, NORM, unbiased=("op.weight",)),
-        Case("layer_norm/functional", lambda m, x: F.layer_norm(x, (40,), m.w, m.b), [(4, 6, 40)], NORM, CLOSE, rows,
-             ("w",)),
+        Case(
+            "layer_norm/functional",
+            lambda m, x: F.layer_norm(x, (40,), m.w, m.b),
+            [(4, 6, 40)],
+            NORM,
+            CLOSE,
+            rows,
+            ("w",),
+        ),
         module("layer_norm/module", lambda: nn.LayerNorm(40), (4, 6, 40), NORM, unbiased=("op.weight",)),
         module("layer_norm/two dimensions", lambda: nn.LayerNorm((12, 10)), _IMAGE, NORM, unbiased=("op.weight",)),
         module("layer_norm/no bias", lambda: nn.LayerNorm(40, bias=False), (4, 40), NORM, unbiased=("op.weight",)),
@@ -149,14 +225,33 @@ def _activations() -> list[Case]:
     cases = [
         # The exact side of each value's corner, in one bit: at any bit width gradients are equal.
         *elementwise("relu", MASK, EXACT, F.relu, nn.ReLU, torch.relu_),
-        *elementwise("relu6", MASK, EXACT, lambda x: F.relu6(5 * x), nn.ReLU6,
-                     lambda x: F.relu6(x.mul_(5), inplace=True)),
-        *elementwise("leaky_relu", MASK, EXACT, lambda x: F.leaky_relu(x, 0.2), nn.LeakyReLU,
-                     lambda x: F.leaky_relu(x, 0.1, inplace=True)),
-        *elementwise("hardsigmoid", MASK, EXACT, lambda x: F.hardsigmoid(3 * x), nn.Hardsigmoid,
-                     lambda x: F.hardsigmoid(x, inplace=True)),
-        *elementwise("hardtanh", MASK, EXACT, lambda x: F.hardtanh(x, -0.5, 0.7), nn.Hardtanh,
-                     lambda x: F.hardtanh_(x, -0.5, 0.7)),
+        *elementwise(
+            "relu6", MASK, EXACT, lambda x: F.relu6(5 * x), nn.ReLU6, lambda x: F.relu6(x.mul_(5), inplace=True)
+        ),
+        *elementwise(
+            "leaky_relu",
+            MASK,
+            EXACT,
+            lambda x: F.leaky_relu(x, 0.2),
+            nn.LeakyReLU,
+            lambda x: F.leaky_relu(x, 0.1, inplace=True),
+        ),
+        *elementwise(
+            "hardsigmoid",
+            MASK,
+            EXACT,
+            lambda x: F.hardsigmoid(3 * x),
+            nn.Hardsigmoid,
+            lambda x: F.hardsigmoid(x, inplace=True),
+        ),
+        *elementwise(
+            "hardtanh",
+            MASK,
+            EXACT,
+            lambda x: F.hardtanh(x, -0.5, 0.7),
+            nn.Hardtanh,
+            lambda x: F.hardtanh_(x, -0.5, 0.7),
+        ),
         # The smooth ones read a coded input; sigmoid, tanh and softmax a coded output.
         *elementwise("gelu", CODED, CLOSE, F.gelu, lambda: nn.GELU(approximate="tanh"), None),
         *elementwise("silu", CODED, CLOSE, F.silu, nn.SiLU, lambda x: F.silu(x, inplace=True)),
@@ -170,8 +265,13 @@ def _activations() -> list[Case]:
         Case("softmax/over the middle", lambda m, x: torch.softmax(x, 1), [(4, 8, 40)], CODED),
         Case("relu/method", lambda m, x: x.relu(), [(4, 40)], MASK, EXACT),
         Case("relu/strided", lambda m, x: F.relu(x[:, ::3]), [(4, 120)], MASK, EXACT),
-        Case("relu/channels_last", lambda m, x: F.relu(x.contiguous(memory_format=torch.channels_last)), [_IMAGE], MASK,
-             EXACT),
+        Case(
+            "relu/channels_last",
+            lambda m, x: F.relu(x.contiguous(memory_format=torch.channels_last)),
+            [_IMAGE],
+            MASK,
+            EXACT,
+        ),
     ]
     return cases
 
@@ -179,8 +279,15 @@ def _activations() -> list[Case]:
 def _dropouts() -> list[Case]:
     flat, channels = (4, 8, 40), {"exact", "mask"}
     return [
-        *elementwise("dropout", MASK, EXACT, lambda x: F.dropout(x, 0.3), lambda: nn.Dropout(0.1),
-                     lambda x: F.dropout(x, 0.3, inplace=True), flat),
+        *elementwise(
+            "dropout",
+            MASK,
+            EXACT,
+            lambda x: F.dropout(x, 0.3),
+            lambda: nn.Dropout(0.1),
+            lambda x: F.dropout(x, 0.3, inplace=True),
+            flat,
+        ),
         Case("dropout/torch's form", lambda m, x: torch.dropout(x, 0.3, True), [flat], MASK, EXACT),
         Case("dropout/everything", lambda m, x: F.dropout(x, 1.0), [flat], set(), EXACT),
         Case("dropout/nothing", lambda m, x: F.dropout(x, 0.0) + 0, [flat], set(), EXACT),
@@ -210,32 +317,79 @@ def _pools() -> list[Case]:
             "ceil_mode": {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
         }
         for form, options in forms.items():
-            cases.append(Case(f"max_pool{dimensions}d/{form}", lambda m, x, f=maximum, o=options: f(x, **o), [shape],
-                              OFFSETS, EXACT))
+            cases.append(
+                Case(
+                    f"max_pool{dimensions}d/{form}",
+                    lambda m, x, f=maximum, o=options: f(x, **o),
+                    [shape],
+                    OFFSETS,
+                    EXACT,
+                )
+            )
         cases += [
-            Case(f"max_pool{dimensions}d/ties", lambda m, x, f=maximum: f(x.mul(2).round(), 3, 2), [shape], OFFSETS,
-                 EXACT),
-            module(f"max_pool{dimensions}d/module", lambda d=dimensions: getattr(nn, f"MaxPool{d}d")(2), shape, OFFSETS,
-                   EXACT),
-            Case(f"max_pool{dimensions}d/with indices",
-                 lambda m, x, f=maximum: f(x, 2, return_indices=True)[0], [shape], OFFSETS, EXACT),
-            Case(f"adaptive_max_pool{dimensions}d/uneven", lambda m, x, f=adaptive_max: f(x, 3), [shape], OFFSETS,
-                 EXACT),
-            Case(f"adaptive_avg_pool{dimensions}d/uneven", lambda m, x, f=adaptive: f(x, 3), [shape], {"shape only"},
-                 EXACT),
-            Case(f"avg_pool{dimensions}d/padded",
-                 lambda m, x, f=average: f(x, 3, 2, 1, count_include_pad=False), [shape], {"shape only"}, EXACT),
-            module(f"avg_pool{dimensions}d/module", lambda d=dimensions: getattr(nn, f"AvgPool{d}d")(2), shape,
-                   {"shape only"}, EXACT),
+            Case(
+                f"max_pool{dimensions}d/ties",
+                lambda m, x, f=maximum: f(x.mul(2).round(), 3, 2),
+                [shape],
+                OFFSETS,
+                EXACT,
+            ),
+            module(
+                f"max_pool{dimensions}d/module",
+                lambda d=dimensions: getattr(nn, f"MaxPool{d}d")(2),
+                shape,
+                OFFSETS,
+                EXACT,
+            ),
+            Case(
+                f"max_pool{dimensions}d/with indices",
+                lambda m, x, f=maximum: f(x, 2, return_indices=True)[0],
+                [shape],
+                OFFSETS,
+                EXACT,
+            ),
+            Case(
+                f"adaptive_max_pool{dimensions}d/uneven", lambda m, x, f=adaptive_max: f(x, 3), [shape], OFFSETS, EXACT
+            ),
+            Case(
+                f"adaptive_avg_pool{dimensions}d/uneven",
+                lambda m, x, f=adaptive: f(x, 3),
+                [shape],
+                {"shape only"},
+                EXACT,
+            ),
+            Case(
+                f"avg_pool{dimensions}d/padded",
+                lambda m, x, f=average: f(x, 3, 2, 1, count_include_pad=False),
+                [shape],
+                {"shape only"},
+                EXACT,
+            ),
+            module(
+                f"avg_pool{dimensions}d/module",
+                lambda d=dimensions: getattr(nn, f"AvgPool{d}d")(2),
+                shape,
+                {"shape only"},
+                EXACT,
+            ),
         ]
     cases += [
-        Case("max_pool2d/channels_last",
-             lambda m, x: F.max_pool2d(x.contiguous(memory_format=torch.channels_last), 3, 2, 1), [_IMAGE], OFFSETS,
-             EXACT),
+        Case(
+            "max_pool2d/channels_last",
+            lambda m, x: F.max_pool2d(x.contiguous(memory_format=torch.channels_last), 3, 2, 1),
+            [_IMAGE],
+            OFFSETS,
+            EXACT,
+        ),
         Case("max_pool2d/no batch", lambda m, x: F.max_pool2d(x, 2), [(4, 12, 10)], OFFSETS, EXACT),
         Case("adaptive_avg_pool2d/one", lambda m, x: F.adaptive_avg_pool2d(x, 1), [_IMAGE], set(), EXACT),
-        Case("interpolate/bilinear", lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"), [_IMAGE], set(),
-             EXACT),
+        Case(
+            "interpolate/bilinear",
+            lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+            [_IMAGE],
+            set(),
+            EXACT,
+        ),
         Case("interpolate/nearest", lambda m, x: F.interpolate(x, size=(5, 7)), [_IMAGE], set(), EXACT),
         Case("pad/zeros", lambda m, x: F.pad(x, (1, 2, 3, 0)), [_IMAGE], set(), EXACT),
         Case("pad/reflect", lambda m, x: F.pad(x, (1, 2), mode="reflect"), [_SIGNAL], {"shape only"}, EXACT),
@@ -250,19 +404,39 @@ def _products() -> list[Case]:
     return [
         Case("matmul/operator", lambda m, x, y: x @ y, [(3, 8, 32), (3, 32, 8)], CODED, CLOSE, {}, both),
         Case("matmul/broadcast", lambda m, x, y: torch.matmul(x, y), [(2, 3, 8, 32), (32, 8)], CODED, CLOSE, {}, both),
-        Case("matmul/transposed", lambda m, x, y: x.matmul(y.transpose(-1, -2)), [(2, 3, 8, 32), (2, 3, 8, 32)], CODED,
-             CLOSE, {}, both),
+        Case(
+            "matmul/transposed",
+            lambda m, x, y: x.matmul(y.transpose(-1, -2)),
+            [(2, 3, 8, 32), (2, 3, 8, 32)],
+            CODED,
+            CLOSE,
+            {},
+            both,
+        ),
         # Heads split off one projection, as in every eager attention.
-        Case("matmul/heads",
-             lambda m, x, y: x.view(2, 8, 2, 32).transpose(1, 2) @ y.view(2, 8, 2, 32).permute(0, 2, 3, 1),
-             [(2, 8, 64), (2, 8, 64)], {"quantized"}, CLOSE, {}, both),
+        Case(
+            "matmul/heads",
+            lambda m, x, y: x.view(2, 8, 2, 32).transpose(1, 2) @ y.view(2, 8, 2, 32).permute(0, 2, 3, 1),
+            [(2, 8, 64), (2, 8, 64)],
+            {"quantized"},
+            CLOSE,
+            {},
+            both,
+        ),
         Case("matmul/a parameter", lambda m, x: x @ m.w, [(4, 8, 32)], WEIGHTED, CLOSE, {"w": (32, 8)}, ("w",)),
         Case("matmul/mm", lambda m, x, y: torch.mm(x, mat2=y), [(8, 32), (32, 8)], CODED, CLOSE, {}, both),
         Case("matmul/vector", lambda m, x, y: x @ y, [(8, 32), (32,)], CODED, CLOSE, {}, both),
         Case("matmul/bmm", lambda m, x, y: torch.bmm(x, y), [(3, 8, 32), (3, 32, 8)], CODED, CLOSE, {}, both),
         Case("matmul/same tensor", lambda m, x: x @ x, [(16, 16)], CODED, CLOSE, {}, ("x0",)),
-        Case("baddbmm/functional", lambda m, c, x, y: torch.baddbmm(c, x, y, beta=0.5, alpha=2.0),
-             [(3, 8, 8), (3, 8, 32), (3, 32, 8)], CODED, CLOSE, {}, ("x1", "x2")),
+        Case(
+            "baddbmm/functional",
+            lambda m, c, x, y: torch.baddbmm(c, x, y, beta=0.5, alpha=2.0),
+            [(3, 8, 8), (3, 8, 32), (3, 32, 8)],
+            CODED,
+            CLOSE,
+            {},
+            ("x1", "x2"),
+        ),
         Case("mul/operator", lambda m, x, y: x * y, [(4, 8, 40), (4, 8, 40)], CODED, CLOSE, {}, both),
         # Squeeze and excite.
         Case("mul/gate", lambda m, x, y: x.mul(y), [_IMAGE, (3, 4, 1, 1)], CODED, CLOSE, {}, both),
@@ -290,21 +464,52 @@ def _attention() -> list[Case]:
         Case("scaled_dot_product_attention/plain", lambda m, q, k, v: sdpa(q, k, v), _HEADS, RERUN),
         Case("scaled_dot_product_attention/scaled", lambda m, q, k, v: sdpa(q, k, v, scale=0.1), _HEADS, RERUN),
         Case("scaled_dot_product_attention/causal", lambda m, q, k, v: sdpa(q, k, v, is_causal=True), _HEADS, RERUN),
-        Case("scaled_dot_product_attention/boolean mask", lambda m, q, k, v: sdpa(q, k, v, attn_mask=mask), _HEADS,
-             RERUN),
+        Case(
+            "scaled_dot_product_attention/boolean mask", lambda m, q, k, v: sdpa(q, k, v, attn_mask=mask), _HEADS, RERUN
+        ),
         Case("scaled_dot_product_attention/bias", lambda m, q, k, v: sdpa(q, k, v, bias), _HEADS, RERUN | {"exact"}),
-        Case("scaled_dot_product_attention/learned bias", lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.w), _HEADS,
-             {"quantized"}, CLOSE, {"w": (9, 9)}),
-        Case("scaled_dot_product_attention/one projection",
-             lambda m, x: sdpa(*x.view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)), [(2, 9, 96)], RERUN),
-        Case("scaled_dot_product_attention/one head of a width that is padded",
-             lambda m, q, k, v: sdpa(q, k, v), [(2, 1, 9, 20)] * 3, RERUN),
-        Case("scaled_dot_product_attention/dropout", lambda m, q, k, v: sdpa(q, k, v, dropout_p=0.2), _HEADS,
-             {"quantized", "mask", "recipe: dropout"}),
-        Case("multi_head_attention_forward/module", self_attention, [(2, 9, 32)], set(), CLOSE,
-             {"op": lambda: nn.MultiheadAttention(32, 2, batch_first=True)}),
-        Case("multi_head_attention_forward/weights asked for, dropout", lambda m, x: m.op(x, x, x)[0], [(2, 9, 32)],
-             set(), CLOSE, {"op": lambda: nn.MultiheadAttention(32, 2, dropout=0.2, batch_first=True)}),
+        Case(
+            "scaled_dot_product_attention/learned bias",
+            lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.w),
+            _HEADS,
+            {"quantized"},
+            CLOSE,
+            {"w": (9, 9)},
+        ),
+        Case(
+            "scaled_dot_product_attention/one projection",
+            lambda m, x: sdpa(*x.view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)),
+            [(2, 9, 96)],
+            RERUN,
+        ),
+        Case(
+            "scaled_dot_product_attention/one head of a width that is padded",
+            lambda m, q, k, v: sdpa(q, k, v),
+            [(2, 1, 9, 20)] * 3,
+            RERUN,
+        ),
+        Case(
+            "scaled_dot_product_attention/dropout",
+            lambda m, q, k, v: sdpa(q, k, v, dropout_p=0.2),
+            _HEADS,
+            {"quantized", "mask", "recipe: dropout"},
+        ),
+        Case(
+            "multi_head_attention_forward/module",
+            self_attention,
+            [(2, 9, 32)],
+            set(),
+            CLOSE,
+            {"op": lambda: nn.MultiheadAttention(32, 2, batch_first=True)},
+        ),
+        Case(
+            "multi_head_attention_forward/weights asked for, dropout",
+            lambda m, x: m.op(x, x, x)[0],
+            [(2, 9, 32)],
+            set(),
+            CLOSE,
+            {"op": lambda: nn.MultiheadAttention(32, 2, dropout=0.2, batch_first=True)},
+        ),
     ]
 
 
@@ -313,8 +518,9 @@ CASES = [*_linear(), *_convolutions(), *_norms(), *_activations(), *_dropouts(),
 
 def build(case: Case) -> tuple[Bench, list[Tensor]]:
     torch.manual_seed(0)
-    members = {name: torch.randn(member) if isinstance(member, tuple) else member()
-               for name, member in case.members.items()}
+    members = {
+        name: torch.randn(member) if isinstance(member, tuple) else member() for name, member in case.members.items()
+    }
     inputs = [torch.randn(shape) for shape in case.shapes]
     return Bench(case.function, **members), inputs
 

@@ -3,5 +3,20 @@
 from hf_actnn.saving.rules import activations, attention, copies, dropout, linear, losses, norms, pooling, products
 from hf_actnn.saving.rules.rule import TRANSPARENT, Rule, all_rules, find, functions, register
 
-__all__ = ["TRANSPARENT", "Rule", "all_rules", "find", "functions", "register", "activations", "attention", "copies",
-           "dropout", "linear", "losses", "norms", "pooling", "products"]
+__all__ = [
+    "TRANSPARENT",
+    "Rule",
+    "all_rules",
+    "find",
+    "functions",
+    "register",
+    "activations",
+    "attention",
+    "copies",
+    "dropout",
+    "linear",
+    "losses",
+    "norms",
+    "pooling",
+    "products",
+]

@@ -33,15 +33,13 @@ def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], T
             if call.same_storage(tensor, call.output):
                 call.data(slot)  # the in-place form of elu saves its result
                 return
-            # In place, autograd saves a copy of the input, whose values `before` already gives back.
-            if call.in_place:
-                kept = call.keep(slot, call.before) if call.before is not None else call.data(slot)
-            else:
-                kept = call.data_argument(slot, call.argument(0, "input"))
+            kept = call.data_argument(slot, call.argument(0, "input"))
             call.output_recipe(call.name, again(call), [kept])
 
-    return register(Rule(names[0], keep, bounded="the derivative is bounded and continuous in the input",
-                         needs_before=True), functions(*names))
+    return register(
+        Rule(names[0], keep, bounded="the derivative is bounded and continuous in the input", needs_before=True),
+        functions(*names),
+    )
 
 
 def _plain(function: Callable[[Tensor], Tensor]) -> Callable[[Call], Callable[[Tensor], Tensor]]:
@@ -107,13 +105,19 @@ def _keep_leaky_relu(call: Call) -> None:
         return
     for slot, tensor in call.open_slots():
         mask = call.mask(slot, tensor, "gt", 0.0, 0.0, on=1.0, off=-1.0)
-        call.output_recipe("leaky_relu", lambda value, side: torch.where(side > 0, value, value * slope),
-                           [call.before, mask])
+        call.output_recipe(
+            "leaky_relu", lambda value, side: torch.where(side > 0, value, value * slope), [call.before, mask]
+        )
 
 
 LEAKY_RELU = register(
-    Rule("leaky_relu", _keep_leaky_relu, bounded="one exact bit per value", needs_before=True,
-         exact_reason="a slope that is not positive has no in-place derivative"),
+    Rule(
+        "leaky_relu",
+        _keep_leaky_relu,
+        bounded="one exact bit per value",
+        needs_before=True,
+        exact_reason="a slope that is not positive has no in-place derivative",
+    ),
     functions("leaky_relu"),
 )
 

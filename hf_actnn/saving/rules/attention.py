@@ -52,26 +52,50 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
     slots = call.open_slots()
     inputs: list[Slot] = []
     for argument in (query, key, value):
-        matches = [slot for slot, tensor in slots if slot not in inputs and tensor.shape == argument.shape
-                   and (call.same_storage(tensor, argument) or tensor.dtype != argument.dtype)]
-        same_view = [slot for slot in matches if slot.tensor is not None and slot.tensor.stride() == argument.stride()
-                     and slot.tensor.storage_offset() == argument.storage_offset()]
+        matches = [
+            slot
+            for slot, tensor in slots
+            if slot not in inputs
+            and tensor.shape == argument.shape
+            and (call.same_storage(tensor, argument) or tensor.dtype != argument.dtype)
+        ]
+        same_view = [
+            slot
+            for slot in matches
+            if slot.tensor is not None
+            and slot.tensor.stride() == argument.stride()
+            and slot.tensor.storage_offset() == argument.storage_offset()
+        ]
         if not matches:
             call.exact_rest("the fused attention saved copies of its inputs")
             return
         inputs.append((same_view or matches)[0])
     call.data_all(inputs, LAST)
     parents = [slot.kept for slot in inputs]
-    mask_slot = next((slot for slot, tensor in slots if slot not in inputs and isinstance(mask, Tensor)
-                      and call.same_storage(tensor, mask)), None)
+    mask_slot = next(
+        (
+            slot
+            for slot, tensor in slots
+            if slot not in inputs and isinstance(mask, Tensor) and call.same_storage(tensor, mask)
+        ),
+        None,
+    )
     if mask_slot is not None:
         parents.append(call.exact(mask_slot, "an attention mask"))
     elif isinstance(mask, Tensor):
         parents.append(exact(call.scope, mask, call.where))  # a boolean mask, which torch saves a float copy of
-    again = _again(backend, [argument.requires_grad for argument in (query, key, value)], len(slots),
-                   is_causal=at(5, "is_causal", False), scale=call.kwargs.get("scale"),
-                   enable_gqa=call.kwargs.get("enable_gqa", False), where=call.where)
-    group = Rerun(again, [parent for parent in parents if parent is not None], owned=len(slots) - (mask_slot is not None))
+    again = _again(
+        backend,
+        [argument.requires_grad for argument in (query, key, value)],
+        len(slots),
+        is_causal=at(5, "is_causal", False),
+        scale=call.kwargs.get("scale"),
+        enable_gqa=call.kwargs.get("enable_gqa", False),
+        where=call.where,
+    )
+    group = Rerun(
+        again, [parent for parent in parents if parent is not None], owned=len(slots) - (mask_slot is not None)
+    )
     for index, (slot, tensor) in enumerate(slots):
         if slot is mask_slot:
             continue
@@ -80,8 +104,16 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
             call.scope.registry.learn(tensor, Rerunnable(group, index, own=False), LAST)
 
 
-def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, is_causal: bool,
-           scale: float | None, enable_gqa: bool, where: str) -> Callable[..., list[Tensor]]:
+def _again(
+    backend: SDPBackend,
+    needs_grad: list[bool],
+    count: int,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    where: str,
+) -> Callable[..., list[Tensor]]:
     """A function from (q, k, v[, mask]) to all that the operation saves, in its order."""
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     if enable_gqa:
@@ -91,20 +123,32 @@ def _again(backend: SDPBackend, needs_grad: list[bool], count: int, *, is_causal
         saved: list[Tensor] = []
 
         def record(tensor: Tensor) -> int:
-            saved.append(tensor.detach())  # not the output itself: its graph would hold this list, and the list the graph
+            saved.append(
+                tensor.detach()
+            )  # not the output itself: its graph would hold this list, and the list the graph
             return len(saved) - 1
 
-        tensors = [tensor.detach().requires_grad_(flag) for tensor, flag in
-                   zip((query, key, value), needs_grad, strict=True)]
+        query, key, value = (
+            tensor.detach().requires_grad_(flag) for tensor, flag in zip((query, key, value), needs_grad, strict=True)
+        )
         device = query.device.type
-        with torch.enable_grad(), torch.autocast(device, enabled=False), sdpa_kernel(backend), (
-            torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index])
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            sdpa_kernel(backend),
+            torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index]),
         ):
-            F.scaled_dot_product_attention(*tensors, attn_mask=rest[0] if rest else None, **options)
+            F.scaled_dot_product_attention(query, key, value, rest[0] if rest else None, **options)
         if len(saved) != count:
-            raise SavedTensorError(message("attention saved other tensors when it was run again", where=where,
-                                           expected=f"{count} tensors", received=str(len(saved)),
-                                           next_step="Leave this module out with skip=(...)"))
+            raise SavedTensorError(
+                message(
+                    "attention saved other tensors when it was run again",
+                    where=where,
+                    expected=f"{count} tensors",
+                    received=str(len(saved)),
+                    next_step="Leave this module out with skip=(...)",
+                )
+            )
         return saved
 
     return run
@@ -121,13 +165,20 @@ def _keep_composite(call: Call) -> None:
         if name in ("SafeSoftmaxBackward0", "SoftmaxBackward0"):
             probabilities = call.data(slot, LAST)
             shape = tensor.shape
-        elif p and tensor.grad_fn is None and not tensor.requires_grad and probabilities is not None and (
-            tensor.shape == shape
+        elif (
+            p
+            and tensor.grad_fn is None
+            and not tensor.requires_grad
+            and probabilities is not None
+            and (tensor.shape == shape)
         ):
             scale = torch.ones((), dtype=tensor.dtype).div_(1 - p).item()
             noise = call.mask(slot, tensor, "nonzero", 0.0, 0.0, on=scale, off=0.0) if p < 1 else None
-        elif noise is not None and probabilities is not None and tensor.numel() == shape.numel() and (
-            tensor.shape[-2:] == shape[-2:]
+        elif (
+            noise is not None
+            and probabilities is not None
+            and tensor.numel() == shape.numel()
+            and (tensor.shape[-2:] == shape[-2:])
         ):
             call.keep(slot, Recipe("dropout", lambda value, kept: value * kept, [probabilities, noise], tensor))
         else:
@@ -135,8 +186,12 @@ def _keep_composite(call: Call) -> None:
 
 
 ATTENTION = register(
-    Rule("scaled_dot_product_attention", _keep_attention, rows=LAST,
-         bounded="differentiated at the coded q, k and v, where probabilities sum to one"),
+    Rule(
+        "scaled_dot_product_attention",
+        _keep_attention,
+        rows=LAST,
+        bounded="differentiated at the coded q, k and v, where probabilities sum to one",
+    ),
     functions("scaled_dot_product_attention"),
 )
 
@@ -146,13 +201,19 @@ def _opened(function: Callable) -> Callable:
     namespace = dict(function.__globals__)
     for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
         namespace[name] = lambda *_: False
-    copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 MULTI_HEAD = register(
-    Rule("multi_head_attention_forward", nothing, bounded="its parts meet their own rules",
-         opened=_opened(F.multi_head_attention_forward)),
+    Rule(
+        "multi_head_attention_forward",
+        nothing,
+        bounded="its parts meet their own rules",
+        opened=_opened(F.multi_head_attention_forward),
+    ),
     [F.multi_head_attention_forward],
 )

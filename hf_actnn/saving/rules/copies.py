@@ -25,6 +25,15 @@ def _keep_copy(call: Call) -> None:
 
 COPY = register(
     Rule("copy", _keep_copy, bounded="nothing is saved", without_saves=True, needs_before=True),
-    [*functions("clone", "reshape", "flatten", "ravel"), Tensor.contiguous, Tensor.to, Tensor.float, Tensor.half,
-     Tensor.bfloat16, Tensor.double, Tensor.type_as, torch.Tensor.reshape_as],
+    [
+        *functions("clone", "reshape", "flatten", "ravel"),
+        Tensor.contiguous,
+        Tensor.to,
+        Tensor.float,
+        Tensor.half,
+        Tensor.bfloat16,
+        Tensor.double,
+        Tensor.type_as,
+        torch.Tensor.reshape_as,
+    ],
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ def _keep_dropout(call: Call) -> None:
             continue
         if noise.dtype == torch.bool:
             mask = call.mask(slot, noise, "nonzero", 0.0, 0.0, on=1.0, off=0.0)
-            scale = 1.0 / (1.0 - p)
-            call.output_recipe("dropout", lambda value, kept: value * kept * scale, [call.before, mask])
+            call.output_recipe("dropout", lambda value, kept: value * kept * (1.0 / (1.0 - p)), [call.before, mask])
         elif noise.is_floating_point():
             mask = call.mask(slot, noise, "nonzero", 0.0, 0.0, on=_keep_scale(p, noise.dtype), off=0.0)
             if call.function not in _RANK_CHANGES:
@@ -54,14 +52,21 @@ def _keep_alpha_dropout(call: Call) -> None:
 
 
 DROPOUT = register(
-    Rule("dropout", _keep_dropout, bounded="one exact bit per value", needs_before=True,
-         exact_reason="one value per sample or channel"),
+    Rule(
+        "dropout",
+        _keep_dropout,
+        bounded="one exact bit per value",
+        needs_before=True,
+        exact_reason="one value per sample or channel",
+    ),
     functions("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
 )
 ALPHA_DROPOUT = register(
-    Rule("alpha_dropout", _keep_alpha_dropout, bounded="one exact bit per value",
-         exact_reason="noise of more than two values"),
+    Rule(
+        "alpha_dropout",
+        _keep_alpha_dropout,
+        bounded="one exact bit per value",
+        exact_reason="noise of more than two values",
+    ),
     functions("alpha_dropout", "feature_alpha_dropout"),
 )
-
-

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 def _unknown(call: Call) -> list[tuple[Slot, Tensor]]:
     """The saves that are not known to be weights, in autograd's order."""
-    return [(slot, tensor) for slot, tensor in call.open_slots()
-            if tensor.is_floating_point() and not call.is_weight(tensor)]
+    return [
+        (slot, tensor)
+        for slot, tensor in call.open_slots()
+        if tensor.is_floating_point() and not call.is_weight(tensor)
+    ]
 
 
 def _keep_linear(call: Call) -> None:
@@ -35,8 +38,11 @@ def _keep_linear(call: Call) -> None:
 
 def _is_transposed_copy(tensor: Tensor, weight: Tensor) -> bool:
     """Whether a tensor lies in memory as a cast of the weight does, which a linear layer saves transposed."""
-    return tensor.dtype != weight.dtype and tensor.shape == weight.shape[::-1] and (
-        tensor.stride() == weight.stride()[::-1])
+    return (
+        tensor.dtype != weight.dtype
+        and tensor.shape == weight.shape[::-1]
+        and (tensor.stride() == weight.stride()[::-1])
+    )
 
 
 def _keep_convolution(call: Call) -> None:

@@ -50,8 +50,9 @@ def _widened(value: Tensor, statistic: Tensor) -> Tensor:
     return value if value.dtype == statistic.dtype else value.to(statistic.dtype)
 
 
-def _apply(value: Tensor, parameters: tuple[Tensor, ...], has_weight: bool, has_bias: bool,
-           view: Callable[[Tensor], Tensor]) -> Tensor:
+def _apply(
+    value: Tensor, parameters: tuple[Tensor, ...], has_weight: bool, has_bias: bool, view: Callable[[Tensor], Tensor]
+) -> Tensor:
     """``value * weight + bias``, in place."""
     if has_weight:
         value.mul_(view(parameters[0]))
@@ -60,8 +61,15 @@ def _apply(value: Tensor, parameters: tuple[Tensor, ...], has_weight: bool, has_
     return value
 
 
-def _register_output(call: Call, source: Kept | None, statistics: list[Kept], weight: Any, bias: Any,
-                     normalise: Callable[..., Tensor], view: Callable[[Tensor], Tensor]) -> None:
+def _register_output(
+    call: Call,
+    source: Kept | None,
+    statistics: list[Kept],
+    weight: Any,
+    bias: Any,
+    normalise: Callable[..., Tensor],
+    view: Callable[[Tensor], Tensor],
+) -> None:
     """Make the output a recipe: ``normalise(input, *statistics) * weight + bias``."""
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
     count = len(statistics)
@@ -83,8 +91,14 @@ def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
     """weight, bias, running mean, running variance, training, eps: the two public forms order them differently."""
     at = call.argument
     if call.function is F.batch_norm:
-        return at(3, "weight"), at(4, "bias"), at(1, "running_mean"), at(2, "running_var"), at(5, "training", False), at(
-            7, "eps", 1e-5)
+        return (
+            at(3, "weight"),
+            at(4, "bias"),
+            at(1, "running_mean"),
+            at(2, "running_var"),
+            at(5, "training", False),
+            at(7, "eps", 1e-5),
+        )
     return at(1, "weight"), at(2, "bias"), at(3, "running_mean"), at(4, "running_var"), at(5, "training"), at(7, "eps")
 
 
@@ -160,8 +174,10 @@ def _keep_group_norm(call: Call) -> None:
     tail, channels = (1,) * (data.dim() - 2), data.shape[1]
 
     def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-        middle, scale = (statistic.view(-1, groups, 1).expand(-1, groups, channels // groups).reshape(
-            -1, channels, *tail) for statistic in (middle, scale))
+        middle, scale = (
+            statistic.view(-1, groups, 1).expand(-1, groups, channels // groups).reshape(-1, channels, *tail)
+            for statistic in (middle, scale)
+        )
         return value.sub_(middle).mul_(scale)
 
     _register_output(call, source, [mean, factor], weight, bias, normalise, _channel_view(data.dim()))
@@ -197,9 +213,16 @@ def _keep_rms_norm(call: Call) -> None:
     _register_output(call, source, [factor], weight, None, normalise, lambda parameter: parameter)
 
 
-BATCH_NORM = register(Rule("batch_norm", _keep_batch_norm, _BOUNDED, exact_reason="a statistic"), functions("batch_norm"))
-INSTANCE_NORM = register(Rule("instance_norm", _keep_instance_norm, _BOUNDED, exact_reason="a statistic"),
-                         functions("instance_norm"))
-LAYER_NORM = register(Rule("layer_norm", _keep_layer_norm, _BOUNDED, exact_reason="a statistic"), functions("layer_norm"))
-GROUP_NORM = register(Rule("group_norm", _keep_group_norm, _BOUNDED, exact_reason="a statistic"), functions("group_norm"))
+BATCH_NORM = register(
+    Rule("batch_norm", _keep_batch_norm, _BOUNDED, exact_reason="a statistic"), functions("batch_norm")
+)
+INSTANCE_NORM = register(
+    Rule("instance_norm", _keep_instance_norm, _BOUNDED, exact_reason="a statistic"), functions("instance_norm")
+)
+LAYER_NORM = register(
+    Rule("layer_norm", _keep_layer_norm, _BOUNDED, exact_reason="a statistic"), functions("layer_norm")
+)
+GROUP_NORM = register(
+    Rule("group_norm", _keep_group_norm, _BOUNDED, exact_reason="a statistic"), functions("group_norm")
+)
 RMS_NORM = register(Rule("rms_norm", _keep_rms_norm, _BOUNDED, exact_reason="a statistic"), functions("rms_norm"))

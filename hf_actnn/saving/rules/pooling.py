@@ -76,8 +76,10 @@ def _pool_windows(call: Call, dimensions: int, output: Sequence[int], device: to
     stride = at(2, "stride")
     steps = _each(stride, dimensions) if stride not in (None, [], ()) else kernel
     padding, dilation = _each(at(3, "padding", 0), dimensions), _each(at(4, "dilation", 1), dimensions)
-    return [Windows(torch.arange(output[i], device=device) * steps[i] - padding[i], dilation[i], kernel[i])
-            for i in range(dimensions)]
+    return [
+        Windows(torch.arange(output[i], device=device) * steps[i] - padding[i], dilation[i], kernel[i])
+        for i in range(dimensions)
+    ]
 
 
 def _adaptive_windows(sizes: Sequence[int], output: Sequence[int], device: torch.device) -> list[Windows]:
@@ -99,8 +101,11 @@ def _keep_max(call: Call, dimensions: int, adaptive: bool) -> None:
             continue
         indices = tensor
         output = list(call.output.shape[-dimensions:])
-        windows = (_adaptive_windows(sizes, output, indices.device) if adaptive
-                   else _pool_windows(call, dimensions, output, indices.device))
+        windows = (
+            _adaptive_windows(sizes, output, indices.device)
+            if adaptive
+            else _pool_windows(call, dimensions, output, indices.device)
+        )
         count = math.prod(window.length for window in windows)
         if count > 256:
             continue
@@ -110,8 +115,9 @@ def _keep_max(call: Call, dimensions: int, adaptive: bool) -> None:
         places = plane.encode(indices.reshape(shape))
         geometry, coded = Geometry(indices), places.shape
 
-        def decode(flat: Tensor, plane: _Plane = plane, geometry: Geometry = geometry,
-                   coded: torch.Size = coded) -> Tensor:
+        def decode(
+            flat: Tensor, plane: _Plane = plane, geometry: Geometry = geometry, coded: torch.Size = coded
+        ) -> Tensor:
             return geometry.fit(plane.decode(flat.view(coded)))
 
         call.keep(slot, Offsets(codec.pack_uint(places.reshape(-1), bits), bits, places.numel(), decode))
@@ -121,8 +127,10 @@ def _max_rule(name: str, dimensions: int, targets: list[Any], adaptive: bool = F
     def keep(call: Call) -> None:
         _keep_max(call, dimensions, adaptive)
 
-    return register(Rule(name, keep, bounded="exact offsets within the window",
-                         exact_reason="windows of more than 256 places"), targets)
+    return register(
+        Rule(name, keep, bounded="exact offsets within the window", exact_reason="windows of more than 256 places"),
+        targets,
+    )
 
 
 def _forms(name: str) -> list[Any]:
@@ -145,8 +153,9 @@ def _keep_shape(call: Call) -> None:
 
 AVERAGE_POOL = register(
     Rule("avg_pool", _keep_shape, bounded="the backward pass reads the input's shape alone"),
-    functions("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-              "adaptive_avg_pool3d"),
+    functions(
+        "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"
+    ),
 )
 PAD = register(Rule("pad", _keep_shape, bounded="the backward pass reads the input's shape alone"), functions("pad"))
 RESIZE = register(

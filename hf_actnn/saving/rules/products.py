@@ -30,8 +30,14 @@ def _keep_matmul(call: Call) -> None:
     data = [slot for slot, tensor in slots if not call.is_weight(tensor)]
     pairs = [(left, right), (right, left)] if joined else [(right, left), (left, right)]
     saved = [factor for factor, other in pairs if isinstance(other, Tensor) and other.requires_grad]
-    call.data_all([slot for slot in data if slot.tensor is not None and any(
-        call.same_storage(slot.tensor, factor) for factor in (left, right))], LAST)
+    call.data_all(
+        [
+            slot
+            for slot in data
+            if slot.tensor is not None and any(call.same_storage(slot.tensor, factor) for factor in (left, right))
+        ],
+        LAST,
+    )
     # Matrices of different rank are multiplied transposed and folded: then order says nothing.
     if len(saved) == len(slots) and left.dim() == right.dim():
         for (slot, tensor), factor in zip(slots, saved, strict=True):

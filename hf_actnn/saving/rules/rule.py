@@ -50,8 +50,12 @@ def functions(*names: str) -> list[Callable]:
     """
     found: list[Callable] = []
     for name in names:
-        forms = [getattr(space, form) for space in _SPACES for form in (name, name + "_")
-                 if callable(getattr(space, form, None))]
+        forms = [
+            getattr(space, form)
+            for space in _SPACES
+            for form in (name, name + "_")
+            if callable(getattr(space, form, None))
+        ]
         if not forms and name not in _NEWER:
             raise AttributeError(f"torch has no function named {name!r}")
         found.extend(forms)
@@ -91,10 +95,60 @@ def nothing(call: Call) -> None:
 #: Functions that read a property or make a view: no save, no new values.
 TRANSPARENT = frozenset(
     getattr(torch.Tensor, name)
-    for name in ("size", "dim", "numel", "stride", "view", "permute", "transpose", "unbind", "chunk", "split", "expand",
-                 "squeeze", "unsqueeze", "is_contiguous", "is_floating_point", "element_size", "data_ptr", "detach",
-                 "requires_grad_", "__len__", "__getitem__", "storage_offset", "untyped_storage", "view_as", "expand_as",
-                 "narrow", "select", "unflatten", "swapaxes", "t", "movedim", "is_complex", "get_device", "ndimension",
-                 "__hash__", "__repr__", "__format__", "item", "tolist", "__bool__", "__int__", "__float__")
-) | frozenset({torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.unbind, torch.chunk, torch.split,
-               torch.is_grad_enabled, torch.is_tensor})
+    for name in (
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "view",
+        "permute",
+        "transpose",
+        "unbind",
+        "chunk",
+        "split",
+        "expand",
+        "squeeze",
+        "unsqueeze",
+        "is_contiguous",
+        "is_floating_point",
+        "element_size",
+        "data_ptr",
+        "detach",
+        "requires_grad_",
+        "__len__",
+        "__getitem__",
+        "storage_offset",
+        "untyped_storage",
+        "view_as",
+        "expand_as",
+        "narrow",
+        "select",
+        "unflatten",
+        "swapaxes",
+        "t",
+        "movedim",
+        "is_complex",
+        "get_device",
+        "ndimension",
+        "__hash__",
+        "__repr__",
+        "__format__",
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+    )
+) | frozenset(
+    {
+        torch.transpose,
+        torch.permute,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.unbind,
+        torch.chunk,
+        torch.split,
+        torch.is_grad_enabled,
+        torch.is_tensor,
+    }
+)
