@@ -218,6 +218,11 @@ def quantize(
         Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be
         kept exact, ``[1]`` int32.
     """
+    return quantize_with(x, dither(x.numel(), seed, stream, x.device), bits, row_length, group_size)
+
+
+def quantize_with(x: Tensor, u: Tensor, bits: int, row_length: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize` with the dither ``u`` ``[numel]`` given."""
     device = x.device
     at = layout(x.numel(), row_length, bits, group_size)
     if at.n_groups == 0:
@@ -226,7 +231,6 @@ def quantize(
     finite = torch.isfinite(x)
     x32 = x.to(torch.float32)
     huge = finite & (x32.abs() >= EXACT_FROM)  # includes a finite float64 that became inf
-    u = dither(x.numel(), seed, stream, device)
     body = (at.groups_per_row - 1) * at.group
     packed, metas = [], []
     for start, count, size in ((0, at.groups_per_row - 1, at.group), (body, 1, at.tail)):
