@@ -6,6 +6,8 @@ import os
 
 # Before torch is imported. Tests share a small machine, and two threads show what one thread would hide.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Waiting threads sleep instead of spinning: beside another busy process spinning makes a test many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing in the tests needs the network; a look-up that times out would only be slow.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
