@@ -9,6 +9,7 @@ training step makes hundreds.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -112,23 +113,26 @@ def _check_codes(codes: Tensor, expected: int) -> None:
         )
 
 
-def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> reference.Layout:
-    _check_flat(x, "x", FLOATS)
+@lru_cache(maxsize=4096, typed=True)
+def plan(numel: int, row_length: int, bits: int, group_size: int) -> reference.Layout:
+    """The layout of a tensor's codes, or an error that says which number is wrong. Cached: a model has few shapes."""
     check_bits(bits)
     check_group_size(group_size)
-    _check_rows(x.numel(), row_length)
-    return reference.layout(x.numel(), row_length, bits, group_size)
+    _check_rows(numel, row_length)
+    return reference.layout(numel, row_length, bits, group_size)
+
+
+def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> reference.Layout:
+    _check_flat(x, "x", FLOATS)
+    return plan(x.numel(), row_length, bits, group_size)
 
 
 def _check_dequantize(
     codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype
 ) -> None:
-    check_bits(bits)
-    check_group_size(group_size)
-    _check_rows(numel, row_length)
-    at = reference.layout(numel, row_length, bits, group_size)
+    at = plan(numel, row_length, bits, group_size)
     _check_codes(codes, at.nbytes)
-    if meta.dtype != torch.bfloat16 or tuple(meta.shape) != (at.n_groups, 2) or not meta.is_contiguous():
+    if meta.dtype != torch.bfloat16 or meta.shape != (at.n_groups, 2) or not meta.is_contiguous():
         _fail(
             "The metadata does not fit the sizes given",
             where="meta",

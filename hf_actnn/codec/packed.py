@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -133,8 +134,6 @@ def _dense(x: Tensor) -> Tensor:
     """``x`` itself if its elements fill a block of memory once, else a copy with the same order of strides that
     does.
     """
-    if x.is_contiguous():
-        return x
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -153,6 +152,7 @@ def _count(exact: Tensor | int) -> int:
     return int(exact) if readable else 0
 
 
+@lru_cache(maxsize=4096)
 def default_row_length(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Rows that groups stay within: a sample of an image batch (4 or more dimensions), else the innermost dimension.
 
@@ -207,13 +207,15 @@ def quantize(
         )
     if code not in CODES:
         raise CodecError(message("No such code", where="code", expected=", ".join(CODES), received=repr(code)))
-    ops.check_bits(bits)
-    ops.check_group_size(group_size)
-    x = _dense(x.detach())
-    shape, stride, numel = tuple(x.shape), x.stride(), x.numel()
+    if x.requires_grad:
+        x = x.detach()
+    contiguous = x.is_contiguous()
+    if not contiguous:
+        x = _dense(x)
+    shape, stride, numel = x.shape, x.stride(), x.numel()
     if row_length is None:
         row_length = default_row_length(shape, stride)
-    flat = x.as_strided((numel,), (1,), x.storage_offset())
+    flat = x.view(-1) if contiguous else x.as_strided((numel,), (1,), x.storage_offset())
     codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream)
     patch = None
     if _count(exact):
@@ -235,8 +237,5 @@ def quantize(
 
 def packed_nbytes(numel: int, row_length: int, bits: int, group_size: int = 256) -> int:
     """Bytes that :func:`quantize` keeps for a tensor, codes and metadata."""
-    ops.check_bits(bits)
-    ops.check_group_size(group_size)
-    ops._check_rows(numel, row_length)
-    at = reference.layout(numel, row_length, bits, group_size)
+    at = ops.plan(numel, row_length, bits, group_size)
     return at.nbytes + 4 * at.n_groups
