@@ -60,16 +60,21 @@ def test_layout_cuts_rows_evenly():
     assert (at.groups_per_row, at.group, at.tail) == (3, 2, 1)
 
 
-def test_metadata_is_rounded_outwards():
-    x = torch.randn(1000, 64) * 10 ** torch.linspace(-44, 37, 1000).unsqueeze(-1)
-    for bits in range(1, 9):
-        m, step = reference._metadata(x, bits, *(torch.zeros(1000, dtype=torch.bool) for _ in "ab"))
-        m, step, x64 = m.double(), step.double(), x.double()
-        assert (m <= x64.amin(-1)).all()
-        top = (2**bits - 1) * step
-        assert (top * (1 + 2**-21) >= x64.amax(-1) - m).all()
-        # No wider than needed: within bf16's spacing, which is 2^-133 at the bottom.
-        assert (step <= (x64.amax(-1) - m) / (2**bits - 1) * (1 + 2**-6) + 2.0**-132).all()
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("sign", ["mixed", "positive"])  # a minimum of 0 leaves subnormal ranges as small as they are
+def test_metadata_is_rounded_outwards(sign, bits):
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(1))
+    x *= 10 ** torch.linspace(-44, 37, 1000).unsqueeze(-1)
+    if sign == "positive":
+        x = x.abs()
+        x[:, 0] = 0.0
+    m, step = reference._metadata(x, bits, *(torch.zeros(1000, dtype=torch.bool) for _ in "ab"))
+    m, step, x64 = m.double(), step.double(), x.double()
+    assert (m <= x64.amin(-1)).all()
+    top = (2**bits - 1) * step
+    assert (top * (1 + 2**-21) >= x64.amax(-1) - m).all()
+    # No wider than needed: within bf16's spacing, which is 2^-133 at the bottom.
+    assert (step <= (x64.amax(-1) - m) / (2**bits - 1) * (1 + 2**-6) + 2.0**-132).all()
 
 
 def test_error_is_below_a_step():
