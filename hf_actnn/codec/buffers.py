@@ -28,8 +28,11 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 class Pool:
-    """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all
-    free ones, too small for it, were given back."""
+    """Blocks by lifetime. Free blocks too small for a request are given back when it is made, larger ones wait for the next.
+
+    So what is idle at the moment of the largest request, where the peak is, is next to nothing; and the large block of a
+    layer survives the small requests between it and the next layer's.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,14 +46,13 @@ class Pool:
         with self._lock:
             free = self._free()
             fits = [block for block in free if need <= len(block) <= LARGEST_FIT * need]
+            self._forget([block for block in free if len(block) < need])
             if fits:
                 block = min(fits, key=len)
-                self._trim([other for other in free if other is not block], need)
             else:
-                self._forget(free)
-                del free
                 block = _block(need)
                 self._blocks.append(block)
+            del free, fits
             # Inside the lock: the new tensor's reference is what marks the block as used.
             return torch.frombuffer(block, dtype=dtype, count=numel)
 
@@ -72,16 +74,6 @@ class Pool:
     def _forget(self, blocks: list[mmap.mmap]) -> None:
         gone = set(map(id, blocks))
         self._blocks = [block for block in self._blocks if id(block) not in gone]
-
-    def _trim(self, free: list[mmap.mmap], allowed: int) -> None:
-        """Give back the largest free blocks until no more than ``allowed`` bytes are idle.
-
-        Allowed is the size of the request being served: a layer's worth of idle memory saves faults, more of it
-        raises the peak.
-        """
-        free = sorted(free, key=len)
-        while free and sum(map(len, free)) > allowed:
-            self._forget([free.pop()])
 
 
 def _block(nbytes: int) -> mmap.mmap:

@@ -28,13 +28,15 @@ class Slot:
     known, and with them the role of each save.
     """
 
-    __slots__ = ("tensor", "kept", "reason", "where", "__weakref__")
+    __slots__ = ("tensor", "kept", "reason", "where", "shared", "__weakref__")
 
     def __init__(self, tensor: Tensor, where: str) -> None:
         self.tensor: Tensor | None = tensor
         self.kept: Kept | None = None
         self.reason = ""
         self.where = where
+        #: Whether other saves are given back by the same object; see `scope._Rebuilt`.
+        self.shared = False
 
     def get(self) -> Tensor:
         if self.kept is None:

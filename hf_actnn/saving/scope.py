@@ -20,7 +20,7 @@ from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import rules
 from hf_actnn.saving.call import Call, Slot, exact, tensors_in
 from hf_actnn.saving.identity import Registry
-from hf_actnn.saving.kept import at_end_of_backward
+from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward
 from hf_actnn.saving.policy import Policy
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Scope:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._mode = _Watch(self)
         self._observers = observers()
+        self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
         self._notes: dict[tuple[str, str, str, str], list[int]] = {}
 
     def next_stream(self) -> int:
@@ -85,7 +86,7 @@ class Scope:
 
     def _close(self) -> None:
         """Let go of what refers back here: a cycle would hold every code until the collector runs."""
-        del self._hooks, self._mode, self.registry
+        del self._hooks, self._mode, self.registry, self._first
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
 
@@ -106,6 +107,9 @@ class Scope:
     def _decided(self, slot: Slot, path: str, function: str) -> None:
         tensor = slot.tensor
         assert tensor is not None
+        first = self._first.setdefault(id(slot.kept), slot)
+        if first is not slot and not isinstance(slot.kept, Exact):
+            first.shared = slot.shared = True
         kind = "parameter" if getattr(slot.kept, "parameter", False) else slot.kept.kind  # type: ignore[union-attr]
         note = self._notes.setdefault((path, function, kind, slot.reason), [0, 0])
         note[0] += 1
@@ -204,16 +208,43 @@ class _Release:
             at_end_of_backward(self.run)
 
     def run(self) -> None:
+        _rebuilt.clear()
         codec.release()
 
 
 _release = _Release()
 
 
+class _Rebuilt(threading.local):
+    """The tensor last given back for several saves, until another of them is asked for or the backward pass ends.
+
+    The three projections of an attention layer save one input and ask for it one after the other.
+    """
+
+    kept: Kept | None = None
+    value: Tensor | None = None
+
+    def get(self, slot: Slot) -> Tensor:
+        if not slot.shared or torch._C._current_graph_task_id() == -1:
+            return slot.get()
+        if self.kept is slot.kept and self.value is not None:
+            return self.value
+        self.clear()
+        value = slot.get()
+        self.kept, self.value = slot.kept, value
+        return value
+
+    def clear(self) -> None:
+        self.kept = self.value = None
+
+
+_rebuilt = _Rebuilt()
+
+
 def _unpack(slot: Slot) -> Tensor:
     _release.request()
     if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
-        return slot.get()
+        return _rebuilt.get(slot)
     with torch.no_grad():
         return slot.get()
 
