@@ -94,6 +94,9 @@ def main() -> None:
         accelerator.print(
             f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {torch.cat(right).float().mean():.3f}"
         )
+    # The distributed wrapper has to go before the process group does: the other way round, gloo may wait for ever.
+    del model, optimizer, loss
+    accelerator.free_memory()
     accelerator.end_training()
 
 

@@ -28,10 +28,10 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 class Pool:
-    """Blocks by lifetime. Free blocks too small for a request are given back when it is made, larger ones wait for the next.
+    """Blocks by lifetime. Free blocks too small for a request are given back when it comes, larger ones wait.
 
-    So what is idle at the moment of the largest request, where the peak is, is next to nothing; and the large block of a
-    layer survives the small requests between it and the next layer's.
+    So what is idle at the moment of the largest request, where the peak is, is next to nothing; and the large block of
+    a layer survives the small requests between it and the next layer's.
     """
 
     def __init__(self) -> None:
