@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
 OUT ?= out
-PYTEST_ARGS ?=
+# Two workers: the tests of models run on one thread each.
+PYTEST_ARGS ?= -n 2
 
 # Without a working GPU only the CPU kernels are built; with one, whatever the compilers found allow.
 export HF_ACTNN_BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
