@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import rules
 from hf_actnn.saving.call import Call, Slot, exact, tensors_in
@@ -196,7 +195,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _Release:
-    """Gives the idle buffers back when a backward pass ends; one request per pass and thread."""
+    """Lets go of the tensor last rebuilt when a backward pass ends; one request per pass and thread."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -209,7 +208,6 @@ class _Release:
 
     def run(self) -> None:
         _rebuilt.clear()
-        codec.release()
 
 
 _release = _Release()
