@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: begin.", "<!-- results: end -->"
+FULL_SIZE = {"resnet50": "ResNet-50", "vit_b16": "ViT-B/16", "convnext_t": "ConvNeXt-T"}
 NAMES = {"vit": "Hugging Face ViT", "resnet": "Hugging Face ResNet"}
 
 
@@ -40,12 +41,42 @@ def demo(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def full_size(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
+    """Bytes and times of full-size models."""
+    lines = [
+        "",
+        f"| 224 px, fp32, {memory['bits']} bits | plain, per image | hf_actnn | ratio | time per step, of plain |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in memory["per_image"].items():
+        time = step["models"].get(name, {}).get("over_plain", {}).get("hf_actnn")
+        cells = [
+            FULL_SIZE[name],
+            f"{row['plain_bytes'] / 1e6:.1f} MB",
+            f"{row['held_bytes'] / 1e6:.2f} MB",
+            f"{row['ratio']:.1f}x",
+            f"{time:.2f}" if time else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    machine = memory["environment"]
+    lines += [
+        "",
+        f"`benchmarks/memory.py` and `benchmarks/step.py` (ResNet and ConvNeXt of timm in the latter), random weights; "
+        f"{machine['cpu']}, {machine['cpus']} cores ([memory.json](benchmarks/results/memory.json), "
+        "[step.json](benchmarks/results/step.json)).",
+    ]
+    return lines
+
+
 def region() -> str:
     """What belongs between the marks now."""
     path = RESULTS / "demo.json"
     if not path.exists():
         return "No results are stored yet: `make demo` measures on your machine.\n"
-    return "\n".join(demo(json.loads(path.read_text()))) + "\n"
+    lines = demo(json.loads(path.read_text()))
+    if (RESULTS / "memory.json").exists() and (RESULTS / "step.json").exists():
+        lines += full_size(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("memory", "step")))
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
