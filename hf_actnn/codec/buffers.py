@@ -30,7 +30,7 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 class Pool:
     """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all
     free ones, too small for it, were given back. Free blocks stay for the next backward pass, whose peak they are part
-    of: giving them back between requests tripled the time of a step where fresh pages are slow."""
+    of: giving them back between requests more than doubled the time of a step where fresh pages are slow."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -125,7 +125,7 @@ class ActNNCallback(TrainerCallback):
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled() and not measured:
                 own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-                measured.append(MemoryReport(own, {}))
+                measured.append(MemoryReport(own))
                 observers().append(measured[0])
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -30,12 +30,11 @@ class MemoryReport:
         by_module: module path -> (bytes held, bytes uncompressed), each storage at the module that saved it first.
     """
 
-    def __init__(self, own: set[int], paths: dict[int, str]) -> None:
+    def __init__(self, own: set[int]) -> None:
         self.saved_bytes = 0
         self.uncompressed_bytes = 0
         self._held = self._held_raw = 0
         self._own = own
-        self._paths = paths
         self._by_module: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self._holders: dict[Any, int] = {}
         self._raw: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -176,7 +175,7 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
         for tensor in [*model.parameters(), *model.buffers()]
         if tensor.layout == torch.strided
     }
-    memory = MemoryReport(own, {})
+    memory = MemoryReport(own)
     stack: list[str] = [""]
     handles = []
     for path, module in model.named_modules():

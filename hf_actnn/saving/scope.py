@@ -194,25 +194,6 @@ class _Watch(TorchFunctionMode):
         return self._scope.intercept(func, args, kwargs or {})
 
 
-class _Release:
-    """Lets go of the tensor last rebuilt when a backward pass ends; one request per pass and thread."""
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def request(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task != getattr(self._local, "task", -1):
-            self._local.task = task
-            at_end_of_backward(self.run)
-
-    def run(self) -> None:
-        _rebuilt.clear()
-
-
-_release = _Release()
-
-
 class _Rebuilt(threading.local):
     """The tensor last given back for several saves, until another of them is asked for or the backward pass ends.
 
@@ -223,13 +204,14 @@ class _Rebuilt(threading.local):
     value: Tensor | None = None
 
     def get(self, slot: Slot) -> Tensor:
-        if not slot.shared or torch._C._current_graph_task_id() == -1:
+        if not slot.shared:
             return slot.get()
         if self.kept is slot.kept and self.value is not None:
             return self.value
         self.clear()
         value = slot.get()
-        self.kept, self.value = slot.kept, value
+        if at_end_of_backward(self.clear):
+            self.kept, self.value = slot.kept, value
         return value
 
     def clear(self) -> None:
@@ -240,7 +222,6 @@ _rebuilt = _Rebuilt()
 
 
 def _unpack(slot: Slot) -> Tensor:
-    _release.request()
     if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
         return _rebuilt.get(slot)
     with torch.no_grad():
