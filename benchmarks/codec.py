@@ -82,7 +82,7 @@ def others(x):
         "dequantise 2 bits, eager torch": lambda: reference.dequantize(codes, meta, 2, row, GROUP, n, x.dtype),
     }
     # Without the generator: inductor copies every round of Philox into both of its uses, 2^10 times in all.
-    u = reference.dither(n, 1, 1)
+    u = reference.dither(n // GROUP, GROUP, 1, 1)
     compiled = torch.compile(lambda t, u: reference.quantize_with(t, u, 2, row, GROUP)[:2])
     back = torch.compile(lambda c, m: reference.dequantize(c, m, 2, row, GROUP, n, torch.float32))
     try:

@@ -25,6 +25,8 @@ enum Predicate : int { kNotLe, kGt, kInside, kStrictInside, kNonzero };
 
 constexpr int kMaxGroup = 4096;
 constexpr int kMaskGroup = 256;
+constexpr int kDitherBlock = 64;  // elements that four generator calls serve
+constexpr int kRounds = 7;
 constexpr float kExactFrom = 0x1p126f;
 constexpr float kSmallStep = 0x1p-64f;
 constexpr float kScaleUp = 0x1p64f;
@@ -72,6 +74,7 @@ struct Layout {
   int64_t group, tail;
   int64_t group_bytes, tail_bytes, row_bytes;
   int64_t n_groups;
+  int64_t blocks;  // of dither, per group
 };
 
 HF_ACTNN_HD Layout make_layout(int64_t numel, int64_t row_length, int64_t group_size, int bits) {
@@ -84,6 +87,7 @@ HF_ACTNN_HD Layout make_layout(int64_t numel, int64_t row_length, int64_t group_
   at.tail_bytes = group_bytes(at.tail, bits);
   at.row_bytes = (at.groups_per_row - 1) * at.group_bytes + at.tail_bytes;
   at.n_groups = numel / row_length * at.groups_per_row;
+  at.blocks = ceil_div(at.group, kDitherBlock);
   return at;
 }
 
@@ -136,11 +140,11 @@ HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
 
 // ---------------------------------------------------------------- dither
 
-// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream), key seed.
+// Philox4x32-7 (Salmon et al., SC 2011): counter (q, stream), key seed.
 HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out[4]) {
   uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
     c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
     c1 = (uint32_t)b;
@@ -155,17 +159,14 @@ HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out
   out[3] = c3;
 }
 
-// A byte as a dither in (0, 1), centred: (byte + 1/2) / 256.
-HF_ACTNN_HD float dither_of(uint8_t byte) { return ((float)byte + 0.5f) * 0x1p-8f; }
-
 // ---------------------------------------------------------------- one value
 
-HF_ACTNN_HD int quantize_value(float x, const GroupScale& s, uint8_t byte, int bits) {
-  if (s.reciprocal == 0.0f) return 0;
-  const float t = (x - s.minimum) * s.scale * s.reciprocal;
-  const int code = (int)(t + dither_of(byte));  // never negative: the minimum was rounded down
-  const int top = (1 << bits) - 1;
-  return code < top ? code : top;
+// floor(d * r + u) without rounding on the way, u = (byte + 1/2) / 256: the product of two floats is exact in double,
+// and so are the sides of the comparison. The largest result is the largest code: see docs/codec.md.
+HF_ACTNN_HD int round_at_random(float d, float r, uint8_t byte) {
+  const double t = (double)d * (double)r;
+  const int below = (int)t;
+  return below + (t - below >= 1.0 - ((double)byte + 0.5) * 0x1p-8 ? 1 : 0);
 }
 
 HF_ACTNN_HD float dequantize_value(int code, float minimum, float step) { return minimum + (float)code * step; }

@@ -1,6 +1,7 @@
 // The CPU kernels, avx2 variant; setup.py gives this file the compiler flags that it needs.
 #include "simd_avx2.h"
 // The kernels are written against the Simd that the line above defines.
+#include "dequantize.h"
 #include "masks.h"
 #include "quantize.h"
 

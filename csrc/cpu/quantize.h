@@ -1,59 +1,14 @@
-// Quantise and dequantise ranges of groups. Include after the Simd of a variant.
+// Quantise ranges of groups. Include after the Simd of a variant.
 #pragma once
 
-#include "convert.h"
-#include "planes.h"
+#include "cursor.h"
 
 namespace hf_actnn {
 namespace {
 
 constexpr int kBatchGroups = 64;
-
-// Where a range of groups stands; groups follow each other in the values and in the codes.
-struct Cursor {
-  const Layout* layout;
-  int64_t in_row, position, byte;
-
-  Cursor(const Layout& at, int64_t first) : layout(&at) {
-    const int64_t row = first / at.groups_per_row;
-    in_row = first % at.groups_per_row;
-    position = row * at.row_length + in_row * at.group;
-    byte = row * at.row_bytes + in_row * at.group_bytes;
-  }
-  bool ends_row() const { return in_row == layout->groups_per_row - 1; }
-  int64_t size() const { return ends_row() ? layout->tail : layout->group; }
-  void next() {
-    const bool last = ends_row();
-    position += last ? layout->tail : layout->group;
-    byte += last ? layout->tail_bytes : layout->group_bytes;
-    in_row = last ? 0 : in_row + 1;
-  }
-};
-
-// Dither bytes of a window of positions that moves upwards.
-class Dither {
- public:
-  Dither(uint64_t seed, uint64_t stream) : seed_(seed), stream_(stream) {}
-
-  // Bytes of positions first .. last - 1, at most kBatch of them.
-  const uint8_t* window(int64_t first, int64_t last) {
-    const int64_t from = first >> 8, to = (last + 255) >> 8;
-    int64_t kept = 0;
-    if (end_ == from + 1) {  // the superblock that the last window ended in
-      memmove(bytes_, bytes_ + (end_ - begin_ - 1) * 256, 256);
-      kept = 1;
-    }
-    Simd::philox_blocks((uint64_t)(from + kept), to - from - kept, seed_, stream_, bytes_ + kept * 256);
-    begin_ = from;
-    end_ = to;
-    return bytes_ + (first - from * 256);
-  }
-
- private:
-  uint64_t seed_, stream_;
-  int64_t begin_ = 0, end_ = 0;
-  alignas(64) uint8_t bytes_[kBatch + 2 * 256 + 64];
-};
+// Blocks of dither in a batch: a group's last block may be partly used.
+constexpr int64_t kBatchBlocks = kBatchGroups + kBatch / kDitherBlock;
 
 // The groups of one batch: ranges first, then for all of them what rounding needs, in a loop that vectorises.
 struct Batch {
@@ -110,41 +65,129 @@ struct Batch {
   }
 };
 
-template <bool Scaled>
-struct Rounding {
-  Simd::F minimum, scale, reciprocal;
-  Rounding(const Batch& b, int group)
-      : minimum(Simd::set1(b.minimum[group])),
-        scale(Simd::set1(b.scale[group])),
-        reciprocal(Simd::set1(b.reciprocal[group])) {}
-  Simd::F operator()(const float* x, const uint8_t* dither) const {
-    Simd::F d = Simd::sub(Simd::load(x), minimum);
-    if (Scaled) d = Simd::mul(d, scale);
-    return Simd::add(Simd::mul(d, reciprocal), Simd::dither(dither));
+// A group's values above its minimum. Where rounding towards zero is a mode of the processor (kModed), subtracting has
+// to happen before that mode is on, and x holds the differences already.
+struct Differences {
+  const float* x;
+  Simd::F minimum;
+  Simd::F operator()(int64_t i) const {
+    const Simd::F v = Simd::load(x + i);
+    return Simd::kModed ? v : Simd::sub(v, minimum);
   }
 };
 
-// Codes of one group in bytes. x and dither may be read, codes written, up to a vector beyond n; n is at least a
-// vector.
-template <bool Scaled>
-void round_group(const float* x, int64_t n, const Rounding<Scaled>& y, const uint8_t* dither, int top, uint8_t* codes) {
+// A plane of Width bits has 8 / Width parts of n elements: element J * n + i goes to bit Width * J of byte i. round<M>
+// leaves a code at bit 23 - M of its lane, so that the parts come out side by side in bits 15 to 22.
+template <int Width, int J = 0>
+Simd::I column(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, int64_t i) {
+  const int64_t e = J * n + i;
+  const uint32_t* word = words + (e / kDitherBlock * 16 + e % 16);
+  const Simd::I part = Simd::template round<8 - Width * J>(d(e), r, word, (int)(e / 16 % 4));
+  if constexpr (Width * (J + 1) == 8)
+    return part;
+  else
+    return Simd::template select<15 + Width*(J + 1)>(part, column<Width, J + 1>(d, r, words, n, i));
+}
+
+// Packed codes of a group whose plane has n bytes, n a multiple of 16 (and no partly used byte).
+template <int Width>
+void round_plane(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
   constexpr int W = Simd::W;
+  const auto at = [&](int64_t k) { return column<Width>(d, r, words, n, k); };
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
-    Simd::to_codes4(y(x + i, dither + i), y(x + i + W, dither + i + W), y(x + i + 2 * W, dither + i + 2 * W),
-                    y(x + i + 3 * W, dither + i + 3 * W), top, codes + i);
-  for (; i + W <= n; i += W) Simd::to_codes(y(x + i, dither + i), top, codes + i);
-  if (i < n) Simd::to_codes(y(x + n - W, dither + n - W), top, codes + n - W);
+    Simd::store_bytes(out + i, Simd::narrow(at(i), at(i + W), at(i + 2 * W), at(i + 3 * W)));
+  if (i < n) {
+    const Simd::I none = Simd::no_codes();
+    const Simd::I second = i + W < n ? at(i + W) : none;
+    const Simd::I third = i + 2 * W < n ? at(i + 2 * W) : none;
+    Simd::store_bytes_of(out + i, n - i, Simd::narrow(at(i), second, third, none));
+  }
+}
+
+// Codes of any group in bytes, one after the other; up to 4 * Simd::W of them are written beyond n.
+inline void round_codes(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes) {
+  constexpr int W = Simd::W;
+  const auto at = [&](int64_t k) { return column<8>(d, r, words, n, k); };
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    Simd::store_bytes(codes + i, Simd::narrow(at(i), at(i + W), at(i + 2 * W), at(i + 3 * W)));
+  if (i < n) {
+    alignas(64) float rest[4 * W];
+    for (int64_t j = 0; j < 4 * W; ++j) rest[j] = d.x[i + (j < n - i ? j : 0)];
+    // Where they stand in their block of dither; a block is one or more strides of this loop.
+    const int64_t first = i % kDitherBlock;
+    const Differences last{rest - first, d.minimum};
+    const auto after = [&](int64_t k) { return column<8>(last, r, words + i / kDitherBlock * 16, n, first + k); };
+    Simd::store_bytes(codes + i, Simd::narrow(after(0), after(W), after(2 * W), after(3 * W)));
+  }
+}
+
+template <int Bits>
+void round_group(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes, uint8_t* out) {
+  if constexpr (Bits == 1 || Bits == 2 || Bits == 4 || Bits == 8) {
+    if (n * Bits % 128 == 0) return round_plane<Bits>(d, r, words, n * Bits / 8, out);
+  }
+  round_codes(d, r, words, n, codes);
+  memset(codes + n, 0, 16);  // a plane's last byte may hold fewer codes
+  pack_group<Bits>(codes, n, out);
+}
+
+using RoundGroup = void (*)(const Differences&, Simd::F, const uint32_t*, int64_t, uint8_t*, uint8_t*);
+
+inline RoundGroup rounder(int bits) {
+  static const RoundGroup table[] = {round_group<1>, round_group<2>, round_group<3>, round_group<4>,
+                                     round_group<5>, round_group<6>, round_group<7>, round_group<8>};
+  return table[bits - 1];
+}
+
+// (x - minimum) * scale of one group.
+inline void scaled_differences(const float* x, int64_t n, float minimum, float scale, float* out) {
+  const Simd::F m = Simd::set1(minimum), s = Simd::set1(scale);
+  int64_t i = 0;
+  for (; i + Simd::W <= n; i += Simd::W) Simd::store(out + i, Simd::mul(Simd::sub(Simd::load(x + i), m), s));
+  for (; i < n; ++i) out[i] = (x[i] - minimum) * scale;
+}
+
+struct Rounding {
+  const QuantizeArgs& args;
+  const Batch& batch;
+  const Cursor start;
+  const float* x;  // values of the batch, or their differences where rounding is a mode
+  const uint32_t* words;
+  const char* ahead;  // the next batch's first value
+};
+
+// Not inlined: the compiler knows nothing of rounding modes, and must not move arithmetic in or out.
+__attribute__((noinline)) void round_batch(const Rounding& job) {
+  alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
+  alignas(64) float scaled[kMaxGroup + kPad];
+  const RoundGroup round = rounder(job.args.bits);
+  const int64_t size = item_size(job.args.dtype);
+  Cursor cursor = job.start;
+  for (int i = 0; i < job.batch.count; ++i, cursor.next()) {
+    const int64_t n = cursor.size(), at = cursor.position - job.start.position;
+    // The next batch on its way while this one computes: the hardware's prefetcher stops at the pauses between loads.
+    for (int64_t j = at * size; j < (at + n) * size; j += 64) __builtin_prefetch(job.ahead + j);
+    uint8_t* out = job.args.codes + cursor.byte;
+    Differences d{job.x + at, Simd::set1(job.batch.minimum[i])};
+    if (job.batch.reciprocal[i] == 0.0f) {
+      memset(out, 0, (size_t)(cursor.ends_row() ? job.args.at.tail_bytes : job.args.at.group_bytes));
+      continue;
+    }
+    if (!Simd::kModed && job.batch.scale[i] != 1.0f) {
+      scaled_differences(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
+      d = Differences{scaled, Simd::set1(0.0f)};
+    }
+    round(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * 16, n, codes, out);
+  }
 }
 
 int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) float values[kBatch + kPad];
-  alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
+  alignas(64) float differences[Simd::kModed ? kBatch + kPad : 1];
+  alignas(64) uint32_t words[(kBatchBlocks + 8) * 16];
   Batch batch;
-  Dither dither(args.seed, args.stream);
-  const PackGroup pack = packer(args.bits);
-  const int top = (1 << args.bits) - 1;
-  const int64_t size = item_size(args.dtype);
   int64_t exact = 0;
   Cursor cursor(args.at, first);
   for (int64_t g = first; g < last; g += batch.count) {
@@ -154,81 +197,25 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
       if (cursor.position - start.position + cursor.size() > (batch.count > 0 ? kTarget : kBatch)) break;
     const int64_t total = cursor.position - start.position;
     const float* x = as_floats(args.x, args.dtype, start.position, total, values);
-    cursor = start;
-    for (int i = 0; i < batch.count; ++i, cursor.next())
-      batch.range(i, x + (cursor.position - start.position), cursor.size());
+    Cursor each = start;
+    for (int i = 0; i < batch.count; ++i, each.next())
+      batch.range(i, x + (each.position - start.position), each.size());
     exact += batch.finish(args.bits, args.meta + g);
-    const uint8_t* bytes = dither.window(start.position, start.position + total);
-    cursor = start;
-    for (int i = 0; i < batch.count; ++i, cursor.next()) {
-      const int64_t n = cursor.size(), at = cursor.position - start.position;
-      const float* from = x + at;
-      // The next batch on its way while this one computes: the hardware's prefetcher stops at the pauses between loads.
-      const char* ahead = (const char*)args.x + (start.position + total + at) * size;
-      for (int64_t j = 0; j < n * size; j += 64) __builtin_prefetch(ahead + j);
-      float few[Simd::W];
-      if (n < Simd::W) {
-        for (int64_t j = 0; j < Simd::W; ++j) few[j] = from[j < n ? j : 0];
-        from = few;
+    Simd::philox_blocks((uint64_t)(g * args.at.blocks) * 4, batch.count * args.at.blocks, args.seed, args.stream,
+                        words);
+    if (Simd::kModed) {
+      each = start;
+      for (int i = 0; i < batch.count; ++i, each.next()) {
+        const int64_t at = each.position - start.position;
+        scaled_differences(x + at, each.size(), batch.minimum[i], batch.scale[i], differences + at);
       }
-      const int64_t padded = n < Simd::W ? Simd::W : n;
-      if (batch.reciprocal[i] == 0.0f) {
-        memset(codes, 0, (size_t)n);
-      } else if (batch.scale[i] != 1.0f) {
-        round_group(from, padded, Rounding<true>(batch, i), bytes + at, top, codes);
-      } else {
-        round_group(from, padded, Rounding<false>(batch, i), bytes + at, top, codes);
-      }
-      memset(codes + n, 0, 16);  // a plane's last byte may hold fewer codes
-      pack(codes, n, args.codes + cursor.byte);
+      x = differences;
     }
+    const char* ahead = (const char*)args.x + (start.position + total) * item_size(args.dtype);
+    const typename Simd::TowardZero mode;
+    round_batch({args, batch, start, x, words, ahead});
   }
   return exact;
-}
-
-inline void level_group(const uint8_t* codes, int64_t n, float minimum, float step, float* out) {
-  const Simd::F m = Simd::set1(minimum), s = Simd::set1(step);
-  int64_t i = 0;
-  for (; i + Simd::W <= n; i += Simd::W) Simd::store(out + i, Simd::add(m, Simd::mul(Simd::from_codes(codes + i), s)));
-  for (; i < n; ++i) out[i] = dequantize_value(codes[i], minimum, step);
-}
-
-void dequantize(const DequantizeArgs& args, int64_t first, int64_t last) {
-  alignas(64) float values[kBatch + kPad];
-  alignas(64) uint16_t halves[kBatch + kPad];
-  alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
-  const UnpackGroup unpack = unpacker(args.bits);
-  const bool direct = args.dtype == kFloat32 && !args.streaming;
-  Cursor cursor(args.at, first);
-  for (int64_t g = first; g < last;) {
-    const int64_t start = cursor.position;
-    float* const floats = direct ? (float*)args.out + start : values;
-    int64_t total = 0;
-    for (; g < last && total + cursor.size() <= kBatch; ++g, cursor.next()) {
-      const int64_t n = cursor.size();
-      const float minimum = bf16_to_float(args.meta[2 * g]), step = bf16_to_float(args.meta[2 * g + 1]);
-      unpack(args.codes + cursor.byte, n, codes);
-      if (args.dtype == kFloat64) {
-        double* out = (double*)args.out + cursor.position;
-        for (int64_t i = 0; i < n; ++i) out[i] = (double)minimum + (double)codes[i] * (double)step;
-      } else {
-        level_group(codes, n, minimum, step, floats + total);
-      }
-      total += n;
-    }
-    if (args.dtype == kFloat32 && args.streaming)
-      stream_out((char*)((float*)args.out + start), (const char*)values, total * 4);
-    if (args.dtype == kBFloat16 || args.dtype == kFloat16) {
-      uint16_t* out = (uint16_t*)args.out + start;
-      uint16_t* to = args.streaming ? halves : out;
-      if (args.dtype == kBFloat16)
-        floats_to_bf16(values, total, to);
-      else
-        floats_to_half(values, total, to);
-      if (args.streaming) stream_out((char*)out, (const char*)halves, total * 2);
-    }
-  }
-  if (args.streaming) Simd::stream_done();
 }
 
 }  // namespace

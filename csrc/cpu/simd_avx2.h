@@ -13,6 +13,16 @@ struct Simd {
   static constexpr int kBytes = 32;
   using F = __m256;
   using B = __m256i;
+  using I = __m256i;
+  static constexpr bool kModed = true;
+  class TowardZero {
+   public:
+    TowardZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_ROUND_TOWARD_ZERO); }
+    ~TowardZero() { _mm_setcsr(saved_); }
+
+   private:
+    unsigned saved_;
+  };
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
@@ -43,12 +53,36 @@ struct Simd {
   static F from_codes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
-  // In a float of 2^15 the last bits are worth 2^-8 each, as the byte's are; the subtraction is exact. Multiplying and
-  // adding would need the two execution ports that everything else needs too.
-  static F dither(const uint8_t* p) {
-    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    const __m256i sum = _mm256_or_si256(byte, _mm256_set1_epi32(0x47000000));
-    return _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(0x1p15f - 0x1p-9f));
+  // As in simd_avx512.h, under TowardZero.
+  template <int M>
+  static I round(F d, F r, const uint32_t* words, int k) {
+    constexpr int at = 15 - M;
+    alignas(16) static constexpr int8_t pick[4][16] = {{-1, 0, -1, -1, -1, 4, -1, -1, -1, 8, -1, -1, -1, 12, -1, -1},
+                                                       {-1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13, -1, -1},
+                                                       {-1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14, -1, -1},
+                                                       {-1, 3, -1, -1, -1, 7, -1, -1, -1, 11, -1, -1, -1, 15, -1, -1}};
+    const __m256i which = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)pick[k]));
+    const __m256i byte = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)words), which);  // at bit 8
+    __m256i moved;
+    if constexpr (at < 8)
+      moved = _mm256_srli_epi32(byte, 8 - at);
+    else
+      moved = _mm256_slli_epi32(byte, at - 8);
+    const __m256i u = _mm256_or_si256(moved, _mm256_set1_epi32((127 + M) << 23 | 1 << (at - 1)));
+    return _mm256_castps_si256(_mm256_fmadd_ps(d, r, _mm256_castsi256_ps(u)));
+  }
+  static I no_codes() { return _mm256_setzero_si256(); }
+  template <int Bit>
+  static I select(I below, I rest) {
+    const I mask = _mm256_set1_epi32((1 << Bit) - 1);
+    return _mm256_or_si256(_mm256_and_si256(mask, below), _mm256_andnot_si256(mask, rest));
+  }
+  static B narrow(I a, I b, I c, I d) {
+    const I ab = select<8>(_mm256_srli_epi32(a, 15), _mm256_srli_epi32(b, 7));
+    const I cd = select<24>(_mm256_slli_epi32(c, 1), _mm256_slli_epi32(d, 9));
+    const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I halves = _mm256_shuffle_epi8(select<16>(ab, cd), _mm256_broadcastsi128_si256(bytes));
+    return _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
   // Packing works within 128-bit lanes; the permutation puts the dwords back in order.
@@ -56,18 +90,6 @@ struct Simd {
     const B packed = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
     return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
-  static void to_codes4(F a, F b, F c, F d, int top, uint8_t* out) {
-    const B codes =
-        join(_mm256_cvttps_epi32(a), _mm256_cvttps_epi32(b), _mm256_cvttps_epi32(c), _mm256_cvttps_epi32(d));
-    _mm256_storeu_si256((__m256i*)out, _mm256_min_epu8(codes, _mm256_set1_epi8((char)top)));
-  }
-  static void to_codes(F a, int top, uint8_t* out) {
-    const __m256i i = _mm256_cvttps_epi32(a);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
-    const __m128i c = _mm_min_epu8(_mm_packus_epi16(words, words), _mm_set1_epi8((char)top));
-    _mm_storel_epi64((__m128i*)out, c);
-  }
-
   template <int P>
   static __m256i test(F x, F lo, F hi) {
     __m256 r;
@@ -135,38 +157,38 @@ struct Simd {
   }
   static void stream_done() { _mm_sfence(); }
 
-  // As in simd_avx512.h, four calls a vector: a superblock at a time, in four chains that hide each other's latency.
-  static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
+  // As in simd_avx512.h, a block a vector; up to three blocks more are written.
+  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
-    for (uint32_t r = 0; r < 10; ++r) {
+    for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
-    for (int64_t n = 0; n < count; ++n, out += 256) {
-      const uint64_t b = block + (uint64_t)n;
-      Calls x(b, 0, stream), y(b, 1, stream), z(b, 8, stream), w(b, 9, stream);
+    for (int64_t n = 0; n < count; n += 4, q += 16, out += 64) {
+      Calls x(q, stream), y(q + 4, stream), z(q + 8, stream), w(q + 12, stream);
 #pragma GCC unroll 10
-      for (int r = 0; r < 10; ++r) {
+      for (int r = 0; r < kRounds; ++r) {
         x.round(keys, r);
         y.round(keys, r);
         z.round(keys, r);
         w.round(keys, r);
       }
-      store_calls(x, y, out);
-      store_calls(z, w, out + 32);
+      x.store(out);
+      y.store(out + 16);
+      z.store(out + 32);
+      w.store(out + 48);
     }
   }
 
  private:
   struct Keys {
-    __m256i k0[10], k1[10];
+    __m256i k0[kRounds], k1[kRounds];
   };
   struct Calls {
     __m256i c0, c1, c2, c3;
-    Calls(uint64_t block, uint64_t first, uint64_t stream) {
-      c0 = _mm256_add_epi64(_mm256_set1_epi64x((long long)(block * 16 + first)), _mm256_setr_epi64x(0, 2, 4, 6));
-      // The same in all lanes and calls of a superblock: the compiler computes what depends on it alone just once.
-      c1 = _mm256_set1_epi64x((long long)(block >> 28));
+    Calls(uint64_t q, uint64_t stream) {
+      c0 = _mm256_add_epi64(_mm256_set1_epi64x((long long)q), _mm256_setr_epi64x(0, 2, 1, 3));
+      c1 = _mm256_srli_epi64(c0, 32);
       c2 = _mm256_set1_epi64x((uint32_t)stream);
       c3 = _mm256_set1_epi64x((long long)(stream >> 32));
     }
@@ -178,13 +200,12 @@ struct Simd {
       c1 = p1;
       c3 = p0;
     }
+    void store(uint32_t* out) const {
+      const __m256i a = merge(c0, c1), b = merge(c2, c3);
+      _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, b));
+      _mm256_storeu_si256((__m256i*)(out + 8), _mm256_unpackhi_epi64(a, b));
+    }
   };
-  static void store_calls(const Calls& even, const Calls& odd, uint8_t* out) {
-    _mm256_storeu_si256((__m256i*)out, merge(even.c0, odd.c0));
-    _mm256_storeu_si256((__m256i*)(out + 64), merge(even.c1, odd.c1));
-    _mm256_storeu_si256((__m256i*)(out + 128), merge(even.c2, odd.c2));
-    _mm256_storeu_si256((__m256i*)(out + 192), merge(even.c3, odd.c3));
-  }
   // As a shuffle: products and shifts would share two ports.
   static __m256i high(__m256i product) { return _mm256_shuffle_epi32(product, 0xF5); }
   static __m256i merge(__m256i even, __m256i odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }

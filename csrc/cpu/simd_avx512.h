@@ -13,6 +13,11 @@ struct Simd {
   static constexpr int kBytes = 64;
   using F = __m512;
   using B = __m512i;
+  using I = __m512i;
+  static constexpr bool kModed = false;  // instructions name their own rounding
+  struct TowardZero {
+    TowardZero() {}
+  };
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -48,26 +53,33 @@ struct Simd {
   static F from_codes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
-  // byte / 256 + 1 / 512 is exact, fused or not.
-  static F dither(const uint8_t* p) {
-    return _mm512_fmadd_ps(from_codes(p), _mm512_set1_ps(0x1p-8f), _mm512_set1_ps(0x1p-9f));
+  // Codes floor(d * r + u) at bits 23 - M and up of each lane, whatever in the bits around: in a float from 2^M to
+  // 2^(M + 1) those bits are worth 1, 2, 4 ..., and a fused multiply-add that rounds towards zero loses nothing above
+  // them. u is byte k of the sixteen words.
+  template <int M>
+  static I round(F d, F r, const uint32_t* words, int k) {
+    constexpr int at = 15 - M;  // of the bit worth 1/256
+    alignas(16) static constexpr int32_t turn[4] = {at, at + 24, at + 16, at + 8};
+    const I turned = _mm512_rolv_epi32(_mm512_loadu_si512(words), _mm512_set1_epi32(turn[k]));
+    const I base = _mm512_set1_epi32((127 + M) << 23 | 1 << (at - 1));
+    const I u = _mm512_ternarylogic_epi32(turned, _mm512_set1_epi32(0xFF << at), base, 0xEA);  // (a & b) | c
+    return _mm512_castps_si512(
+        _mm512_fmadd_round_ps(d, r, _mm512_castsi512_ps(u), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
   }
-
-  static void to_codes(F a, int top, uint8_t* out) {
-    const __m128i c = _mm512_cvtusepi32_epi8(_mm512_cvttps_epi32(a));
-    _mm_storeu_si128((__m128i*)out, _mm_min_epu8(c, _mm_set1_epi8((char)top)));
+  static I no_codes() { return _mm512_setzero_si512(); }
+  // The bits below Bit of one, the others of the other.
+  template <int Bit>
+  static I select(I below, I rest) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32((1 << Bit) - 1), below, rest, 0xCA);
   }
-
-  // Packing works within 128-bit lanes, so that the dwords come out as a 4 x 4 transpose of their order.
-  static B join(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const B packed = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    const B order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, packed);
-  }
-  static void to_codes4(F a, F b, F c, F d, int top, uint8_t* out) {
-    const B codes =
-        join(_mm512_cvttps_epi32(a), _mm512_cvttps_epi32(b), _mm512_cvttps_epi32(c), _mm512_cvttps_epi32(d));
-    _mm512_storeu_si512(out, _mm512_min_epu8(codes, _mm512_set1_epi8((char)top)));
+  // Bits 15 to 22 of every lane, in bytes in order.
+  static B narrow(I a, I b, I c, I d) {
+    const I ab = select<8>(_mm512_srli_epi32(a, 15), _mm512_srli_epi32(b, 7));
+    const I cd = select<24>(_mm512_slli_epi32(c, 1), _mm512_slli_epi32(d, 9));
+    const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I quarters = _mm512_shuffle_epi8(select<16>(ab, cd), _mm512_broadcast_i32x4(bytes));
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, quarters);
   }
 
   template <int P>
@@ -126,52 +138,48 @@ struct Simd {
   }
   static void stream_done() { _mm_sfence(); }
 
-  // Sixteen calls a superblock, two superblocks at a time so that their chains hide each other's latency. A 32-bit word
-  // lives in the low half of a 64-bit lane, so that a product's halves are in place for the next round (the high half
-  // of a lane is left over from before and never read); x holds calls 0, 2, 4 ..., y the others.
-  static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
+  // Words of blocks of dither, four calls each, from call q on; an odd count writes one block more. A 32-bit word lives
+  // in the low half of a 64-bit lane, so that a product's halves are in place for the next round (the high half of a
+  // lane is left over from before and never read). Four chains hide each other's latency.
+  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
-    for (uint32_t r = 0; r < 10; ++r) {
+    for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
     int64_t n = 0;
-    for (; n + 2 <= count; n += 2, out += 512) {
-      const uint64_t b = block + (uint64_t)n;
-      Calls x(b, 0, stream), y(b, 1, stream), z(b + 1, 0, stream), w(b + 1, 1, stream);
+    for (; n + 6 < count; n += 8, q += 32, out += 128) {
+      Calls x(q, stream), y(q + 8, stream), z(q + 16, stream), w(q + 24, stream);
 #pragma GCC unroll 10
-      for (int r = 0; r < 10; ++r) {
+      for (int r = 0; r < kRounds; ++r) {
         x.round(keys, r);
         y.round(keys, r);
         z.round(keys, r);
         w.round(keys, r);
       }
-      store_calls(x, y, out);
-      store_calls(z, w, out + 256);
+      x.store(out);
+      y.store(out + 32);
+      z.store(out + 64);
+      w.store(out + 96);
     }
-    if (n < count) {
-      Calls x(block + (uint64_t)n, 0, stream), y(block + (uint64_t)n, 1, stream);
+    for (; n < count; n += 2, q += 8, out += 32) {
+      Calls x(q, stream);
 #pragma GCC unroll 10
-      for (int r = 0; r < 10; ++r) {
-        x.round(keys, r);
-        y.round(keys, r);
-      }
-      store_calls(x, y, out);
+      for (int r = 0; r < kRounds; ++r) x.round(keys, r);
+      x.store(out);
     }
   }
 
  private:
   struct Keys {
-    __m512i k0[10], k1[10];
+    __m512i k0[kRounds], k1[kRounds];
   };
   struct Calls {
     __m512i c0, c1, c2, c3;
-    Calls(uint64_t block, int odd, uint64_t stream) {
-      c0 = _mm512_add_epi64(_mm512_set1_epi64((long long)(block * 16 + (uint64_t)odd)),
-                            _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
-      // The same in all lanes and calls of a superblock, so that the compiler computes what depends on it alone just
-      // once.
-      c1 = _mm512_set1_epi64((long long)(block >> 28));
+    Calls(uint64_t q, uint64_t stream) {
+      // In the order that lets store() put calls 0 to 3 and 4 to 7 side by side within 128-bit lanes.
+      c0 = _mm512_add_epi64(_mm512_set1_epi64((long long)q), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+      c1 = _mm512_srli_epi64(c0, 32);
       c2 = _mm512_set1_epi64((uint32_t)stream);
       c3 = _mm512_set1_epi64((long long)(stream >> 32));
     }
@@ -183,13 +191,12 @@ struct Simd {
       c1 = p1;
       c3 = p0;
     }
+    void store(uint32_t* out) const {
+      const __m512i a = merge(c0, c1), b = merge(c2, c3);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
+      _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, b));
+    }
   };
-  static void store_calls(const Calls& even, const Calls& odd, uint8_t* out) {
-    _mm512_storeu_si512(out, merge(even.c0, odd.c0));
-    _mm512_storeu_si512(out + 64, merge(even.c1, odd.c1));
-    _mm512_storeu_si512(out + 128, merge(even.c2, odd.c2));
-    _mm512_storeu_si512(out + 192, merge(even.c3, odd.c3));
-  }
   // As a shuffle: shifts would share a port with the products.
   static __m512i high(__m512i product) { return _mm512_shuffle_epi32(product, _MM_PERM_DDBB); }
   static __m512i merge(__m512i even, __m512i odd) {

@@ -9,13 +9,20 @@ namespace {
 
 struct Simd {
   static constexpr int W = 16;       // floats of a vector
-  static constexpr int kBytes = 16;  // bytes of a byte vector
+  static constexpr int kBytes = 64;  // bytes of a byte vector: the codes of four vectors
 
   struct F {
     float v[W];
   };
   struct B {
     uint8_t v[kBytes];
+  };
+  struct I {
+    uint32_t v[W];
+  };
+  static constexpr bool kModed = false;
+  struct TowardZero {
+    TowardZero() {}
   };
 
 #define HF_ACTNN_LANES(expression)                   \
@@ -30,7 +37,6 @@ struct Simd {
   static F mul(F a, F b) { HF_ACTNN_LANES(a.v[i] * b.v[i]); }
   static F min(F a, F b) { HF_ACTNN_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
   static F max(F a, F b) { HF_ACTNN_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-  static F dither(const uint8_t* p) { HF_ACTNN_LANES(dither_of(p[i])); }
   static F from_codes(const uint8_t* p) { HF_ACTNN_LANES((float)p[i]); }
 #undef HF_ACTNN_LANES
 
@@ -55,20 +61,27 @@ struct Simd {
     return r;
   }
 
-  // Truncates values in [0, 2^15) to bytes of at most top.
-  static void to_codes(F a, int top, uint8_t* out) {
-    for (int i = 0; i < W; ++i) {
-      // The lanes beyond a short group hold anything; converting that to int would be undefined.
-      const float y = a.v[i] < 1e3f ? a.v[i] : 1e3f;
-      const int code = y > 0.0f ? (int)y : 0;
-      out[i] = (uint8_t)(code < top ? code : top);
-    }
+  // As in simd_avx512.h.
+  template <int M>
+  static I round(F d, F r, const uint32_t* words, int k) {
+    I codes;
+    for (int i = 0; i < W; ++i)
+      codes.v[i] = (uint32_t)round_at_random(d.v[i], r.v[i], (uint8_t)(words[i] >> 8 * k)) << (23 - M);
+    return codes;
   }
-  static void to_codes4(F a, F b, F c, F d, int top, uint8_t* out) {
-    to_codes(a, top, out);
-    to_codes(b, top, out + W);
-    to_codes(c, top, out + 2 * W);
-    to_codes(d, top, out + 3 * W);
+  static I no_codes() { return I{}; }
+  template <int Bit>
+  static I select(I below, I rest) {
+    constexpr uint32_t mask = (1u << Bit) - 1;
+    for (int i = 0; i < W; ++i) rest.v[i] = (below.v[i] & mask) | (rest.v[i] & ~mask);
+    return rest;
+  }
+  static B narrow(I a, I b, I c, I d) {
+    const I parts[4] = {a, b, c, d};
+    B bytes;
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < W; ++i) bytes.v[j * W + i] = (uint8_t)(parts[j].v[i] >> 15);
+    return bytes;
   }
 
   template <int P>
@@ -145,17 +158,9 @@ struct Simd {
   static void stream_lines(void* out, const void* in, int64_t lines) { memcpy(out, in, (size_t)lines * 64); }
   static void stream_done() {}
 
-  // The 256 dither bytes of each superblock: sixteen calls side by side, word by word.
-  static void philox_blocks(uint64_t block, int64_t count, uint64_t seed, uint64_t stream, uint8_t* out) {
-    for (int64_t n = 0; n < count; ++n, out += 256) {
-      uint32_t words[4][16];
-      for (int call = 0; call < 16; ++call) {
-        uint32_t w[4];
-        philox((block + (uint64_t)n) * 16 + (uint64_t)call, stream, seed, w);
-        for (int k = 0; k < 4; ++k) words[k][call] = w[k];
-      }
-      memcpy(out, words, 256);
-    }
+  // Words of blocks of dither, four calls each, from call q on.
+  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+    for (int64_t call = 0; call < 4 * count; ++call) philox(q + (uint64_t)call, stream, seed, out + 4 * call);
   }
 };
 

@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.uint8, torch.int32, torch.int64)
 _MASK_INPUTS = (*FLOATS, torch.bool, torch.uint8)
 _MASK_OUTPUTS = (*FLOATS, torch.bool, torch.uint8)
-# How the kernels name a dtype (csrc/types.h).
+# How the kernels name a dtype (csrc/codec.h).
 _CODE = {
     torch.float32: 0,
     torch.float16: 1,

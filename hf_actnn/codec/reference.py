@@ -17,6 +17,10 @@ from torch import Tensor
 
 #: Widest group. Kernels keep one group's codes in the first-level cache.
 MAX_GROUP = 4096
+#: Elements of a group that four calls of the generator serve.
+DITHER_BLOCK = 64
+#: Rounds of the generator: the fewest at which Philox4x32 passes the tests of its authors.
+ROUNDS = 7
 #: Masks and small integers are packed in groups of this many elements of the flat tensor.
 MASK_GROUP = 256
 #: From this magnitude on, ``hi - lo`` or a product with the step could overflow fp32: such groups are kept exact.
@@ -73,13 +77,14 @@ def layout(numel: int, row_length: int, bits: int, group_size: int) -> Layout:
     return Layout(n_rows, k, group, tail, full, last, row_bytes, n_rows * k, n_rows * row_bytes)
 
 
-def philox(q: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) at counters ``(q, stream)`` under the key ``seed``.
+def philox(q: Tensor, seed: int, stream: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 (Salmon et al., SC 2011) at counters ``(q, stream)`` under the key ``seed``.
 
     Args:
         q: ``[n]`` int64, the low 64 bits of the counter.
         seed: 64-bit key, as any Python integer.
         stream: the high 64 bits of the counter.
+        rounds: of the generator; only its own tests ask for another number.
 
     Returns:
         Four ``[n]`` int64 tensors holding the 32-bit output words.
@@ -93,7 +98,7 @@ def philox(q: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, T
     c0, c1 = q & _MASK32, (q >> 32) & _MASK32
     c2, c3 = torch.full_like(q, stream & _MASK32), torch.full_like(q, (stream >> 32) & _MASK32)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
+    for _ in range(rounds):
         hi0, lo0 = mul(c0, 0xD2511F53)
         hi1, lo1 = mul(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -101,19 +106,19 @@ def philox(q: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, T
     return c0, c1, c2, c3
 
 
-def dither(numel: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
-    """Dither of positions ``0 .. numel - 1``: ``[numel]`` fp32, ``(byte + 1/2) / 256``, so centred within a step.
+def dither(n_groups: int, group: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
+    ``(byte + 1/2) / 256``, so centred within a step.
 
-    Position ``p`` lies in superblock ``p >> 8``; its byte is byte ``e & 3`` of output word ``e >> 6`` of the call with
-    counter ``16 * (p >> 8) + ((e & 63) >> 2)``, where ``e = p & 255``. Sixteen calls side by side, their words written
-    one vector after the other, are 256 bytes in order.
+    A group has ``K = ceil(group / 64)`` blocks of 64 elements. Element ``e`` of group ``g`` takes byte ``e / 16 % 4`` of
+    output word ``e % 4`` of the call with counter ``4 * (K * g + e / 64) + e % 16 / 4``: one call serves four
+    neighbours in each of four runs of sixteen.
     """
-    blocks = _ceil(numel, 256)
-    words = torch.stack(philox(torch.arange(blocks * 16, device=device), seed, stream))  # [4, 16 * blocks]
-    words = words.view(4, blocks, 16).permute(1, 0, 2).unsqueeze(-1)  # [blocks, word, call, 1]
-    shifts = torch.arange(0, 32, 8, device=device)
-    values = ((words >> shifts) & 0xFF).reshape(-1)[:numel]
-    return (values.to(torch.float32) + 0.5) / 256
+    blocks = _ceil(group, DITHER_BLOCK)
+    words = torch.stack(philox(torch.arange(n_groups * blocks * 4, device=device), seed, stream), -1)  # [calls, 4]
+    shifts = torch.arange(0, 32, 8, device=device).view(4, 1)
+    values = (words.view(n_groups, blocks, 1, 16) >> shifts) & 0xFF  # [n_groups, blocks, byte, call and word]
+    return (values.view(n_groups, blocks * DITHER_BLOCK)[:, :group].to(torch.float32) + 0.5) / 256
 
 
 def _bf16_bits(x: Tensor, up: bool) -> Tensor:
@@ -153,14 +158,16 @@ def _metadata(x: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tenso
 
 def _quantize_groups(x: Tensor, u: Tensor, bits: int, huge: Tensor, broken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[N, K, G]`` uint8 and metadata ``[N, K]`` of groups ``x`` ``[N, K, G]`` fp32."""
-    top = 2**bits - 1
     m, step = _metadata(x, bits, huge, broken)
     tiny = step < SMALL_STEP
     d = x - m.unsqueeze(-1)
     d = torch.where(tiny.unsqueeze(-1), d * SCALE_UP, d)
     r = 1.0 / torch.where(tiny, step * SCALE_UP, step)
-    # floor(t + u) <= t + 1/2 + 1/512 on average over u: stochastic rounding (ActNN, eq. 5) with a dither of 256 values.
-    codes = (d * r.unsqueeze(-1) + u).floor().clamp(max=top)
+    # Stochastic rounding (ActNN, eq. 5) with a dither of 256 values. The product is exact in double, and so are both
+    # sides of the comparison: floor(d r + u), with no rounding on the way. It never passes the top code.
+    t = d.double() * r.double().unsqueeze(-1)
+    below = t.floor()
+    codes = below + (t - below >= 1 - u)
     zero = (huge | broken | (step == 0)).unsqueeze(-1)
     codes = codes.masked_fill(zero, 0.0).to(torch.uint8)
     m = m.masked_fill(huge | broken, float("nan"))
@@ -218,11 +225,13 @@ def quantize(
         Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be
         kept exact, ``[1]`` int32.
     """
-    return quantize_with(x, dither(x.numel(), seed, stream, x.device), bits, row_length, group_size)
+    at = layout(x.numel(), row_length, bits, group_size)
+    u = dither(at.n_groups, at.group, seed, stream, x.device)
+    return quantize_with(x, u, bits, row_length, group_size)
 
 
 def quantize_with(x: Tensor, u: Tensor, bits: int, row_length: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`quantize` with the dither ``u`` ``[numel]`` given."""
+    """:func:`quantize` with the dither ``u`` ``[n_groups, group]`` given; a row's last group uses the start of its own."""
     device = x.device
     at = layout(x.numel(), row_length, bits, group_size)
     if at.n_groups == 0:
@@ -232,8 +241,10 @@ def quantize_with(x: Tensor, u: Tensor, bits: int, row_length: int, group_size: 
     x32 = x.to(torch.float32)
     huge = finite & (x32.abs() >= EXACT_FROM)  # includes a finite float64 that became inf
     body = (at.groups_per_row - 1) * at.group
+    dithers = u.view(at.n_rows, at.groups_per_row, at.group)
     packed, metas = [], []
-    for start, count, size in ((0, at.groups_per_row - 1, at.group), (body, 1, at.tail)):
+    k = at.groups_per_row
+    for start, count, size, first in ((0, k - 1, at.group, 0), (body, 1, at.tail, k - 1)):
         if count == 0:
             continue
 
@@ -241,7 +252,9 @@ def quantize_with(x: Tensor, u: Tensor, bits: int, row_length: int, group_size: 
             return t.view(at.n_rows, row_length)[:, start : start + count * size].reshape(at.n_rows, count, size)
 
         broken = ~cut(finite).all(-1)
-        codes, m, step = _quantize_groups(cut(x32), cut(u), bits, cut(huge).any(-1) & ~broken, broken)
+        codes, m, step = _quantize_groups(
+            cut(x32), dithers[:, first : first + count, :size], bits, cut(huge).any(-1) & ~broken, broken
+        )
         packed.append(pack_planes(codes, bits).flatten(1))
         metas.append(torch.stack([m, step], -1))
     meta = torch.cat(metas, 1).view(-1, 2)

@@ -8,30 +8,53 @@ import torch
 from hf_actnn.codec import reference
 
 
+_COUNTERS = {
+    "zeros": ((0, 0), 0),
+    "ones": ((2**64 - 1, 2**64 - 1), 2**64 - 1),
+    "pi": ((0x85A308D3243F6A88, 0x0370734413198A2E), 0x299F31D0A4093822),
+}
+
+
 @pytest.mark.parametrize(
-    ("counter", "key", "words"),
+    ("rounds", "counter", "words"),
     [  # known answers of Random123, the authors' own library
-        ((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**64 - 1, 2**64 - 1), 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x85A308D3243F6A88, 0x0370734413198A2E),
-            0x299F31D0A4093822,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
+        (7, "zeros", (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (7, "ones", (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+        (7, "pi", (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+        (10, "zeros", (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (10, "ones", (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (10, "pi", (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
     ],
 )
-def test_philox(counter, key, words):
-    q = counter[0] - 2**64 if counter[0] >= 2**63 else counter[0]
-    assert tuple(int(w) for w in reference.philox(torch.tensor([q]), key, counter[1])) == words
+def test_philox(rounds, counter, words):
+    (low, high), key = _COUNTERS[counter]
+    q = torch.tensor([low - 2**64 if low >= 2**63 else low])
+    assert tuple(int(w) for w in reference.philox(q, key, high, rounds)) == words
+    if rounds == reference.ROUNDS:
+        assert reference.philox(q, key, high) == reference.philox(q, key, high, rounds)
 
 
-def test_dither_positions():
-    u = reference.dither(1000, 5, 6)
-    for p in (0, 1, 63, 64, 255, 256, 700, 999):  # first and last of words, calls and superblocks
-        e = p & 255
-        words = reference.philox(torch.tensor([(p >> 8) * 16 + ((e & 63) >> 2)]), 5, 6)
-        byte = int(words[e >> 6]) >> (8 * (e & 3)) & 255
-        assert u[p] == (byte + 0.5) / 256
+@pytest.mark.parametrize("group", [64, 200, 256])
+def test_dither_positions(group):
+    u = reference.dither(5, group, 5, 6)
+    assert u.shape == (5, group)
+    blocks = math.ceil(group / 64)
+    for g in (0, 1, 4):
+        for e in (0, 3, 4, 15, 16, 63, group - 1):  # neighbours of one word, of one call, runs, blocks
+            words = reference.philox(torch.tensor([4 * (g * blocks + e // 64) + e % 16 // 4]), 5, 6)
+            byte = int(words[e % 4]) >> (8 * (e // 16 % 4)) & 255
+            assert u[g, e] == (byte + 0.5) / 256
+
+
+def test_rounding_is_exact_where_floats_would_round_up():
+    """The product and u add up to just below 1: in fp32 the sum is 1, and the code would be too large."""
+    d, r = torch.tensor([1 / 512 - 2**-26]), torch.tensor([1.0])
+    u = torch.tensor([511 / 512])
+    assert d + u == 1
+    # A group from 0 to 3 with a step of 1, at 2 bits.
+    x = torch.cat([torch.tensor([0.0, 3.0]), d * r])
+    codes, _, _ = reference.quantize_with(x, u.expand(1, 3), 2, 3, 256)
+    assert reference.unpack_planes(codes, 2, 3).tolist() == [0, 3, 0]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
