@@ -6,9 +6,8 @@
 namespace hf_actnn {
 namespace {
 
-// Values that a batch has room for (the widest group), and those it is filled with where groups are smaller: the batch,
-// the next one on its way, codes and dither of two hardware threads then share a first-level cache of 48 KiB.
-constexpr int64_t kBatch = 4096, kTarget = 2048;
+// Values of a batch, which stay in the first-level cache between its passes; no less than the widest group.
+constexpr int64_t kBatch = 4096;
 constexpr int64_t kPad = 64;  // floats that vector loops may touch beyond a buffer's end
 
 inline int64_t item_size(int dtype) {

@@ -6,6 +6,8 @@
 namespace hf_actnn {
 namespace {
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 constexpr int kBatchGroups = 64;
 // Blocks of dither in a batch: a group's last block may be partly used.
 constexpr int64_t kBatchBlocks = kBatchGroups + kBatch / kDitherBlock;
@@ -76,69 +78,84 @@ struct Differences {
   }
 };
 
+// Where a vector's dither lies: its words, and which byte of them.
+struct Place {
+  const uint32_t* words;
+  int byte;
+
+  static Place of(const uint32_t* words, uint64_t e) {
+    return {words + (e / kDitherBlock * 16 + e % 16), (int)(e / 16 % 4)};
+  }
+};
+
 // A plane of Width bits has 8 / Width parts of n elements: element J * n + i goes to bit Width * J of byte i. round<M>
-// leaves a code at bit 23 - M of its lane, so that the parts come out side by side in bits 15 to 22.
-template <int Width, int J = 0>
-Simd::I column(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, int64_t i) {
-  const int64_t e = J * n + i;
-  const uint32_t* word = words + (e / kDitherBlock * 16 + e % 16);
-  const Simd::I part = Simd::template round<8 - Width * J>(d(e), r, word, (int)(e / 16 % 4));
+// leaves a code at bit 23 - M of its lane, so that the parts come out side by side in bits 15 to 22. place(e) says
+// where the dither of element e lies.
+template <int Width, int J, class Places>
+ALWAYS_INLINE Simd::I column(const Differences& d, Simd::F r, int64_t n, int64_t i, const Places& place) {
+  const Place at = place(J * n, i);
+  const Simd::I part = Simd::template round<8 - Width * J>(d(J * n + i), r, at.words, at.byte);
   if constexpr (Width * (J + 1) == 8)
     return part;
   else
-    return Simd::template select<15 + Width*(J + 1)>(part, column<Width, J + 1>(d, r, words, n, i));
+    return Simd::template select<15 + Width*(J + 1)>(part, column<Width, J + 1>(d, r, n, i, place));
 }
 
-// Packed codes of a group whose plane has n bytes, n a multiple of 16 (and no partly used byte).
+// Packed codes of a group whose plane has n bytes, n a multiple of 64: every part starts with a block of dither.
 template <int Width>
-void round_plane(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
+ALWAYS_INLINE void round_blocks(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
   constexpr int W = Simd::W;
-  const auto at = [&](int64_t k) { return column<Width>(d, r, words, n, k); };
+  for (int64_t i = 0; i < n; i += kDitherBlock) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kDitherBlock; c += 4 * W) {
+      const auto at = [&](int k) {  // k is known to the compiler, and with it the byte
+        return column<Width, 0>(d, r, n, i + k,
+                                [&](int64_t part, int64_t) { return Place{words + (part + i) / 4 + k % 16, k / 16}; });
+      };
+      Simd::store_bytes(out + i + c, Simd::narrow(at(c), at(c + W), at(c + 2 * W), at(c + 3 * W)));
+    }
+  }
+}
+
+// The same for n a multiple of 16.
+template <int Width>
+ALWAYS_INLINE void round_plane(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
+  constexpr int W = Simd::W;
+  const auto at = [&](int64_t i) {
+    return column<Width, 0>(d, r, n, i,
+                            [&](int64_t part, int64_t k) { return Place::of(words, (uint64_t)(part + k)); });
+  };
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     Simd::store_bytes(out + i, Simd::narrow(at(i), at(i + W), at(i + 2 * W), at(i + 3 * W)));
   if (i < n) {
     const Simd::I none = Simd::no_codes();
-    const Simd::I second = i + W < n ? at(i + W) : none;
-    const Simd::I third = i + 2 * W < n ? at(i + 2 * W) : none;
+    const Simd::I second = i + W < n ? at(i + W) : none, third = i + 2 * W < n ? at(i + 2 * W) : none;
     Simd::store_bytes_of(out + i, n - i, Simd::narrow(at(i), second, third, none));
   }
 }
 
-// Codes of any group in bytes, one after the other; up to 4 * Simd::W of them are written beyond n.
-inline void round_codes(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes) {
-  constexpr int W = Simd::W;
-  const auto at = [&](int64_t k) { return column<8>(d, r, words, n, k); };
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    Simd::store_bytes(codes + i, Simd::narrow(at(i), at(i + W), at(i + 2 * W), at(i + 3 * W)));
-  if (i < n) {
-    alignas(64) float rest[4 * W];
-    for (int64_t j = 0; j < 4 * W; ++j) rest[j] = d.x[i + (j < n - i ? j : 0)];
-    // Where they stand in their block of dither; a block is one or more strides of this loop.
-    const int64_t first = i % kDitherBlock;
-    const Differences last{rest - first, d.minimum};
-    const auto after = [&](int64_t k) { return column<8>(last, r, words + i / kDitherBlock * 16, n, first + k); };
-    Simd::store_bytes(codes + i, Simd::narrow(after(0), after(W), after(2 * W), after(3 * W)));
-  }
+// Codes of any group in bytes, one after the other; up to 64 of them are written beyond n.
+inline void round_codes(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes) {
+  const int64_t whole = n / kDitherBlock * kDitherBlock;
+  round_blocks<8>(d, r, words, whole, codes);
+  if (whole == n) return;
+  alignas(64) float rest[kDitherBlock];
+  for (int64_t j = 0; j < kDitherBlock; ++j) rest[j] = d.x[whole + (j < n - whole ? j : 0)];
+  round_blocks<8>(Differences{rest, d.minimum}, r, words + whole / 4, kDitherBlock, codes + whole);
 }
 
 template <int Bits>
-void round_group(const Differences& d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes, uint8_t* out) {
+ALWAYS_INLINE void round_group(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes,
+                               uint8_t* out) {
   if constexpr (Bits == 1 || Bits == 2 || Bits == 4 || Bits == 8) {
-    if (n * Bits % 128 == 0) return round_plane<Bits>(d, r, words, n * Bits / 8, out);
+    const int64_t bytes = n * Bits / 8;
+    if (n * Bits % (8 * kDitherBlock) == 0) return round_blocks<Bits>(d, r, words, bytes, out);
+    if (n * Bits % (8 * 16) == 0) return round_plane<Bits>(d, r, words, bytes, out);
   }
   round_codes(d, r, words, n, codes);
   memset(codes + n, 0, 16);  // a plane's last byte may hold fewer codes
   pack_group<Bits>(codes, n, out);
-}
-
-using RoundGroup = void (*)(const Differences&, Simd::F, const uint32_t*, int64_t, uint8_t*, uint8_t*);
-
-inline RoundGroup rounder(int bits) {
-  static const RoundGroup table[] = {round_group<1>, round_group<2>, round_group<3>, round_group<4>,
-                                     round_group<5>, round_group<6>, round_group<7>, round_group<8>};
-  return table[bits - 1];
 }
 
 // (x - minimum) * scale of one group.
@@ -159,16 +176,17 @@ struct Rounding {
 };
 
 // Not inlined: the compiler knows nothing of rounding modes, and must not move arithmetic in or out.
+template <int Bits>
 __attribute__((noinline)) void round_batch(const Rounding& job) {
   alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
   alignas(64) float scaled[kMaxGroup + kPad];
-  const RoundGroup round = rounder(job.args.bits);
   const int64_t size = item_size(job.args.dtype);
   Cursor cursor = job.start;
   for (int i = 0; i < job.batch.count; ++i, cursor.next()) {
     const int64_t n = cursor.size(), at = cursor.position - job.start.position;
-    // The next batch on its way while this one computes: the hardware's prefetcher stops at the pauses between loads.
-    for (int64_t j = at * size; j < (at + n) * size; j += 64) __builtin_prefetch(job.ahead + j);
+    // The next batch on its way, to the second-level cache, while this one computes: the hardware's prefetcher stops at
+    // the pauses between loads.
+    for (int64_t j = at * size; j < (at + n) * size; j += 64) __builtin_prefetch(job.ahead + j, 0, 2);
     uint8_t* out = job.args.codes + cursor.byte;
     Differences d{job.x + at, Simd::set1(job.batch.minimum[i])};
     if (job.batch.reciprocal[i] == 0.0f) {
@@ -179,14 +197,23 @@ __attribute__((noinline)) void round_batch(const Rounding& job) {
       scaled_differences(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
       d = Differences{scaled, Simd::set1(0.0f)};
     }
-    round(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * 16, n, codes, out);
+    round_group<Bits>(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * 16, n, codes, out);
   }
+}
+
+using RoundBatch = void (*)(const Rounding&);
+
+inline RoundBatch rounder(int bits) {
+  static const RoundBatch table[] = {round_batch<1>, round_batch<2>, round_batch<3>, round_batch<4>,
+                                     round_batch<5>, round_batch<6>, round_batch<7>, round_batch<8>};
+  return table[bits - 1];
 }
 
 int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) float values[kBatch + kPad];
   alignas(64) float differences[Simd::kModed ? kBatch + kPad : 1];
   alignas(64) uint32_t words[(kBatchBlocks + 8) * 16];
+  const RoundBatch round = rounder(args.bits);
   Batch batch;
   int64_t exact = 0;
   Cursor cursor(args.at, first);
@@ -194,7 +221,7 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
     const Cursor start = cursor;
     batch.count = 0;
     for (; batch.count < kBatchGroups && g + batch.count < last; cursor.next(), ++batch.count)
-      if (cursor.position - start.position + cursor.size() > (batch.count > 0 ? kTarget : kBatch)) break;
+      if (cursor.position - start.position + cursor.size() > kBatch) break;
     const int64_t total = cursor.position - start.position;
     const float* x = as_floats(args.x, args.dtype, start.position, total, values);
     Cursor each = start;
@@ -213,7 +240,7 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
     }
     const char* ahead = (const char*)args.x + (start.position + total) * item_size(args.dtype);
     const typename Simd::TowardZero mode;
-    round_batch({args, batch, start, x, words, ahead});
+    round({args, batch, start, x, words, ahead});
   }
   return exact;
 }
