@@ -122,6 +122,19 @@ void unpack_mask(uintptr_t codes, int64_t numel, int dtype, double on, double of
       [&](int64_t first, int64_t last) { kernels->unpack_mask(args, first, last); });
 }
 
+void scale_by_mask(uintptr_t values, uintptr_t codes, int64_t numel, double on, int threads) {
+  const ScaleByMaskArgs args{pointer<const uint8_t>(codes), numel, (float)on, pointer<float>(values)};
+  run(ceil_div(numel, kMaskGroup), numel, threads,
+      [&](int64_t first, int64_t last) { kernels->scale_by_mask(args, first, last); });
+}
+
+void affine(uintptr_t values, int64_t numel, int64_t channels, int64_t inner, uintptr_t scale, uintptr_t shift,
+            int threads) {
+  const AffineArgs args{pointer<const float>(scale), pointer<const float>(shift), channels, inner,
+                        pointer<float>(values)};
+  run(numel / inner, numel, threads, [&](int64_t first, int64_t last) { kernels->affine(args, first, last); });
+}
+
 void pack_uint(uintptr_t values, int64_t numel, int bits, uintptr_t codes, int threads) {
   const PackUintArgs args{pointer<const uint8_t>(values), numel, bits, pointer<uint8_t>(codes)};
   run(ceil_div(numel, kMaskGroup), numel, threads,
@@ -157,6 +170,8 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("dequantize", &dequantize);
   m.def("pack_mask", &pack_mask);
   m.def("unpack_mask", &unpack_mask);
+  m.def("scale_by_mask", &scale_by_mask);
+  m.def("affine", &affine);
   m.def("pack_uint", &pack_uint);
   m.def("unpack_uint", &unpack_uint);
 }

@@ -4,6 +4,8 @@
 
 #include "../codec.h"
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace hf_actnn {
 
 struct QuantizeArgs {
@@ -43,6 +45,20 @@ struct UnpackMaskArgs {
   void* out;
 };
 
+struct ScaleByMaskArgs {
+  const uint8_t* codes;
+  int64_t numel;
+  float on;
+  float* values;  // times on or 0, in place
+};
+
+struct AffineArgs {
+  const float* scale;  // [channels], and shift too
+  const float* shift;
+  int64_t channels, inner;  // values of a channel that lie side by side
+  float* values;            // [..., channels, inner], in place
+};
+
 struct PackUintArgs {
   const uint8_t* values;
   int64_t numel;
@@ -64,6 +80,8 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
   void (*pack_mask)(const PackMaskArgs&, int64_t first, int64_t last);  // groups of 256 elements, here and below
   void (*unpack_mask)(const UnpackMaskArgs&, int64_t first, int64_t last);
+  void (*scale_by_mask)(const ScaleByMaskArgs&, int64_t first, int64_t last);
+  void (*affine)(const AffineArgs&, int64_t first, int64_t last);  // runs of inner values
   void (*pack_uint)(const PackUintArgs&, int64_t first, int64_t last);
   void (*unpack_uint)(const UnpackUintArgs&, int64_t first, int64_t last);
 };

@@ -90,14 +90,28 @@ inline uint64_t pattern(double value, int dtype) {
   return bits;
 }
 
+// Calls put(e, value) for every vector of a full group: bit J of its byte i is element 32 * J + i.
+template <int J = 0, class Put>
+ALWAYS_INLINE void each_choice(const uint8_t* codes, Simd::F on, Simd::F off, const Put& put) {
+  for (int i = 0; i < 32; i += Simd::W) put(32 * J + i, Simd::template choose<J>(codes + i, on, off));
+  if constexpr (J < 7) each_choice<J + 1>(codes, on, off, put);
+}
+
 void unpack_mask(const UnpackMaskArgs& args, int64_t first, int64_t last) {
   alignas(64) uint8_t bits[kMaskGroup + 2 * kSlack];
   const uint64_t on = pattern(args.on, args.dtype), off = pattern(args.off, args.dtype);
   const int64_t size = item_size(args.dtype);
+  const Simd::F float_on = Simd::set1(float_of((uint32_t)on)), float_off = Simd::set1(float_of((uint32_t)off));
   for (int64_t g = first; g < last; ++g) {
     const int64_t n = mask_group_size(g, args.numel);
-    unpack_group<1>(args.codes + g * (kMaskGroup / 8), n, bits);
+    const uint8_t* codes = args.codes + g * (kMaskGroup / 8);
     char* out = (char*)args.out + g * kMaskGroup * size;
+    if (size == 4 && n == kMaskGroup) {
+      float* to = (float*)out;
+      each_choice(codes, float_on, float_off, [&](int e, Simd::F v) { Simd::store(to + e, v); });
+      continue;
+    }
+    unpack_group<1>(codes, n, bits);
     if (size == 8)
       choose(bits, n, on, off, (uint64_t*)out);
     else if (size == 4)
@@ -106,6 +120,22 @@ void unpack_mask(const UnpackMaskArgs& args, int64_t first, int64_t last) {
       choose(bits, n, (uint16_t)on, (uint16_t)off, (uint16_t*)out);
     else
       choose(bits, n, (uint8_t)on, (uint8_t)off, (uint8_t*)out);
+  }
+}
+
+void scale_by_mask(const ScaleByMaskArgs& args, int64_t first, int64_t last) {
+  alignas(64) uint8_t bits[kMaskGroup + 2 * kSlack];
+  const Simd::F on = Simd::set1(args.on), off = Simd::set1(0.0f);
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t n = mask_group_size(g, args.numel);
+    const uint8_t* codes = args.codes + g * (kMaskGroup / 8);
+    float* x = args.values + g * kMaskGroup;
+    if (n == kMaskGroup) {
+      each_choice(codes, on, off, [&](int e, Simd::F v) { Simd::store(x + e, Simd::mul(Simd::load(x + e), v)); });
+    } else {
+      unpack_group<1>(codes, n, bits);
+      for (int64_t i = 0; i < n; ++i) x[i] *= bits[i] != 0 ? args.on : 0.0f;
+    }
   }
 }
 

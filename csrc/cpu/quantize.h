@@ -6,8 +6,6 @@
 namespace hf_actnn {
 namespace {
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
 constexpr int kBatchGroups = 64;
 // Blocks of dither in a batch: a group's last block may be partly used.
 constexpr int64_t kBatchBlocks = kBatchGroups + kBatch / kDitherBlock;

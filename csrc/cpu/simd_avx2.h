@@ -106,6 +106,13 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)out, bytes);
   }
 
+  // One of two values by bit Bit of eight bytes.
+  template <int Bit>
+  static F choose(const uint8_t* p, F on, F off) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    return _mm256_blendv_ps(off, on, _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 31 - Bit)));
+  }
+
   static B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static void store_bytes(uint8_t* p, B a) { _mm256_storeu_si256((__m256i*)p, a); }
   static B load_bytes_of(const uint8_t* p, int64_t n) {

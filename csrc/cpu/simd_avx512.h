@@ -97,6 +97,13 @@ struct Simd {
     _mm512_storeu_si512(out, _mm512_maskz_set1_epi8(m, 1));
   }
 
+  // One of two values by bit Bit of sixteen bytes.
+  template <int Bit>
+  static F choose(const uint8_t* p, F on, F off) {
+    const __mmask16 set = _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8((char)(1 << Bit)));
+    return _mm512_mask_blend_ps(set, off, on);
+  }
+
   static B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(uint8_t* p, B a) { _mm512_storeu_si512(p, a); }
   static __mmask64 first(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }

@@ -100,6 +100,13 @@ struct Simd {
       }
   }
 
+  template <int Bit>
+  static F choose(const uint8_t* p, F on, F off) {
+    F r;
+    for (int i = 0; i < W; ++i) r.v[i] = (p[i] >> Bit & 1) != 0 ? on.v[i] : off.v[i];
+    return r;
+  }
+
   static B load_bytes(const uint8_t* p) {
     B r;
     memcpy(r.v, p, kBytes);

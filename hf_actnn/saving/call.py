@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
 from hf_actnn.saving.identity import LAST, SAMPLE, fills_its_memory, is_dense, storage_key
-from hf_actnn.saving.kept import Blank, Exact, Geometry, Kept, Mask, Quantized, Recipe
+from hf_actnn.saving.kept import Blank, Exact, Geometry, Kept, Mask, Masked, Quantized, Recipe
 
 if TYPE_CHECKING:
     from hf_actnn.saving.rules import Rule
@@ -249,7 +249,7 @@ class Call:
         registry.learn(tensor, kept, rows)
         return self.keep(slot, kept)
 
-    def mask(self, slot: Slot, source: Tensor, predicate: str, lo: float, hi: float, on: float, off: float) -> Kept:
+    def mask(self, slot: Slot, source: Tensor, predicate: str, lo: float, hi: float, on: float, off: float) -> Mask:
         """Keep one bit per value of ``source``; the save comes back as ``on`` or ``off``."""
         assert slot.tensor is not None
         flat = flat_storage(source)
@@ -259,7 +259,8 @@ class Call:
         codes = codec.pack_mask(flat, predicate, lo, hi)
         geometry = Geometry(source)
         geometry.dtype = slot.tensor.dtype
-        return self.keep(slot, Mask(codes, geometry, on, off))
+        slot.kept = mask = Mask(codes, geometry, on, off)
+        return mask
 
     # -- recipes for outputs ---------------------------------------------------------------------------------------
 
@@ -285,6 +286,13 @@ class Call:
         kept = Recipe(name, function, [parent for parent in parents if parent is not None], output, writes=writes)
         if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
+
+
+    def output_masked(self, source: Kept | None, mask: Mask, on: float) -> None:
+        """The output is what ``source`` gives back, times ``on`` where the mask's bit is set and 0 elsewhere."""
+        output = self.output
+        if self.policy.bits is not None and source is not None and fills_its_memory(output):
+            self.scope.registry.learn(output, Masked(self.name, source, mask, on, output))
 
 
 def flat_storage(tensor: Tensor) -> Tensor | None:

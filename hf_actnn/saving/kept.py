@@ -224,6 +224,34 @@ class Recipe(Kept):
             yield from parent.leaves()
 
 
+class Masked(Kept):
+    """A kept tensor times the values of a mask: the output of a ReLU, or of dropout."""
+
+    __slots__ = ("name", "source", "mask", "geometry", "on")
+
+    def __init__(self, name: str, source: Kept, mask: Mask, on: float, like: Tensor) -> None:
+        self.name, self.source, self.mask, self.on = name, source, mask, on
+        self.geometry = Geometry(like)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return f"recipe: {self.name}"
+
+    def get(self) -> Tensor:
+        value = self.source.get()
+        if not self.source.fresh:
+            value = value.clone()
+        value = self.geometry.fit(value)
+        mask = self.mask
+        if value.stride() == mask.geometry.stride and value.shape == mask.geometry.shape:
+            return codec.scale_by_mask_(value, mask.codes, self.on)
+        return value.mul_(mask.get() != mask.off).mul_(self.on)
+
+    def leaves(self) -> Iterator[Kept]:
+        yield from self.source.leaves()
+        yield from self.mask.leaves()
+
+
 class Rerun:
     """All that one operation saved, made again by running it on what was kept of its inputs.
 

@@ -93,7 +93,7 @@ def _keep_relu(call: Call) -> None:
     for slot, result in call.open_slots():
         # threshold_backward passes the gradient where not (y <= 0): nan passes it.
         mask = call.mask(slot, result, "not_le", 0.0, 0.0, on=1.0, off=0.0)
-        call.output_recipe("relu", lambda value, positive: value.mul_(positive), [call.before, mask], writes=True)
+        call.output_masked(call.before, mask, 1.0)
 
 
 RELU = register(Rule("relu", _keep_relu, bounded="one exact bit per value", needs_before=True), functions("relu"))

@@ -29,11 +29,12 @@ def _keep_dropout(call: Call) -> None:
             continue
         if noise.dtype == torch.bool:
             mask = call.mask(slot, noise, "nonzero", 0.0, 0.0, on=1.0, off=0.0)
-            call.output_recipe("dropout", lambda value, kept: value * kept * (1.0 / (1.0 - p)), [call.before, mask])
+            call.output_masked(call.before, mask, 1.0 / (1.0 - p))
         elif noise.is_floating_point():
-            mask = call.mask(slot, noise, "nonzero", 0.0, 0.0, on=_keep_scale(p, noise.dtype), off=0.0)
+            scale = _keep_scale(p, noise.dtype)
+            mask = call.mask(slot, noise, "nonzero", 0.0, 0.0, on=scale, off=0.0)
             if call.function not in _RANK_CHANGES:
-                call.output_recipe("dropout", lambda value, kept: value * kept, [call.before, mask])
+                call.output_masked(call.before, mask, scale)
 
 
 def _keep_alpha_dropout(call: Call) -> None:

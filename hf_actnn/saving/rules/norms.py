@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_actnn import codec
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import Kept, Recipe
@@ -105,7 +106,6 @@ def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     source = _keep_input(call, SAMPLE)
-    view = _channel_view(call.argument(0, "input").dim())
     use_batch = training or running_mean is None
     if use_batch:
         saved = [slot for slot in _statistics(call) if slot.tensor is not None and slot.tensor.numel()]
@@ -119,11 +119,11 @@ def _keep_batch_norm(call: Call) -> None:
 
     def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
         scale = scale if use_batch else torch.rsqrt(scale + eps)
-        # Everything that is one value per channel is joined first: two passes over the activation.
+        # Everything that is one value per channel is joined first: one pass over the activation.
         if has_weight:
             scale = scale * parameters[0]
         shift = (parameters[-1] if has_bias else 0) - middle * scale
-        return _widened(value, scale).mul_(view(scale)).add_(view(shift))
+        return codec.channel_affine_(_widened(value, scale), scale, shift)
 
     call.output_recipe(call.name, rebuild, [source, mean, factor, *_parameters(call, weight, bias)], writes=True)
 

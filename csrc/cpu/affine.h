@@ -1,0 +1,37 @@
+// Values times a scale plus a shift of their channel. Include after the Simd of a variant.
+#pragma once
+
+#include "kernels.h"
+
+namespace hf_actnn {
+namespace {
+
+void affine(const AffineArgs& args, int64_t first, int64_t last) {
+  constexpr int W = Simd::W;
+  if (args.inner == 1) {  // channels side by side: a run of them at a time
+    for (int64_t at = first; at < last;) {
+      const int64_t channel = at % args.channels;
+      const int64_t n = args.channels - channel < last - at ? args.channels - channel : last - at;
+      float* x = args.values + at;
+      const float *a = args.scale + channel, *b = args.shift + channel;
+      int64_t i = 0;
+      for (; i + W <= n; i += W)
+        Simd::store(x + i, Simd::add(Simd::mul(Simd::load(x + i), Simd::load(a + i)), Simd::load(b + i)));
+      for (; i < n; ++i) x[i] = x[i] * a[i] + b[i];
+      at += n;
+    }
+    return;
+  }
+  for (int64_t run = first; run < last; ++run) {
+    const int64_t channel = run % args.channels;
+    const float a = args.scale[channel], b = args.shift[channel];
+    const Simd::F scale = Simd::set1(a), shift = Simd::set1(b);
+    float* x = args.values + run * args.inner;
+    int64_t i = 0;
+    for (; i + W <= args.inner; i += W) Simd::store(x + i, Simd::add(Simd::mul(Simd::load(x + i), scale), shift));
+    for (; i < args.inner; ++i) x[i] = x[i] * a + b;
+  }
+}
+
+}  // namespace
+}  // namespace hf_actnn

@@ -1,0 +1,73 @@
+"""What recipes do to a tensor they own, in one pass over it where a compiled kernel can.
+
+Plain torch takes a pass, and a temporary of the tensor's size, for each step; on a CPU these passes are what rebuilding
+costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_actnn.codec import ops
+
+
+def scale_by_mask_(values: Tensor, codes: Tensor, on: float) -> Tensor:
+    """Multiply by ``on`` where a mask's bit is set and by 0 elsewhere; nan times 0 stays nan.
+
+    Args:
+        values: any shape without gaps, whose storage order is the mask's.
+        codes: from :func:`~hf_actnn.codec.pack_mask`.
+        on: the factor of the set bits.
+
+    Returns:
+        ``values``, changed in place.
+    """
+    kernels = ops._direct(values) if values.dtype == torch.float32 else None
+    if kernels is None:
+        flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
+        flat.mul_(ops.unpack_mask(codes, values.numel(), on, 0.0, values.dtype))
+    else:
+        kernels.scale_by_mask(values.data_ptr(), codes.data_ptr(), values.numel(), on, torch.get_num_threads())
+    return values
+
+
+def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``values * scale + shift`` by channel.
+
+    Args:
+        values: ``[N, C, ...]``.
+        scale: ``[C]``.
+        shift: ``[C]``.
+
+    Returns:
+        ``values``, changed in place.
+    """
+    channels = values.shape[1]
+    inner = _inner(values)
+    same = values.dtype == scale.dtype == shift.dtype == torch.float32 and values.device == scale.device
+    kernels = ops._direct(values) if same and inner and scale.is_contiguous() and shift.is_contiguous() else None
+    if kernels is None:
+        view = (1, channels) + (1,) * (values.dim() - 2)
+        return values.mul_(scale.view(view)).add_(shift.view(view))
+    kernels.affine(
+        values.data_ptr(),
+        values.numel(),
+        channels,
+        inner,
+        scale.data_ptr(),
+        shift.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def _inner(values: Tensor) -> int:
+    """How many values of a channel lie side by side; 0 where storage has no such order, or nothing in it."""
+    if values.numel() == 0:
+        return 0
+    if values.is_contiguous():
+        return values[0, 0].numel()
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return 1
+    return 0
