@@ -1,27 +1,37 @@
-"""Recycles the CPU memory that dequantised tensors live in.
+"""CPU memory: recycles what dequantised tensors live in, and returns what coded ones have left.
 
 Faulting in fresh pages costs ten times what the dequantising kernel does. Memory is reused by lifetime, never by
 position: a block is free when no tensor, view, numpy array or C++ holder is left on it, which its reference count says,
-    since every tensor handed out
-holds a reference to the Python object that owns the block (``torch.frombuffer``). Each hand-out makes a new storage, so
-nothing that identifies tensors by their storage can mistake a recycled block for the tensor that lived there before.
+since every tensor handed out holds a reference to the Python object that owns the block (``torch.frombuffer``). Each
+hand-out makes a new storage, so nothing that identifies tensors by their storage can mistake a recycled block for the
+tensor that lived there before.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 #: Smaller tensors come from torch: its allocator reuses small blocks well.
 SMALLEST = 64 * 1024
-#: A block serves a request this many times smaller at most; the rest of it would be held for nothing.
-LARGEST_FIT = 8
+#: A block serves a request this many times smaller at most. A backward pass begins with the small tensors of the
+#: deepest layers and needs the large ones of the first layers again: blocks that refused the former would be made every
+#: step.
+LARGEST_FIT = 512
+#: Each time so many bytes of activations were replaced by codes, and less than this share of memory is unused, the C
+#: library is asked to return what it holds of them.
+TRIM_AFTER, SCARCE = 256 * 2**20, 0.25
 
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _HUGE_PAGE = 2 * 1024 * 1024
 # Windows has no private anonymous maps: there every tensor comes from torch.
 _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
@@ -82,6 +92,51 @@ def _block(nbytes: int) -> mmap.mmap:
     if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)  # a fault per 2 MiB instead of 512
     return block
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``, where that is the C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _unused_memory() -> float:
+    """The share of memory that is still to be had, by the machine's count and by the control group's; 1 if unknown."""
+    shares = [1.0]
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        shares.append(int(lines["MemAvailable"].split()[0]) / int(lines["MemTotal"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
+        shares.append(1 - int((_CGROUP / "memory.current").read_text()) / limit)
+    except (OSError, ValueError, ZeroDivisionError):
+        pass
+    return min(shares)
+
+
+_dropped = 0
+
+
+def dropped(nbytes: int) -> None:
+    """Count CPU memory that was freed before its time, and where memory is scarce have it returned to the system.
+
+    glibc serves tensors below 32 MiB from a heap, where small allocations beside a freed activation keep its pages, and
+    where an aligned request never fits the hole that one of its size has left: a process may peak almost as if nothing
+    had been freed. Returning the pages costs faults, a tenth to a third of a step's time, so it is done only once less
+    than a quarter of the memory is left.
+    """
+    global _dropped
+    _dropped += nbytes  # a lost update between threads costs nothing but precision
+    if _dropped >= TRIM_AFTER:
+        _dropped = 0
+        trim = _malloc_trim()
+        if trim is not None and _unused_memory() < SCARCE:
+            trim(0)
 
 
 _pool = Pool()

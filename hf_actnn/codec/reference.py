@@ -110,8 +110,8 @@ def dither(n_groups: int, group: int, seed: int, stream: int, device: torch.devi
     """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
     ``(byte + 1/2) / 256``, so centred within a step.
 
-    A group has ``K = ceil(group / 64)`` blocks of 64 elements. Element ``e`` of group ``g`` takes byte ``e / 16 % 4`` of
-    output word ``e % 4`` of the call with counter ``4 * (K * g + e / 64) + e % 16 / 4``: one call serves four
+    A group has ``K = ceil(group / 64)`` blocks of 64 elements. Element ``e`` of group ``g`` takes byte ``e / 16 % 4``
+    of output word ``e % 4`` of the call with counter ``4 * (K * g + e / 64) + e % 16 / 4``: one call serves four
     neighbours in each of four runs of sixteen.
     """
     blocks = _ceil(group, DITHER_BLOCK)
@@ -231,7 +231,7 @@ def quantize(
 
 
 def quantize_with(x: Tensor, u: Tensor, bits: int, row_length: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`quantize` with the dither ``u`` ``[n_groups, group]`` given; a row's last group uses the start of its own."""
+    """:func:`quantize` with the dither ``u`` ``[n_groups, group]`` given; a shorter group uses the start of its own."""
     device = x.device
     at = layout(x.numel(), row_length, bits, group_size)
     if at.n_groups == 0:

@@ -287,7 +287,6 @@ class Call:
         if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
 
-
     def output_masked(self, source: Kept | None, mask: Mask, on: float) -> None:
         """The output is what ``source`` gives back, times ``on`` where the mask's bit is set and 0 elsewhere."""
         output = self.output

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import rules
 from hf_actnn.saving.call import Call, Slot, exact, tensors_in
@@ -112,10 +113,14 @@ class Scope:
         kind = "parameter" if getattr(slot.kept, "parameter", False) else slot.kept.kind  # type: ignore[union-attr]
         note = self._notes.setdefault((path, function, kind, slot.reason), [0, 0])
         note[0] += 1
-        note[1] += tensor.numel() * tensor.itemsize
+        nbytes = tensor.numel() * tensor.itemsize
+        note[1] += nbytes
         for observer in self._observers:
             observer.saved(slot, tensor, path, function)
         slot.tensor = None
+        if first is slot and not isinstance(slot.kept, Exact) and tensor.device.type == "cpu":
+            del tensor
+            codec.dropped(nbytes)
 
     # -- torch functions -----------------------------------------------------------------------------------------------
 

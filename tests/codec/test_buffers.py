@@ -1,7 +1,9 @@
 """Recycled memory: no two live tensors share any, and nothing idle is kept."""
 
 import gc
+import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,11 +92,51 @@ def test_free_blocks_go_before_a_new_one_comes():
 
 
 def test_a_far_larger_block_is_not_taken():
-    del [buffers.empty(16 * BIG, torch.float32)][:]
-    small = buffers.empty(BIG, torch.float32)
-    assert buffers.nbytes() == (4 * BIG, 0)
+    del [buffers.empty((buffers.LARGEST_FIT + 1) * buffers.SMALLEST // 4, torch.float32)][:]
+    small = buffers.empty(buffers.SMALLEST // 4, torch.float32)
+    assert buffers.nbytes() == (buffers.SMALLEST, 0)
     del small
     buffers.release()
+
+
+def test_freed_heap_goes_back_where_memory_is_scarce(monkeypatch):
+    """Freed blocks below malloc's mapping threshold leave the resident set, live ones between them stay as they are."""
+    if buffers._malloc_trim() is None:
+        pytest.skip("this C library cannot give freed heap back")
+    status = Path("/proc/self/statm")
+
+    def resident() -> int:
+        return int(status.read_text().split()[1]) * mmap.PAGESIZE
+
+    size = 2**20
+    tensors = [torch.ones(size // 4) for _ in range(256)]
+    del tensors  # the C library's threshold is above this size from now on
+    tensors = [torch.ones(size // 4) for _ in range(256)]
+    kept = tensors[::8]
+    before = resident()
+    del tensors
+    monkeypatch.setattr(buffers, "_unused_memory", lambda: 0.5)
+    buffers.dropped(buffers.TRIM_AFTER)
+    assert resident() > before - 100 * size, "nothing to show: the blocks went back by themselves"
+    monkeypatch.setattr(buffers, "_unused_memory", lambda: 0.1)
+    buffers.dropped(buffers.TRIM_AFTER)
+    assert resident() < before - 200 * size
+    assert all(bool((tensor == 1).all()) for tensor in kept)
+
+
+def test_unused_memory_is_the_least_of_machine_and_control_group(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:  1000 kB\nMemFree: 10 kB\nMemAvailable:  600 kB\n")
+    monkeypatch.setattr(buffers, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(buffers, "_CGROUP", tmp_path)
+    assert buffers._unused_memory() == 0.6
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("750\n")
+    assert buffers._unused_memory() == 0.6
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert buffers._unused_memory() == 0.25
+    (tmp_path / "meminfo").unlink()
+    (tmp_path / "memory.max").unlink()
+    assert buffers._unused_memory() == 1.0
 
 
 def test_small_tensors_bypass():

@@ -7,7 +7,6 @@ import torch
 
 from hf_actnn.codec import reference
 
-
 _COUNTERS = {
     "zeros": ((0, 0), 0),
     "ones": ((2**64 - 1, 2**64 - 1), 2**64 - 1),
