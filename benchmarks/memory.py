@@ -6,7 +6,8 @@ For each model at 224 px, fp32: the bytes PyTorch holds (each storage once, para
 holds, and an independent count of the latter, by weak references to every storage made in the forward pass and still
 alive before the backward pass. Then the slope of the peak resident set over the batch, each point a process of its
 own, for plain training, for saved tensors that cost nothing (given back as zeros: what no way of storing can remove),
-and for hf_actnn.
+and for hf_actnn, as it is and as it behaves where memory is scarce. Slopes are medians over --repeats: how malloc lays
+out its heap differs from run to run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import hf_actnn
+from hf_actnn.codec import buffers
 
 
 class StoragesMade(TorchDispatchMode):
@@ -80,7 +83,9 @@ def accounted(name: str, bits: int, size: int) -> dict[str, float]:
 def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
     """One training step in this process; prints its peak resident set in bytes."""
     model, data = models.make(name), models.batch(size)
-    if mode == "hf_actnn":
+    if mode.startswith("hf_actnn"):
+        if mode == "hf_actnn_scarce":
+            buffers.SCARCE = 2.0  # as if memory were short: freed heap is returned to the system
         hf_actnn.convert(model, bits=bits)
         model(**data).loss.backward()
     elif mode == "free":
@@ -105,12 +110,13 @@ def _zeros(kept: Any) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype).zero_()
 
 
-def slope(name: str, mode: str, sizes: tuple[int, int], bits: int) -> float:
+def slope(name: str, mode: str, sizes: tuple[int, int], bits: int, repeats: int) -> float:
     """Bytes of peak resident set per image."""
     peaks = []
     for size in sizes:
         command = [sys.executable, __file__, "--peak", name, mode, str(size), str(bits)]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
+        peaks.append(statistics.median(int(run.stdout.split()[-1]) for run in runs))
     return (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
 
 
@@ -121,6 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs=2, default=(4, 12), help="batch sizes between which slopes are taken"
     )
+    parser.add_argument("--repeats", type=int, default=3, help="processes behind each peak")
     parser.add_argument("--skip-rss", action="store_true")
     parser.add_argument("--output", default="memory")
     parser.add_argument("--peak", nargs=4, metavar=("MODEL", "MODE", "SIZE", "BITS"), help=argparse.SUPPRESS)
@@ -134,9 +141,12 @@ def main() -> None:
         if not arguments.skip_rss:
             sizes = tuple(arguments.sizes)
             row |= {
-                f"rss_slope_{mode}": slope(name, mode, sizes, arguments.bits) for mode in ("plain", "free", "hf_actnn")
+                f"rss_slope_{mode}": slope(name, mode, sizes, arguments.bits, arguments.repeats)
+                for mode in ("plain", "free", "hf_actnn", "hf_actnn_scarce")
             }
-            row["rss_over_floor"] = row["rss_slope_hf_actnn"] / (row["rss_slope_free"] + row["held_bytes"])
+            floor = row["rss_slope_free"] + row["held_bytes"]
+            row["rss_over_floor"] = row["rss_slope_hf_actnn"] / floor
+            row["rss_over_floor_scarce"] = row["rss_slope_hf_actnn_scarce"] / floor
         rows[name] = row
         print(
             f"{name}: "

@@ -138,8 +138,8 @@ inline void round_codes(const Differences d, Simd::F r, const uint32_t* words, i
   const int64_t whole = n / kDitherBlock * kDitherBlock;
   round_blocks<8>(d, r, words, whole, codes);
   if (whole == n) return;
-  alignas(64) float rest[kDitherBlock];
-  for (int64_t j = 0; j < kDitherBlock; ++j) rest[j] = d.x[whole + (j < n - whole ? j : 0)];
+  alignas(64) float rest[kDitherBlock] = {};
+  memcpy(rest, d.x + whole, (size_t)(n - whole) * sizeof(float));
   round_blocks<8>(Differences{rest, d.minimum}, r, words + whole / 4, kDitherBlock, codes + whole);
 }
 

@@ -1,6 +1,6 @@
 """A tensor in a few bits per element, and back. Knows torch; knows nothing of modules or of autograd."""
 
-from hf_actnn.codec.buffers import dropped, release
+from hf_actnn.codec.buffers import dropped, release, settle
 from hf_actnn.codec.inplace import channel_affine_, scale_by_mask_
 from hf_actnn.codec.ops import pack_mask, pack_uint, unpack_mask, unpack_uint
 from hf_actnn.codec.packed import CODES, Code, PackedTensor, default_row_length, packed_nbytes, quantize
@@ -18,6 +18,7 @@ __all__ = [
     "quantize",
     "release",
     "scale_by_mask_",
+    "settle",
     "unpack_mask",
     "unpack_uint",
 ]

@@ -133,10 +133,18 @@ def dropped(nbytes: int) -> None:
     global _dropped
     _dropped += nbytes  # a lost update between threads costs nothing but precision
     if _dropped >= TRIM_AFTER:
-        _dropped = 0
-        trim = _malloc_trim()
-        if trim is not None and _unused_memory() < SCARCE:
-            trim(0)
+        settle()
+
+
+def settle() -> None:
+    """Where memory is scarce, have what was dropped since the last time returned: a backward pass is about to begin."""
+    global _dropped
+    if _dropped < TRIM_AFTER // 8:
+        return
+    _dropped = 0
+    trim = _malloc_trim()
+    if trim is not None and _unused_memory() < SCARCE:
+        trim(0)
 
 
 _pool = Pool()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from hf_actnn.codec import buffers, native, reference
 from hf_actnn.errors import CodecError, message
@@ -174,9 +175,9 @@ def _check_unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype)
 
 def _direct(x: Tensor) -> Any:
     """The compiled module if ``x`` is a plain CPU tensor that nothing traces, else None."""
-    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor or not x.is_cpu or torch._C._len_torch_dispatch_stack() != 0 or is_compiling():
         return None
-    if torch._C._len_torch_dispatch_stack() != 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     return native.module()
 

@@ -37,7 +37,8 @@ class Compressed:
             return forward(*args, **kwargs)
         current = scope.current()
         if current is not None:
-            _check_not_compiled(self)
+            if self._compiled_call_impl is not None:  # type: ignore[attr-defined]
+                raise NotAvailableError(_COMPILED)
             current.places.append((member.path, member.policy))
             try:
                 return forward(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -301,6 +302,7 @@ def flat_storage(tensor: Tensor) -> Tensor | None:
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+@lru_cache(maxsize=4096)
 def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> int:
     """Values in a row, which no group straddles: a token, or one sample of a convolution's activation."""
     numel = shape.numel()
@@ -316,6 +318,8 @@ def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> 
 
 def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:
     """The parameter that autocast's copy was made from, read off the copy's graph."""
+    if not torch._C._is_any_autocast_enabled():  # reading a graph from Python is slow
+        return None
     node = tensor.grad_fn
     for _ in range(4):
         if node is None:

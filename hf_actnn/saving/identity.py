@@ -6,6 +6,7 @@ from being used again, for as long as the registry lives: one forward pass.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+@lru_cache(maxsize=4096)
 def is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """Whether a tensor fills a stretch of memory without gaps or overlaps."""
     expected = 1

@@ -87,6 +87,7 @@ class Scope:
     def _close(self) -> None:
         """Let go of what refers back here: a cycle would hold every code until the collector runs."""
         del self._hooks, self._mode, self.registry, self._first
+        codec.settle()
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], T
     """A rule for a function that saves its input and whose derivative is bounded in it.
 
     Args:
-        again: from the call, the function that computes its output from its input once more.
+        again: from the call, the function that computes its output from its input once more, in place: an MLP's hidden
+            layer is the largest tensor there is, and a second one beside it would be the peak.
     """
 
     def keep(call: Call) -> None:
@@ -34,7 +35,7 @@ def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], T
                 call.data(slot)  # the in-place form of elu saves its result
                 return
             kept = call.data_argument(slot, call.argument(0, "input"))
-            call.output_recipe(call.name, again(call), [kept])
+            call.output_recipe(call.name, again(call), [kept], writes=True)
 
     return register(
         Rule(names[0], keep, bounded="the derivative is bounded and continuous in the input", needs_before=True),
@@ -42,23 +43,23 @@ def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], T
     )
 
 
-def _plain(function: Callable[[Tensor], Tensor]) -> Callable[[Call], Callable[[Tensor], Tensor]]:
-    return lambda call: function
+def _plain(function: Callable[..., Tensor]) -> Callable[[Call], Callable[[Tensor], Tensor]]:
+    return lambda call: lambda value: function(value, inplace=True)
 
 
 def _gelu(call: Call) -> Callable[[Tensor], Tensor]:
     approximate = call.argument(1, "approximate", "none")
-    return lambda value: F.gelu(value, approximate=approximate)
+    return lambda value: torch.ops.aten.gelu_(value, approximate=approximate)
 
 
 def _elu(call: Call) -> Callable[[Tensor], Tensor]:
     alpha = call.argument(1, "alpha", 1.0)
-    return lambda value: F.elu(value, alpha)
+    return lambda value: F.elu(value, alpha, inplace=True)
 
 
 def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
     beta, threshold = call.argument(1, "beta", 1), call.argument(2, "threshold", 20)
-    return lambda value: F.softplus(value, beta, threshold)
+    return lambda value: torch.ops.aten.softplus.out(value, beta, threshold, out=value)
 
 
 GELU = _smooth(("gelu",), _gelu)
