@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_actnn.errors import ConfigError, NotAvailableError, message
@@ -87,7 +87,11 @@ class ActNNConfig:
                     next_step="Leave it out to take the level's",
                 )
             )
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+        if (
+            isinstance(self.skip, str)
+            or not isinstance(self.skip, Iterable)
+            or not all(isinstance(pattern, str) for pattern in self.skip)
+        ):
             raise ConfigError(
                 message(
                     "`skip` is not a sequence of patterns",
@@ -97,7 +101,7 @@ class ActNNConfig:
                 )
             )
         object.__setattr__(self, "skip", tuple(self.skip))
-        if not isinstance(self.overrides, Mapping):
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(key, str) for key in self.overrides):
             raise ConfigError(
                 message(
                     "`overrides` is not a mapping",
@@ -156,7 +160,7 @@ class ActNNConfig:
             )
         _check_keys(values, where or "the configuration")
         fields: dict[str, Any] = dict(values)
-        if not isinstance(fields.get("skip", ""), str):
+        if isinstance(fields.get("skip"), list):  # as JSON has it
             fields["skip"] = tuple(fields["skip"])
         return cls(**fields)
 

@@ -51,8 +51,27 @@ def convert(
             )
         )
     session = Session(resolved)
-    for path, module in modules.items():
-        join(module, Member(path, found[path], session))
+    before = {path: (membership(module), type(module)) for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            join(module, Member(path, found[path], session))
+    except Exception as error:
+        for done, (member, _) in before.items():
+            if member is not None:
+                join(modules[done], member)
+            else:
+                leave(modules[done])
+            if done == path:
+                break
+        raise ConversionError(
+            message(
+                "a module's class does not take a subclass, so the model was left as it was",
+                where=path or type(model).__name__,
+                expected="a class that can be subclassed and assigned",
+                received=f"{before[path][1].__qualname__}: {type(error).__name__}: {error}",
+                next_step="Convert the parts around it one by one, without this module",
+            )
+        ) from error
     return model
 
 
@@ -97,9 +116,9 @@ def _check_model(model: Any) -> None:
                     "model._orig_mod. Compiling a converted model is not available yet",
                 )
             )
-    if not any(
-        type(module).__mro__ and any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()
-    ) and (not any(True for _ in model.parameters())):
+    if not any(any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()) and (
+        not any(True for _ in model.parameters())
+    ):
         raise ConversionError(
             message(
                 "there is nothing to convert",
@@ -206,11 +225,21 @@ def report(model: nn.Module) -> ConversionReport:
                 next_step="Call hf_actnn.convert(model) first",
             )
         )
-    session = next(iter(members.values()))[1].session
-    bits = {found.path: found.policy.bits for _, found in members.values()}
-    if session.last:
-        rows = [_observed_row(note, bits.get(note.path)) for note in session.last]
-    else:
+    # Parts may have been converted one by one: each has a session, and counts its paths from its own root.
+    roots: dict[int, tuple[Session, str]] = {}
+    bits: dict[tuple[int, str], int | None] = {}
+    for path, (_, found) in members.items():
+        root = path.removesuffix(found.path).rstrip(".") if path.endswith(found.path) else path
+        roots.setdefault(id(found.session), (found.session, root))
+        bits[id(found.session), found.path] = found.policy.bits
+    config = next(iter(members.values()))[1].session.config
+    rows = [
+        _observed_row(note, root, bits.get((key, note.path)))
+        for key, (session, root) in roots.items()
+        for note in session.last
+    ]
+    observed = bool(rows)
+    if not observed:
         rows = [
             Row(
                 path,
@@ -223,12 +252,12 @@ def report(model: nn.Module) -> ConversionReport:
             )
             for path, (module, found) in members.items()
         ]
-    return ConversionReport(rows, session.config, bool(session.last))
+    return ConversionReport(rows, config, observed)
 
 
-def _observed_row(note: Observation, bits: int | None) -> Row:
+def _observed_row(note: Observation, root: str, bits: int | None) -> Row:
     return Row(
-        note.path,
+        ".".join(part for part in (root, note.path) if part),
         note.function,
         note.kind,
         bits if note.kind == "quantized" else None,

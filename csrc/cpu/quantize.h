@@ -164,13 +164,27 @@ inline void scaled_differences(const float* x, int64_t n, float minimum, float s
   for (; i < n; ++i) out[i] = (x[i] - minimum) * scale;
 }
 
+// Brings the next batch to the second-level cache while this one computes: the hardware's prefetcher stops at the
+// pauses between loads. A core has a dozen line buffers, so what it asks for has to be spread over all of the work.
+class Ahead {
+ public:
+  Ahead(const char* first, int64_t nbytes) : next_(first), end_(first + nbytes) {}
+  void fetch(int64_t nbytes) {
+    const char* stop = end_ - next_ < nbytes ? end_ : next_ + nbytes;
+    for (; next_ < stop; next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *end_;
+};
+
 struct Rounding {
   const QuantizeArgs& args;
   const Batch& batch;
   const Cursor start;
   const float* x;  // values of the batch, or their differences where rounding is a mode
   const uint32_t* words;
-  const char* ahead;  // the next batch's first value
+  Ahead& ahead;
 };
 
 // Not inlined: the compiler knows nothing of rounding modes, and must not move arithmetic in or out.
@@ -182,9 +196,7 @@ __attribute__((noinline)) void round_batch(const Rounding& job) {
   Cursor cursor = job.start;
   for (int i = 0; i < job.batch.count; ++i, cursor.next()) {
     const int64_t n = cursor.size(), at = cursor.position - job.start.position;
-    // The next batch on its way, to the second-level cache, while this one computes: the hardware's prefetcher stops at
-    // the pauses between loads.
-    for (int64_t j = at * size; j < (at + n) * size; j += 64) __builtin_prefetch(job.ahead + j, 0, 2);
+    job.ahead.fetch(n * size / 3);
     uint8_t* out = job.args.codes + cursor.byte;
     Differences d{job.x + at, Simd::set1(job.batch.minimum[i])};
     if (job.batch.reciprocal[i] == 0.0f) {
@@ -213,6 +225,7 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) uint32_t words[(kBatchBlocks + 8) * 16];
   const RoundBatch round = rounder(args.bits);
   Batch batch;
+  const int64_t size = item_size(args.dtype);
   int64_t exact = 0;
   Cursor cursor(args.at, first);
   for (int64_t g = first; g < last; g += batch.count) {
@@ -222,12 +235,20 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
       if (cursor.position - start.position + cursor.size() > kBatch) break;
     const int64_t total = cursor.position - start.position;
     const float* x = as_floats(args.x, args.dtype, start.position, total, values);
+    Ahead ahead((const char*)args.x + (start.position + total) * size, total * size);
     Cursor each = start;
-    for (int i = 0; i < batch.count; ++i, each.next())
+    for (int i = 0; i < batch.count; ++i, each.next()) {
       batch.range(i, x + (each.position - start.position), each.size());
+      ahead.fetch(each.size() * size / 3);
+    }
     exact += batch.finish(args.bits, args.meta + g);
-    Simd::philox_blocks((uint64_t)(g * args.at.blocks) * 4, batch.count * args.at.blocks, args.seed, args.stream,
-                        words);
+    const int64_t blocks = batch.count * args.at.blocks;
+    const uint64_t call = (uint64_t)(g * args.at.blocks) * 4;
+    for (int64_t b = 0; b < blocks; b += 8) {
+      const int64_t n = blocks - b < 8 ? blocks - b : 8;
+      Simd::philox_blocks(call + 4 * (uint64_t)b, n, args.seed, args.stream, words + 16 * b);
+      ahead.fetch(n * kDitherBlock * size / 3);
+    }
     if (Simd::kModed) {
       each = start;
       for (int i = 0; i < batch.count; ++i, each.next()) {
@@ -236,7 +257,6 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
       }
       x = differences;
     }
-    const char* ahead = (const char*)args.x + (start.position + total) * item_size(args.dtype);
     const typename Simd::TowardZero mode;
     round({args, batch, start, x, words, ahead});
   }

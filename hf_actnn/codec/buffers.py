@@ -1,6 +1,6 @@
 """CPU memory: recycles what dequantised tensors live in, and returns what coded ones have left.
 
-Faulting in fresh pages costs ten times what the dequantising kernel does. Memory is reused by lifetime, never by
+Faulting in fresh pages costs several times what the dequantising kernel does. Memory is reused by lifetime, never by
 position: a block is free when no tensor, view, numpy array or C++ holder is left on it, which its reference count says,
 since every tensor handed out holds a reference to the Python object that owns the block (``torch.frombuffer``). Each
 hand-out makes a new storage, so nothing that identifies tensors by their storage can mistake a recycled block for the
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 class Pool:
-    """Blocks by lifetime. Never holds more than the most that was alive at one time: a new block is made only after all
-    free ones, too small for it, were given back. Free blocks stay for the next backward pass, whose peak they are part
-    of: giving them back between requests more than doubled the time of a step where fresh pages are slow."""
+    """Blocks by lifetime. A new block is made only after all free ones, too small for it, were given back; a small
+    tensor may hold a block up to ``LARGEST_FIT`` times its size for as long as it lives, which in a backward pass is
+    one operation. Free blocks stay for the next backward pass, whose peak they are part of."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +50,7 @@ class Pool:
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised flat CPU tensor that nothing else shares."""
         need = numel * dtype.itemsize
-        if need < SMALLEST or not _ANONYMOUS:
+        if need < SMALLEST or _FREE is None:
             return torch.empty(numel, dtype=dtype)
         with self._lock:
             free = self._free()
@@ -77,8 +78,7 @@ class Pool:
             return sum(map(len, self._blocks)) - free, free
 
     def _free(self) -> list[mmap.mmap]:
-        # One reference is the list's, one the loop variable's, one the argument's.
-        return [block for block in self._blocks if sys.getrefcount(block) == 3]
+        return [block for block, count in zip(self._blocks, _counts(self._blocks), strict=True) if count == _FREE]
 
     def _forget(self, blocks: list[mmap.mmap]) -> None:
         gone = set(map(id, blocks))
@@ -104,7 +104,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _unused_memory() -> float:
-    """The share of memory that is still to be had, by the machine's count and by the control group's; 1 if unknown."""
+    """The share of memory that is still to be had, by the machine's count and by that of a version 2 control
+    group; 1 if unknown."""
     shares = [1.0]
     try:
         lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
@@ -113,7 +114,10 @@ def _unused_memory() -> float:
         pass
     try:
         limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
-        shares.append(1 - int((_CGROUP / "memory.current").read_text()) / limit)
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files that nobody uses give way before anyone runs out of memory.
+        used = int((_CGROUP / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+        shares.append(1 - used / limit)
     except (OSError, ValueError, ZeroDivisionError):
         pass
     return min(shares)
@@ -147,6 +151,25 @@ def settle() -> None:
         trim(0)
 
 
+def _counts(blocks: list[Any]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+def _count_of_free() -> int | None:
+    """What :func:`_counts` says of a block that only its list holds. Interpreters differ in the references they hold
+    themselves, and one that does not count exactly leaves no way to know: then nothing is recycled."""
+    blocks = [mmap.mmap(-1, mmap.PAGESIZE)]
+    free = _counts(blocks)[0]
+    tensor = torch.frombuffer(blocks[0], dtype=torch.uint8)
+    view = tensor[1:]
+    del tensor
+    held = _counts(blocks)[0]
+    del view
+    exact = held > free and _counts(blocks)[0] == free and getattr(sys, "_is_gil_enabled", lambda: True)()
+    return free if exact else None
+
+
+_FREE = _count_of_free() if _ANONYMOUS else None
 _pool = Pool()
 if hasattr(os, "register_at_fork"):
     # Another thread may have held the lock while this one forked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class Compressed:
 
 _COMPILED = message(
     "a converted model cannot run under torch.compile yet",
+    where="the forward pass",
     expected="an uncompiled model",
     received="a forward pass that torch.compile is tracing",
     next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile",
@@ -87,6 +89,7 @@ def _new(original: type, *args: Any) -> Any:
     return made.__new__(made, *args)
 
 
+_numbers = itertools.count(1)
 _made: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -114,7 +117,7 @@ def _make_init(original: type[nn.Module]) -> Any:
     def __init__(self: Any, *args: Any, actnn: ActNNConfig | str | None = None, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
         config = ActNNConfig.resolve(actnn)
-        join(self, Member("", policies(config, [""])[""], Session(config)))
+        join(self, Member("", policies(config, [""])[""], Session(config, next(_numbers))))
 
     __init__.__wrapped__ = original.__init__  # type: ignore[attr-defined]
     __init__.__doc__ = original.__init__.__doc__

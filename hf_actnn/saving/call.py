@@ -11,8 +11,19 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
-from hf_actnn.saving.identity import LAST, SAMPLE, fills_its_memory, is_dense, storage_key
-from hf_actnn.saving.kept import Blank, Exact, Geometry, Kept, Mask, Masked, Quantized, Recipe
+from hf_actnn.saving.identity import LAST, SAMPLE, storage_key
+from hf_actnn.saving.kept import (
+    Blank,
+    Exact,
+    Geometry,
+    Kept,
+    Mask,
+    Masked,
+    Quantized,
+    Recipe,
+    fills_its_memory,
+    is_dense,
+)
 
 if TYPE_CHECKING:
     from hf_actnn.saving.rules import Rule
@@ -45,6 +56,8 @@ class Slot:
                 message(
                     "a saved tensor was asked for before its operation had finished",
                     where=self.where,
+                    expected="backward() after the operation has returned",
+                    received="a request while it runs",
                     next_step="Do not call backward() inside the operation",
                 )
             )
@@ -196,7 +209,7 @@ class Call:
                     registry.learn(base, kept, rows)
                     found = registry.find(tensor)
                 if found is None:
-                    found = self.pack(tensor, rows)
+                    found = kept if base is tensor else self.pack(tensor, rows)
                     registry.learn(tensor, found, rows)
             slot.kept = found
             if isinstance(found, Exact):

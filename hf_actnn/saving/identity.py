@@ -6,14 +6,13 @@ from being used again, for as long as the registry lives: one forward pass.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_actnn.saving.kept import Kept, View
+from hf_actnn.saving.kept import Kept, View, fills_its_memory
 
 LAST, SAMPLE = "last", "sample"
 
@@ -33,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class _Entry:
-    __slots__ = ("weak", "version", "layout", "whole", "known")
+    __slots__ = ("weak", "version", "layout", "whole", "known", "closed")
 
     def __init__(self, weak: StorageWeakRef, version: int) -> None:
         self.weak = weak
@@ -41,30 +40,11 @@ class _Entry:
         self.layout: Layout | None = None
         self.whole: Kept | None = None
         self.known: dict[tuple, Kept] = {}
+        self.closed = False
 
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-@lru_cache(maxsize=4096)
-def is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether a tensor fills a stretch of memory without gaps or overlaps."""
-    expected = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size == 0:
-            return True
-        if size == 1:
-            continue
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def fills_its_memory(tensor: Tensor) -> bool:
-    """:func:`is_dense`, quick for the usual case."""
-    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
 
 
 def _view_key(tensor: Tensor) -> tuple:
@@ -77,13 +57,16 @@ class Registry:
     def __init__(self, weights: set[int]) -> None:
         self._entries: dict[int, _Entry] = {}
         self._weights = weights  # storages of parameters and buffers; alive as long as the model
-        self._derived: dict[int, StorageWeakRef] = {}
+        self._derived: dict[int, tuple[StorageWeakRef, int]] = {}
 
     # -- parameters, buffers, and what is computed from them alone ----------------------------------------------------
 
     def is_weight(self, tensor: Tensor) -> bool:
         key = storage_key(tensor)
-        return key in self._weights or key in self._derived
+        if key in self._weights:
+            return True
+        derived = self._derived.get(key)
+        return derived is not None and derived[1] == tensor._version  # since written to: it may hold anything
 
     def is_stored_weight(self, tensor: Tensor) -> bool:
         """Whether the bytes belong to the model itself."""
@@ -91,8 +74,8 @@ class Registry:
 
     def mark_derived(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._weights and storage._cdata not in self._derived:
-            self._derived[storage._cdata] = StorageWeakRef(storage)
+        if storage._cdata not in self._weights:
+            self._derived[storage._cdata] = (StorageWeakRef(storage), tensor._version)
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -106,10 +89,15 @@ class Registry:
             entry.version, entry.whole, entry.known = tensor._version, None, {}
         return entry
 
+    def close(self, tensor: Tensor) -> None:
+        """Trust nothing about this memory any more: ``tensor.data`` was read, and writes through it are not counted."""
+        entry = self._entry(tensor)
+        entry.layout, entry.whole, entry.known, entry.closed = None, None, {}, True
+
     def produced(self, tensor: Tensor, rows: str | None) -> None:
         """Note the shape in which an operation made a tensor, before views of it are saved."""
         entry = self._entry(tensor)
-        if entry.layout is None and fills_its_memory(tensor):
+        if entry.layout is None and not entry.closed and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
 
     def layout(self, tensor: Tensor) -> Layout | None:
@@ -142,6 +130,8 @@ class Registry:
     def learn(self, tensor: Tensor, kept: Kept, rows: str | None = None) -> None:
         """Remember that ``kept`` gives ``tensor`` back."""
         entry = self._entry(tensor)
+        if entry.closed:
+            return
         if entry.layout is None and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
         entry.known[_view_key(tensor)] = kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
+
+
+@lru_cache(maxsize=4096)
+def is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor fills a stretch of memory without gaps or overlaps."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 0:
+            return True
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """:func:`is_dense`, quick for the usual case."""
+    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
 
 
 class Kept:
@@ -215,7 +236,7 @@ class Recipe(Kept):
 
     def get(self) -> Tensor:
         values = [parent.get() for parent in self.parents]
-        if self.writes and not self.parents[0].fresh:
+        if self.writes and not (self.parents[0].fresh and fills_its_memory(values[0])):
             values[0] = values[0].clone()
         return self.geometry.fit(values[0] if self.function is None else self.function(*values))
 
@@ -239,7 +260,7 @@ class Masked(Kept):
 
     def get(self) -> Tensor:
         value = self.source.get()
-        if not self.source.fresh:
+        if not (self.source.fresh and fills_its_memory(value)):
             value = value.clone()
         value = self.geometry.fit(value)
         mask = self.mask

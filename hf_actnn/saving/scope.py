@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_actnn.saving.session import Session
 
 _thread = threading.local()
+_DATA = vars(torch._C.TensorBase)["data"]
 _GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
 
 
@@ -132,20 +133,21 @@ class Scope:
                 return rule.opened(*args, **kwargs)
         outer = self.call
         call = self.call = Call(self, function, rule, args, kwargs)
+        constant = self._from_weights_alone(call)  # asked before an in-place operation changes what it was given
         try:
             call.out = out = function(*args, **kwargs)
         finally:
             self.call = outer
-        self._finish(call)
+        self._finish(call, constant)
         return out
 
-    def _finish(self, call: Call) -> None:
+    def _finish(self, call: Call, constant: bool) -> None:
         out, rule = call.out, call.rule
         output = out[0] if isinstance(out, (tuple, list)) and out else out
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
             return
-        if self._from_weights_alone(call):
+        if constant:
             for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
                 if _has_storage(tensor):
                     self.registry.mark_derived(tensor)
@@ -170,7 +172,9 @@ class Scope:
             call.exact_rest(rule.exact_reason)
 
     def _from_weights_alone(self, call: Call) -> bool:
-        for tensor in tensors_in(call.args):
+        # Which of a weight's values an index picks may depend on data; they are the weight's all the same.
+        args = call.args[:1] if call.function is Tensor.__getitem__ else call.args
+        for tensor in tensors_in(args):
             if not _has_storage(tensor) or not self.registry.is_weight(tensor):
                 return False
         return all(
@@ -195,7 +199,11 @@ class _Watch(TorchFunctionMode):
         self._scope = scope
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if type(func) is _GETTER or func in rules.TRANSPARENT:
+        if type(func) is _GETTER:
+            if getattr(func, "__self__", None) is _DATA and _has_storage(args[0]):
+                self._scope.registry.close(args[0])
+            return func(*args, **(kwargs or {}))
+        if func in rules.TRANSPARENT and not (func is Tensor.__getitem__ and _gathers(args[1])):
             return func(*args, **(kwargs or {}))
         return self._scope.intercept(func, args, kwargs or {})
 
@@ -235,18 +243,29 @@ def _unpack(slot: Slot) -> Tensor:
 
 
 def _weights(root: torch.nn.Module) -> set[int]:
-    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion."""
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
+
+    Tensors that are plain attributes count too: the replicas of DataParallel, and modules whose parameters were
+    flattened into one, have their weights there.
+    """
     found: set[int] = set()
     seen: set[torch.nn.Module] = set()
     open_modules = [root]
     while open_modules:
         module = open_modules.pop()
         seen.add(module)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        attributes = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
             if tensor is not None and _has_storage(tensor):
                 found.add(tensor.untyped_storage()._cdata)
         open_modules.extend(child for child in module._modules.values() if child is not None and child not in seen)
     return found
+
+
+def _gathers(index: Any) -> bool:
+    """Whether indexing with this copies what it picks, where plain indices and slices make a view."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return not all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
 
 
 def _has_storage(tensor: Tensor) -> bool:

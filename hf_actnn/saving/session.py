@@ -34,11 +34,17 @@ class Observation(NamedTuple):
 class Session:
     """Configuration, random counters and the last observation of a converted model.
 
-    Random streams are numbered by (forward pass, tensor) under a key made of (seed, rank).
+    Random streams are numbered by (forward pass, tensor) under a key made of (seed, rank, number).
+
+    Args:
+        config: of the model.
+        number: tells sessions of one seed apart. 0 for every model that is converted, so that a seed gives the same run
+            again; layers made one by one count up, or all layers of one model would round alike.
     """
 
-    def __init__(self, config: ActNNConfig) -> None:
+    def __init__(self, config: ActNNConfig, number: int = 0) -> None:
         self.config = config
+        self.number = number
         self._steps = itertools.count()
         self.last: list[Observation] = []
 
@@ -46,7 +52,7 @@ class Session:
         rank = 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
-        return _mix(_mix(self.config.seed) ^ rank)
+        return _mix(_mix(self.config.seed) ^ rank ^ self.number << 32)
 
     def next_step(self) -> int:
         return next(self._steps) & 0xFFFFFFFF
@@ -55,10 +61,10 @@ class Session:
         self.last = [Observation(*key, *counts) for key, counts in notes.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "step": self._peek()}
+        return {"config": self.config, "number": self.number, "step": self._peek()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"])  # type: ignore[misc]
+        self.__init__(state["config"], state["number"])  # type: ignore[misc]
         self._steps = itertools.count(state["step"])
 
     def _peek(self) -> int:

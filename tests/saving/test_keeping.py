@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_actnn
+from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import rules
 from hf_actnn.saving.call import row_length
 from tests.saving.bench import Bench, kinds, run
@@ -321,3 +323,128 @@ def test_every_rule_says_why_it_is_bounded():
 def test_a_misspelt_function_is_an_error():
     with pytest.raises(AttributeError, match="geluu"):
         rules.functions("geluu")
+
+
+# -- memory that changes behind the registry's back --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda y: y.data[:, :32].zero_(), lambda y: y.data.mul_(0.1), lambda y: y.detach()[:, :32].zero_()],
+    ids=["part", "all", "detached"],
+)
+@pytest.mark.parametrize(
+    "before", [lambda x: F.gelu(x + 0), lambda x: F.relu_(F.layer_norm(x, (64,)))], ids=["gelu", "relu_"]
+)
+def test_a_recipe_is_not_trusted_after_a_write_that_no_version_counts(before, edit):
+    def function(m, x):
+        y = before(x)
+        with torch.no_grad():
+            edit(y)
+        return F.linear(y, m.w)
+
+    model, x = Bench(function, w=torch.randn(16, 64)), torch.randn(32, 64)
+    y = before(x)
+    with torch.no_grad():
+        edit(y)
+    projection = torch.randn(32, 16, generator=torch.Generator().manual_seed(9))
+    expected = projection.T @ y
+    hf_actnn.convert(model, bits=8, min_numel=0)
+    out = model(x)
+    out.backward(projection)
+    assert (model.w.grad - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_constant_that_was_filled_with_data_is_data():
+    def function(m, x):
+        buffer = torch.zeros(32, 64)
+        buffer[:] = x
+        return F.linear(F.gelu(F.linear(buffer, m.v)), m.w)
+
+    model = hf_actnn.convert(Bench(function, v=torch.randn(64, 64), w=torch.randn(16, 64)), bits=4, min_numel=0)
+    run(model, [torch.randn(32, 64)])
+    assert not any(row.reason.startswith("computed from") for row in hf_actnn.report(model).left_alone)
+
+
+def test_a_weight_changed_in_place_before_use_is_still_a_weight():
+    def function(m, x):
+        return F.linear(x, (m.w * 1).mul_(2).add_(1))
+
+    model, x = Bench(function, w=torch.randn(16, 64)), torch.randn(32, 64)
+    _, exact = run(model, [x])
+    _, found = run(hf_actnn.convert(model, bits=2, min_numel=0), [x])
+    assert torch.equal(found["x0"], exact["x0"])
+
+
+# -- weights that are no parameters of the module ------------------------------------------------------------
+
+
+def _gathered(m, x):
+    return F.linear(x, m.w[torch.tensor([3, 1, 2, 5])])
+
+
+def _replica(m, x):
+    return F.linear(x, m.copied)
+
+
+@pytest.mark.parametrize("function", [_gathered, _replica], ids=["gathered", "a plain attribute"])
+def test_weights_of_other_kinds_are_exact(function):
+    model, x = Bench(function, w=torch.randn(16, 64)), torch.randn(32, 64)
+    model.__dict__["copied"] = torch.randn(4, 64, requires_grad=True) * 1  # as nn.DataParallel's replicas have it
+    _, exact = run(model, [x])
+    hf_actnn.convert(model, bits=2, min_numel=0)
+    model.copied = model.__dict__["copied"].detach().requires_grad_() * 1
+    _, found = run(model, [x])
+    assert torch.equal(found["x0"], exact["x0"])
+
+
+# -- awkward arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [(0.0, torch.inf), (-torch.inf, 0.0), (-torch.inf, torch.inf), (-1.0, 1.0)])
+def test_hardtanh_with_open_ends(limits):
+    model, x = Bench(lambda m, x: F.hardtanh(x, *limits)), torch.randn(4, 100)
+    _, exact = run(model, [x])
+    _, found = run(hf_actnn.convert(model, bits=2, min_numel=0), [x])
+    assert torch.equal(found["x0"], exact["x0"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, F.silu, lambda x: F.layer_norm(x, (64,)), F.relu],
+    ids=["gelu", "silu", "layer_norm", "relu"],
+)
+def test_expanded_inputs_are_rebuilt_apart(function):
+    """A rebuilt tensor is changed in place; where its elements share memory, a copy of it is."""
+
+    def forward(m, x):
+        return F.linear(function((x + 0).mean(1, keepdim=True).expand(-1, 9, -1)), m.w)
+
+    model, x = Bench(forward, w=torch.randn(16, 64)), torch.randn(8, 9, 64)
+    _, exact = run(model, [x])
+    _, found = run(hf_actnn.convert(model, bits=8, min_numel=0), [x])
+    assert (found["w"] - exact["w"]).norm() < 0.02 * exact["w"].norm()
+
+
+def test_pooling_holds_only_what_is_counted():
+    model, x = Bench(lambda m, x: F.max_pool1d(x, 2)), torch.randn(1, 1, 40_000)
+    hf_actnn.convert(model, bits=2, min_numel=0)
+    gc.collect()
+    before = {id(value) for value in gc.get_objects() if isinstance(value, torch.Tensor)}
+    out = model(x.requires_grad_())
+    gc.collect()
+    alive = [v for v in gc.get_objects() if isinstance(v, torch.Tensor) and id(v) not in before and v is not out]
+    assert sum(value.untyped_storage().nbytes() for value in alive) < 20_000 * 4
+
+
+def test_layers_made_one_by_one_draw_apart_and_a_seed_repeats_a_run():
+    codes = []
+    for layer in (hf_actnn.nn.Linear(64, 8), hf_actnn.nn.Linear(64, 8)):
+        codes.append(membership(layer).session.key())
+    assert codes[0] != codes[1]
+    x, w = torch.randn(32, 64), torch.randn(8, 64)
+    gradients = []
+    for _ in range(2):
+        model = hf_actnn.convert(Bench(lambda m, x: F.linear(x, m.w), w=w), bits=2, min_numel=0, seed=3)
+        gradients.append(run(model, [x])[1]["w"])
+    assert torch.equal(*gradients)

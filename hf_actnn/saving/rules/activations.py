@@ -7,6 +7,7 @@ keep the exact piece of each value, in one bit: a derivative must never be read 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +126,26 @@ LEAKY_RELU = register(
 
 def _keep_between(call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor]) -> None:
     """The derivative is constant between two corners and zero outside: one bit."""
+    on, off = _inside_and_outside(low, high)
     for slot, tensor in call.open_slots():
-        call.mask(slot, tensor, predicate, low, high, on=(low + high) / 2, off=low - 1.0)
+        limit = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
+        if off is not None and not max(abs(on), abs(off)) + 1 < limit:
+            continue
+        if off is None:
+            off = on  # nothing lies outside
+        call.mask(slot, tensor, predicate, low, high, on=on, off=off)
         call.output_recipe(call.name, again, [call.before])
+
+
+def _inside_and_outside(low: float, high: float) -> tuple[float, float | None]:
+    """A finite value strictly between the corners and one beyond them; None for the latter where there are none."""
+    if math.isinf(low) and math.isinf(high):
+        return 0.0, None
+    if math.isinf(low):
+        return high - 1.0, high + 1.0
+    if math.isinf(high):
+        return low + 1.0, low - 1.0
+    return (low + high) / 2, low - 1.0
 
 
 def _keep_hardtanh(call: Call) -> None:

@@ -119,6 +119,18 @@ def _again(
     if enable_gqa:
         options["enable_gqa"] = True
 
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        if query.device.type == "cpu":
+            # By name: choosing a backend sets flags of the whole process, which other threads would meet.
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+            )
+        else:
+            with sdpa_kernel(backend):
+                F.scaled_dot_product_attention(query, key, value, mask, **options)
+
     def run(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> list[Tensor]:
         saved: list[Tensor] = []
 
@@ -135,10 +147,9 @@ def _again(
         with (
             torch.enable_grad(),
             torch.autocast(device, enabled=False),
-            sdpa_kernel(backend),
             torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index]),
         ):
-            F.scaled_dot_product_attention(query, key, value, rest[0] if rest else None, **options)
+            attend(query, key, value, rest[0] if rest else None)
         if len(saved) != count:
             raise SavedTensorError(
                 message(
@@ -198,14 +209,23 @@ ATTENTION = register(
 
 def _opened(function: Callable) -> Callable:
     """A composite written in Python, without its own dispatch, so that its parts are seen one by one."""
-    namespace = dict(function.__globals__)
-    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-        namespace[name] = lambda *_: False
-    copy = types.FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    hidden = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        # The globals of this moment: users put functions of their own into torch.nn.functional.
+        copy = types.FunctionType(
+            function.__code__,
+            {**function.__globals__, **hidden},
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy(*args, **kwargs)
+
+    return opened
 
 
 MULTI_HEAD = register(

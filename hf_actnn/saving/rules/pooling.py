@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,16 +71,22 @@ def _each(value: Any, dimensions: int) -> list[int]:
     return value * dimensions if len(value) == 1 else value
 
 
-def _pool_windows(call: Call, dimensions: int, output: Sequence[int], device: torch.device) -> list[Windows]:
+def _pool_windows(
+    call: Call, dimensions: int, output: Sequence[int], device: torch.device
+) -> Callable[[], list[Windows]]:
     at = call.argument
     kernel = _each(at(1, "kernel_size"), dimensions)
     stride = at(2, "stride")
     steps = _each(stride, dimensions) if stride not in (None, [], ()) else kernel
     padding, dilation = _each(at(3, "padding", 0), dimensions), _each(at(4, "dilation", 1), dimensions)
-    return [
-        Windows(torch.arange(output[i], device=device) * steps[i] - padding[i], dilation[i], kernel[i])
-        for i in range(dimensions)
-    ]
+
+    def make() -> list[Windows]:
+        return [
+            Windows(torch.arange(output[i], device=device) * steps[i] - padding[i], dilation[i], kernel[i])
+            for i in range(dimensions)
+        ]
+
+    return make
 
 
 def _adaptive_windows(sizes: Sequence[int], output: Sequence[int], device: torch.device) -> list[Windows]:
@@ -101,11 +108,12 @@ def _keep_max(call: Call, dimensions: int, adaptive: bool) -> None:
             continue
         indices = tensor
         output = list(call.output.shape[-dimensions:])
-        windows = (
-            _adaptive_windows(sizes, output, indices.device)
+        make = (
+            partial(_adaptive_windows, sizes, output, indices.device)
             if adaptive
             else _pool_windows(call, dimensions, output, indices.device)
         )
+        windows = make()
         count = math.prod(window.length for window in windows)
         if count > 256:
             continue
@@ -115,10 +123,11 @@ def _keep_max(call: Call, dimensions: int, adaptive: bool) -> None:
         places = plane.encode(indices.reshape(shape))
         geometry, coded = Geometry(indices), places.shape
 
+        # Made again when asked for: a plane holds an index per output position.
         def decode(
-            flat: Tensor, plane: _Plane = plane, geometry: Geometry = geometry, coded: torch.Size = coded
+            flat: Tensor, make: Callable = make, geometry: Geometry = geometry, coded: torch.Size = coded
         ) -> Tensor:
-            return geometry.fit(plane.decode(flat.view(coded)))
+            return geometry.fit(_Plane(sizes, make()).decode(flat.view(coded)))
 
         call.keep(slot, Offsets(codec.pack_uint(places.reshape(-1), bits), bits, places.numel(), decode))
 
