@@ -66,7 +66,7 @@ class BuildKernels(build_ext):
             bar = "*" * 100
             print(
                 f"{bar}\nThe compiled kernels could not be built: {error}\n"
-                "Installing without them: hf_actnn will work, some 50 to 100 times slower in packing activations.\n"
+                "Installing without them: hf_actnn will work, 10 to 100 times slower in packing activations.\n"
                 f"HF_ACTNN_BUILD=cpu makes this an error.\n{bar}",
                 file=sys.stderr,
             )

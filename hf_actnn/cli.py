@@ -55,7 +55,7 @@ def _print_environment(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, for `main` and for the documentation's tests."""
+    """The command line."""
     top = argparse.ArgumentParser(prog="hf-actnn", description="Compressed activations for vision models.")
     commands = top.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="print versions, the machine and the kernels in use")

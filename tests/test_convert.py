@@ -228,3 +228,41 @@ def test_scripted_parts_are_left_alone():
     assert "quantized" in {row.kept for row in hf_actnn.report(model).rows if row.kind == "gelu"}
     hf_actnn.revert(model)
     assert not hf_actnn.is_converted(model)
+
+
+class _Sealed(type):
+    """A metaclass that lets nobody derive from its classes."""
+
+    def __new__(mcs, name, bases, names):
+        if any(isinstance(base, mcs) for base in bases):
+            raise TypeError(f"{bases[-1].__name__} is final")
+        return super().__new__(mcs, name, bases, names)
+
+
+class _Final(nn.Module, metaclass=_Sealed):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("level", [None, "L1"])
+def test_a_class_that_takes_no_subclass_leaves_the_model_as_it_was(level):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    if level is not None:
+        hf_actnn.convert(model, level)
+    model.append(_Final())
+    before = [(type(module), dict(module.__dict__).get("_actnn")) for module in model.modules()]
+    with pytest.raises(ConversionError, match=r"(?s)2.*_Final: TypeError: _Final is final.*without this module"):
+        hf_actnn.convert(model, "L2")
+    assert [(type(module), module.__dict__.get("_actnn")) for module in model.modules()] == before
+
+
+def test_parts_converted_one_by_one_are_all_reported():
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.GELU()), nn.Linear(64, 64), hf_actnn.nn.Linear(64, 64))
+    hf_actnn.convert(model[0], bits=2, min_numel=0)
+    hf_actnn.convert(model[1], bits=2, min_numel=0)
+    model(torch.randn(32, 64)).sum().backward()
+    assert {row.module for row in hf_actnn.report(model).rows} == {"0.0", "0.1", "1", "2"}

@@ -1,8 +1,6 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <exception>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>

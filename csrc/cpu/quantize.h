@@ -165,7 +165,7 @@ inline void scaled_differences(const float* x, int64_t n, float minimum, float s
 }
 
 // Brings the next batch to the second-level cache while this one computes: the hardware's prefetcher stops at the
-// pauses between loads. A core has a dozen line buffers, so what it asks for has to be spread over all of the work.
+// pauses between loads. A core has a dozen line buffers, so what it asks for has to be spread over the three passes.
 class Ahead {
  public:
   Ahead(const char* first, int64_t nbytes) : next_(first), end_(first + nbytes) {}

@@ -34,7 +34,7 @@ def module() -> ModuleType | None:
         _warned = True
         warnings.warn(
             message(
-                "The compiled CPU kernels are missing, so plain torch packs and unpacks, some 50 to 100 times slower",
+                "The compiled CPU kernels are missing, so plain torch packs and unpacks, 10 to 100 times slower",
                 expected=f"a module {NAME}",
                 next_step=_BUILD,
             ),

@@ -34,6 +34,7 @@ _CODE = {
     torch.int32: 6,
     torch.int64: 7,
 }
+_CONVERT = "Ask for one of these, and convert the result"
 _PREDICATE = {name: index for index, name in enumerate(reference.PREDICATES)}
 
 
@@ -147,15 +148,20 @@ def _check_dequantize(
             where="meta",
             expected=str(codes.device),
             received=str(meta.device),
+            next_step="Move one of them",
         )
     if dtype not in FLOATS:
-        _fail("Unsupported dtype", where="dtype", expected=_names(FLOATS), received=str(dtype))
+        _fail("Unsupported dtype", where="dtype", expected=_names(FLOATS), received=str(dtype), next_step=_CONVERT)
 
 
 def _check_pack_mask(x: Tensor, predicate: str) -> None:
     if predicate not in _PREDICATE:
         _fail(
-            "No such predicate", where="predicate", expected=", ".join(reference.PREDICATES), received=repr(predicate)
+            "No such predicate",
+            where="predicate",
+            expected=", ".join(reference.PREDICATES),
+            received=repr(predicate),
+            next_step="docs/codec.md says what each of them means",
         )
     _check_flat(x, "x", _MASK_INPUTS if predicate == "nonzero" else FLOATS)
 
@@ -163,14 +169,16 @@ def _check_pack_mask(x: Tensor, predicate: str) -> None:
 def _check_unpack_mask(codes: Tensor, numel: int, dtype: torch.dtype) -> None:
     _check_codes(codes, reference.uint_nbytes(numel, 1))
     if dtype not in _MASK_OUTPUTS:
-        _fail("Unsupported dtype", where="dtype", expected=_names(_MASK_OUTPUTS), received=str(dtype))
+        _fail(
+            "Unsupported dtype", where="dtype", expected=_names(_MASK_OUTPUTS), received=str(dtype), next_step=_CONVERT
+        )
 
 
 def _check_unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> None:
     check_bits(bits)
     _check_codes(codes, reference.uint_nbytes(numel, bits))
     if dtype not in INTS:
-        _fail("Unsupported dtype", where="dtype", expected=_names(INTS), received=str(dtype))
+        _fail("Unsupported dtype", where="dtype", expected=_names(INTS), received=str(dtype), next_step=_CONVERT)
 
 
 def _direct(x: Tensor) -> Any:

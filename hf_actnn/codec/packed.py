@@ -206,7 +206,15 @@ def quantize(
             )
         )
     if code not in CODES:
-        raise CodecError(message("No such code", where="code", expected=", ".join(CODES), received=repr(code)))
+        raise CodecError(
+            message(
+                "No such code",
+                where="code",
+                expected=", ".join(CODES),
+                received=repr(code),
+                next_step="Add it to hf_actnn.codec.CODES",
+            )
+        )
     if x.requires_grad:
         x = x.detach()
     contiguous = x.is_contiguous()

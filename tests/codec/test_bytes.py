@@ -9,7 +9,7 @@ kernels = pytest.importorskip("hf_actnn._native_cpu")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 VARIANTS = kernels.supported()
-# 31 to 33: around a vector of codes; 255 to 257: around a superblock of dither and a full group; 257 also makes two
+# 31 to 33: around a vector of codes; 255 to 257: around blocks of dither and a full group; 257 also makes two
 # groups.
 SMALL = (0, 1, 31, 32, 33, 255, 256, 257)
 # Prime, so no group or chunk of it is even; large enough for four threads.

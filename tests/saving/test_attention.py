@@ -49,18 +49,21 @@ def test_error_stays_bounded(std, bits):
     hf_actnn.convert(model, bits=bits, min_numel=0)
     _, found = run(model, [q, k, v])
     names = ["x0", "x1", "x2"]
-    assert error([found[n] for n in names], [exact[n] for n in names]) < (3 if bits == 2 else 0.5)
+    # Half as much again as was measured; with an exact logsumexp it is 2.7 at (1, 2), 1.1 at (4, 4), 18,000 at (4, 2).
+    bound = {(0.3, 2): 0.9, (1.0, 2): 1.8, (4.0, 2): 1.9, (0.3, 4): 0.17, (1.0, 4): 0.3, (4.0, 4): 0.6}[std, bits]
+    assert error([found[n] for n in names], [exact[n] for n in names]) < bound
 
 
-def test_naive_way_explodes():
-    """What the rule is for: without it the same codes give gradients that are wrong by orders of magnitude."""
-    q, k, v = inputs(4.0)
+@pytest.mark.parametrize(("std", "least"), [(1.0, 2), (4.0, 1e3)])
+def test_naive_way_explodes(std, least):
+    """What the rule is for: without it the same codes give gradients that are wrong, by orders of magnitude at last."""
+    q, k, v = inputs(std)
     model = Bench(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v))
     _, exact = run(model, [q, k, v])
     exact = [exact[name] for name in ("x0", "x1", "x2")]
     cotangent = torch.randn(q.shape, generator=torch.Generator().manual_seed(9))
     assert error(naive_gradients(q, k, v, cotangent, 8), exact) < 0.2  # the formula itself is right
-    assert error(naive_gradients(q, k, v, cotangent, 2), exact) > 1e3
+    assert error(naive_gradients(q, k, v, cotangent, 2), exact) > least
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])

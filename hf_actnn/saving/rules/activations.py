@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from hf_actnn.saving.call import Call
 
 
-def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], Tensor]]) -> Rule:
+def _smooth(
+    names: tuple[str, ...],
+    again: Callable[[Call], Callable[[Tensor], Tensor]],
+    bounded: str = "the derivative is bounded and continuous in the input",
+) -> Rule:
     """A rule for a function that saves its input and whose derivative is bounded in it.
 
     Args:
@@ -39,7 +43,7 @@ def _smooth(names: tuple[str, ...], again: Callable[[Call], Callable[[Tensor], T
             call.output_recipe(call.name, again(call), [kept], writes=True)
 
     return register(
-        Rule(names[0], keep, bounded="the derivative is bounded and continuous in the input", needs_before=True),
+        Rule(names[0], keep, bounded=bounded, needs_before=True),
         functions(*names),
     )
 
@@ -66,8 +70,10 @@ def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
 GELU = _smooth(("gelu",), _gelu)
 SILU = _smooth(("silu",), _plain(F.silu))
 MISH = _smooth(("mish",), _plain(F.mish))
-HARDSWISH = _smooth(("hardswish",), _plain(F.hardswish))
-ELU = _smooth(("elu",), _elu)
+HARDSWISH = _smooth(
+    ("hardswish",), _plain(F.hardswish), "the derivative lies in [-0.5, 1.5], with jumps of 0.5 at -3 and 3"
+)
+ELU = _smooth(("elu",), _elu, "the derivative lies between 0 and max(1, alpha)")
 SOFTPLUS = _smooth(("softplus",), _softplus)
 
 
