@@ -135,6 +135,17 @@ void affine(uintptr_t values, int64_t numel, int64_t channels, int64_t inner, ui
   run(numel / inner, numel, threads, [&](int64_t first, int64_t last) { kernels->affine(args, first, last); });
 }
 
+void normalize(uintptr_t values, int64_t numel, int64_t width, uintptr_t mean, uintptr_t factor, uintptr_t weight,
+               uintptr_t bias, int threads) {
+  const NormalizeArgs args{pointer<const float>(mean),
+                           pointer<const float>(factor),
+                           pointer<const float>(weight),
+                           pointer<const float>(bias),
+                           width,
+                           pointer<float>(values)};
+  run(numel / width, numel, threads, [&](int64_t first, int64_t last) { kernels->normalize(args, first, last); });
+}
+
 void pack_uint(uintptr_t values, int64_t numel, int bits, uintptr_t codes, int threads) {
   const PackUintArgs args{pointer<const uint8_t>(values), numel, bits, pointer<uint8_t>(codes)};
   run(ceil_div(numel, kMaskGroup), numel, threads,
@@ -172,6 +183,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("unpack_mask", &unpack_mask);
   m.def("scale_by_mask", &scale_by_mask);
   m.def("affine", &affine);
+  m.def("normalize", &normalize);
   m.def("pack_uint", &pack_uint);
   m.def("unpack_uint", &unpack_uint);
 }

@@ -1,4 +1,4 @@
-// Values times a scale plus a shift of their channel. Include after the Simd of a variant.
+// Values times a scale plus a shift, of their channel or of their row and place. Include after the Simd of a variant.
 #pragma once
 
 #include "kernels.h"
@@ -31,6 +31,40 @@ void affine(const AffineArgs& args, int64_t first, int64_t last) {
     for (; i + W <= args.inner; i += W) Simd::store(x + i, Simd::add(Simd::mul(Simd::load(x + i), scale), shift));
     for (; i < args.inner; ++i) x[i] = x[i] * a + b;
   }
+}
+
+template <bool Weight, bool Bias>
+void normalize_rows(const NormalizeArgs& args, int64_t first, int64_t last) {
+  constexpr int W = Simd::W;
+  for (int64_t row = first; row < last; ++row) {
+    const float m = args.mean[row], f = args.factor[row];
+    const Simd::F mean = Simd::set1(m), factor = Simd::set1(f);
+    float* x = args.values + row * args.width;
+    int64_t i = 0;
+    for (; i + W <= args.width; i += W) {
+      Simd::F v = Simd::mul(Simd::sub(Simd::load(x + i), mean), factor);
+      if (Weight) v = Simd::mul(v, Simd::load(args.weight + i));
+      if (Bias) v = Simd::add(v, Simd::load(args.bias + i));
+      Simd::store(x + i, v);
+    }
+    for (; i < args.width; ++i) {
+      float v = (x[i] - m) * f;
+      if (Weight) v *= args.weight[i];
+      if (Bias) v += args.bias[i];
+      x[i] = v;
+    }
+  }
+}
+
+void normalize(const NormalizeArgs& args, int64_t first, int64_t last) {
+  if (args.weight != nullptr && args.bias != nullptr)
+    normalize_rows<true, true>(args, first, last);
+  else if (args.weight != nullptr)
+    normalize_rows<true, false>(args, first, last);
+  else if (args.bias != nullptr)
+    normalize_rows<false, true>(args, first, last);
+  else
+    normalize_rows<false, false>(args, first, last);
 }
 
 }  // namespace

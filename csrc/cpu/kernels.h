@@ -59,6 +59,13 @@ struct AffineArgs {
   float* values;            // [..., channels, inner], in place
 };
 
+struct NormalizeArgs {
+  const float *mean, *factor;  // [rows]
+  const float *weight, *bias;  // [width], or null
+  int64_t width;
+  float* values;  // [rows, width], in place
+};
+
 struct PackUintArgs {
   const uint8_t* values;
   int64_t numel;
@@ -81,7 +88,8 @@ struct Kernels {
   void (*pack_mask)(const PackMaskArgs&, int64_t first, int64_t last);  // groups of 256 elements, here and below
   void (*unpack_mask)(const UnpackMaskArgs&, int64_t first, int64_t last);
   void (*scale_by_mask)(const ScaleByMaskArgs&, int64_t first, int64_t last);
-  void (*affine)(const AffineArgs&, int64_t first, int64_t last);  // runs of inner values
+  void (*affine)(const AffineArgs&, int64_t first, int64_t last);        // runs of inner values
+  void (*normalize)(const NormalizeArgs&, int64_t first, int64_t last);  // rows
   void (*pack_uint)(const PackUintArgs&, int64_t first, int64_t last);
   void (*unpack_uint)(const UnpackUintArgs&, int64_t first, int64_t last);
 };

@@ -1,7 +1,7 @@
 """A tensor in a few bits per element, and back. Knows torch; knows nothing of modules or of autograd."""
 
 from hf_actnn.codec.buffers import dropped, release, settle
-from hf_actnn.codec.inplace import channel_affine_, scale_by_mask_
+from hf_actnn.codec.inplace import channel_affine_, normalize_, scale_by_mask_
 from hf_actnn.codec.ops import pack_mask, pack_uint, unpack_mask, unpack_uint
 from hf_actnn.codec.packed import CODES, Code, PackedTensor, default_row_length, packed_nbytes, quantize
 
@@ -12,6 +12,7 @@ __all__ = [
     "channel_affine_",
     "default_row_length",
     "dropped",
+    "normalize_",
     "pack_mask",
     "pack_uint",
     "packed_nbytes",

@@ -62,6 +62,41 @@ def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return values
 
 
+def normalize_(values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(values - mean) * factor * weight + bias`` by row.
+
+    Args:
+        values: ``[..., *normalized]``.
+        mean: ``[..., 1, 1]``: as many dimensions, of size one where the rows run.
+        factor: the same shape, the reciprocal of the standard deviation.
+        weight: ``[*normalized]`` or None.
+        bias: ``[*normalized]`` or None.
+
+    Returns:
+        ``values``, changed in place.
+    """
+    parts = [part for part in (mean, factor, weight, bias) if part is not None]
+    plain = all(part.dtype == torch.float32 and part.is_contiguous() for part in (values, *parts))
+    width = values.numel() // mean.numel() if mean.numel() else 0
+    kernels = ops._direct(values) if plain and width and all(part.is_cpu for part in parts) else None
+    if kernels is None:
+        values.sub_(mean).mul_(factor)
+        if weight is not None:
+            values.mul_(weight)
+        return values if bias is None else values.add_(bias)
+    kernels.normalize(
+        values.data_ptr(),
+        values.numel(),
+        width,
+        mean.data_ptr(),
+        factor.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
 def _inner(values: Tensor) -> int:
     """How many values of a channel lie side by side; 0 where storage has no such order, or nothing in it."""
     if values.numel() == 0:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_actnn.codec import channel_affine_, native, pack_mask, scale_by_mask_
+from hf_actnn.codec import channel_affine_, native, normalize_, pack_mask, scale_by_mask_
 
 
 @pytest.fixture(params=native.module().supported() if native.module() else [])
@@ -67,3 +67,21 @@ def test_channel_affine(variant, threads, shape, layout):
 
 def test_channel_affine_of_nothing():
     assert channel_affine_(torch.empty(0, 3, 2, 2), torch.ones(3), torch.ones(3)).numel() == 0
+
+
+# Narrower and wider than a vector, and two threads' worth.
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 16), (7, 4, 97), (300, 192)])
+@pytest.mark.parametrize("has", [(True, True), (True, False), (False, True), (False, False)])
+def test_normalize(variant, threads, shape, has):
+    x, mean, factor = torch.randn(shape), torch.randn(*shape[:-1], 1), torch.rand(*shape[:-1], 1)
+    weight, bias = (torch.randn(shape[-1]) if one else None for one in has)
+    expected = (x - mean) * factor * (1 if weight is None else weight) + (0 if bias is None else bias)
+    torch.testing.assert_close(normalize_(x.clone(), mean, factor, weight, bias), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_normalize_over_several_dimensions_and_strides():
+    x, mean, factor = torch.randn(4, 5, 6, 7), torch.randn(4, 1, 1, 1), torch.rand(4, 1, 1, 1)
+    weight = torch.randn(5, 6, 7)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = normalize_(x.clone(memory_format=layout), mean, factor, weight, None)
+        torch.testing.assert_close(found, (x - mean) * factor * weight, rtol=1e-5, atol=1e-6)

@@ -157,10 +157,19 @@ def _keep_layer_norm(call: Call) -> None:
         return
     mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
 
-    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-        return value.sub_(middle).mul_(scale)
+    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
-    _register_output(call, source, [mean, factor], weight, bias, normalise, lambda parameter: parameter)
+    def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
+        return codec.normalize_(
+            _widened(value, scale),
+            middle,
+            scale,
+            parameters[0] if has_weight else None,
+            parameters[-1] if has_bias else None,
+        )
+
+    parents = [source, mean, factor, *_parameters(call, weight, bias)]
+    call.output_recipe(call.name, rebuild, parents, writes=True)
 
 
 def _keep_group_norm(call: Call) -> None:
