@@ -12,6 +12,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -146,6 +147,7 @@ def main() -> None:
                 logging_strategy="epoch",
                 save_strategy="no",
                 report_to="none",
+                disable_tqdm=not sys.stderr.isatty(),  # a log would get a line per step
                 use_cpu=True,
                 seed=0,
             ),
