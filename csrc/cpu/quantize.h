@@ -157,11 +157,15 @@ ALWAYS_INLINE void round_group(const Differences d, Simd::F r, const uint32_t* w
 }
 
 // (x - minimum) * scale of one group.
-inline void scaled_differences(const float* x, int64_t n, float minimum, float scale, float* out) {
+template <bool Scaled>
+void differences_of(const float* x, int64_t n, float minimum, float scale, float* out) {
   const Simd::F m = Simd::set1(minimum), s = Simd::set1(scale);
   int64_t i = 0;
-  for (; i + Simd::W <= n; i += Simd::W) Simd::store(out + i, Simd::mul(Simd::sub(Simd::load(x + i), m), s));
-  for (; i < n; ++i) out[i] = (x[i] - minimum) * scale;
+  for (; i + Simd::W <= n; i += Simd::W) {
+    const Simd::F d = Simd::sub(Simd::load(x + i), m);
+    Simd::store(out + i, Scaled ? Simd::mul(d, s) : d);
+  }
+  for (; i < n; ++i) out[i] = Scaled ? (x[i] - minimum) * scale : x[i] - minimum;
 }
 
 // Brings the next batch to the second-level cache while this one computes: the hardware's prefetcher stops at the
@@ -204,7 +208,7 @@ __attribute__((noinline)) void round_batch(const Rounding& job) {
       continue;
     }
     if (!Simd::kModed && job.batch.scale[i] != 1.0f) {
-      scaled_differences(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
+      differences_of<true>(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
       d = Differences{scaled, Simd::set1(0.0f)};
     }
     round_group<Bits>(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * 16, n, codes, out);
@@ -253,7 +257,8 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
       each = start;
       for (int i = 0; i < batch.count; ++i, each.next()) {
         const int64_t at = each.position - start.position;
-        scaled_differences(x + at, each.size(), batch.minimum[i], batch.scale[i], differences + at);
+        const auto write = batch.scale[i] == 1.0f ? differences_of<false> : differences_of<true>;
+        write(x + at, each.size(), batch.minimum[i], batch.scale[i], differences + at);
       }
       x = differences;
     }
