@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +89,7 @@ def _new(original: type, *args: Any) -> Any:
 
 
 _numbers = itertools.count(1)
-_made: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+_made: dict[type, type] = {}  # for good: a counterpart refers to its original, so a weak key would never die
 
 
 def counterpart(original: type[nn.Module]) -> Any:
