@@ -25,8 +25,9 @@ enum Predicate : int { kNotLe, kGt, kInside, kStrictInside, kNonzero };
 
 constexpr int kMaxGroup = 4096;
 constexpr int kMaskGroup = 256;
-constexpr int kDitherBlock = 64;  // elements that four generator calls serve
-constexpr int kRounds = 7;
+constexpr int kDitherBlock = 256;  // elements that four generator calls serve
+constexpr int kDitherRun = 64;     // of them, those that take one rotation of the calls' words
+constexpr int kRounds = 10;
 constexpr float kExactFrom = 0x1p126f;
 constexpr float kSmallStep = 0x1p-64f;
 constexpr float kScaleUp = 0x1p64f;
@@ -112,7 +113,12 @@ struct GroupScale {
   float scale, reciprocal;
 };
 
-// Without branches, so that loops over groups vectorise.
+// A choice by bits: gcc makes branches of the conditional operator here, and then vectorises no loop over groups.
+HF_ACTNN_HD float either(bool first, float a, float b) {
+  const uint32_t mask = 0u - (uint32_t)first;
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
 HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
   const float nan = float_of(0x7FC00000u), inf = float_of(0x7F800000u);
   const bool broken = has_nan | (hi == inf) | (lo == -inf);
@@ -123,24 +129,24 @@ HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
   const float span = hi - minimum + 0.0f;
   // A subnormal quotient would lose bits, even become 0: small ones are taken scaled up, and rounded upwards by hand.
   const bool small = span < kSmallStep;
-  const float quotient = (small ? span * kScaleUp : span) / top;
-  const float nearest = small ? quotient * kSmallStep : quotient;
+  const float quotient = span * either(small, kScaleUp, 1.0f) / top;
+  const float nearest = quotient * either(small, kSmallStep, 1.0f);
   const bool below = small & (nearest * kScaleUp < quotient);
-  const float step = bf16_up(float_of(bits_of(nearest) + (below ? 1u : 0u)));
+  const float step = bf16_up(float_of(bits_of(nearest) + (uint32_t)below));
   const bool tiny = step < kSmallStep;
   const bool zero = bad | (step == 0.0f);
-  const float divisor = tiny ? step * kScaleUp : step;
+  const float scale = either(tiny, kScaleUp, 1.0f);
   GroupScale s;
-  s.minimum = bad ? nan : minimum;
-  s.step = broken ? nan : exact ? -1.0f : step;
-  s.scale = zero ? 0.0f : tiny ? kScaleUp : 1.0f;
-  s.reciprocal = zero ? 0.0f : 1.0f / (zero ? 1.0f : divisor);
+  s.minimum = either(bad, nan, minimum);
+  s.step = either(broken, nan, either(exact, -1.0f, step));
+  s.scale = either(zero, 0.0f, scale);
+  s.reciprocal = either(zero, 0.0f, 1.0f / either(zero, 1.0f, step * scale));
   return s;
 }
 
 // ---------------------------------------------------------------- dither
 
-// Philox4x32-7 (Salmon et al., SC 2011): counter (q, stream), key seed.
+// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream), key seed.
 HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out[4]) {
   uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -159,7 +165,25 @@ HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out
   out[3] = c3;
 }
 
+// Word w of a call's four, xor the word that stands there when the call's sixteen bytes are turned by k of them, k from
+// 1 to 3. Two of the bytes that a call so gives are never functions of one another: docs/codec.md, "Dither".
+HF_ACTNN_HD uint32_t dither_word(const uint32_t call[4], int w, int k) {
+  return call[w] ^ (call[w] >> 8 * k | call[(w + 1) % 4] << (32 - 8 * k));
+}
+
 // ---------------------------------------------------------------- one value
+
+// x - minimum towards zero, for x no less than the minimum: to nearest, then one down where the exact remainder
+// (Knuth's two-sum) says that this went up.
+HF_ACTNN_HD float difference(float x, float minimum) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rz(x, minimum);
+#else
+  const float d = x - minimum, back = d - x;
+  const float rest = (x - (d - back)) + (-minimum - back);
+  return float_of(bits_of(d) - (rest < 0.0f ? 1u : 0u));
+#endif
+}
 
 // floor(d * r + u) without rounding on the way, u = (byte + 1/2) / 256: the product of two floats is exact in double,
 // and so are the sides of the comparison. The largest result is the largest code: see docs/codec.md.

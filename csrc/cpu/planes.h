@@ -29,6 +29,12 @@ struct Parts {
     if (i < n) Simd::store_bytes(codes + i, take<Width>(Simd::load_bytes_of(packed + i, n - i)));
     Parts<J + 1, N>::template scatter<Width>(packed, n, codes + n);
   }
+  // Parts of n bytes, each in runs of sixteen, as what a table says of them.
+  template <bool Streaming, class Table, class T>
+  static void look_up(const Table& table, const uint8_t* packed, int64_t n, T* out) {
+    for (int64_t i = 0; i < n; i += 16) table.template write<J, Streaming>(packed + i, out + i);
+    Parts<J + 1, N>::template look_up<Streaming>(table, packed, n, out + n);
+  }
   template <int Width>
   static Simd::B take(Simd::B plane) {
     if constexpr (J != 0) plane = Simd::template right<J * Width>(plane);
@@ -44,6 +50,8 @@ struct Parts<N, N> {
   }
   template <int Width>
   static void scatter(const uint8_t*, int64_t, uint8_t*) {}
+  template <bool Streaming, class Table, class T>
+  static void look_up(const Table&, const uint8_t*, int64_t, T*) {}
 };
 
 // One plane: bits Shift .. Shift + Width - 1 of every code. codes has zeros from group on and kSlack readable bytes.

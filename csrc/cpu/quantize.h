@@ -10,6 +10,22 @@ constexpr int kBatchGroups = 64;
 // Blocks of dither in a batch: a group's last block may be partly used.
 constexpr int64_t kBatchBlocks = kBatchGroups + kBatch / kDitherBlock;
 
+__attribute__((noinline)) int scale_groups(int count, int bits, const float* __restrict lo, const float* __restrict hi,
+                                           const uint32_t* __restrict nan, float* __restrict minimum,
+                                           float* __restrict scale, float* __restrict reciprocal,
+                                           uint32_t* __restrict meta) {
+  int exact = 0;
+  for (int g = 0; g < count; ++g) {
+    const GroupScale s = group_scale(lo[g], hi[g], nan[g] != 0, bits);
+    meta[g] = (bits_of(s.minimum) >> 16) | (bits_of(s.step) & 0xFFFF0000u);
+    minimum[g] = s.minimum;
+    scale[g] = s.scale;
+    reciprocal[g] = s.reciprocal;
+    exact += s.step == -1.0f;
+  }
+  return exact;
+}
+
 // The groups of one batch: ranges first, then for all of them what rounding needs, in a loop that vectorises.
 struct Batch {
   int count;
@@ -52,28 +68,15 @@ struct Batch {
 
   // Writes the metadata of every group, a pair of bf16 each; returns how many groups must be kept exact.
   int finish(int bits, uint32_t* meta) {
-    int exact = 0;
-    for (int g = 0; g < count; ++g) {
-      const GroupScale s = group_scale(lo[g], hi[g], nan[g] != 0, bits);
-      meta[g] = (bits_of(s.minimum) >> 16) | (bits_of(s.step) & 0xFFFF0000u);
-      minimum[g] = s.minimum;
-      scale[g] = s.scale;
-      reciprocal[g] = s.reciprocal;
-      exact += s.step == -1.0f;
-    }
-    return exact;
+    return scale_groups(count, bits, lo, hi, nan, minimum, scale, reciprocal, meta);
   }
 };
 
-// A group's values above its minimum. Where rounding towards zero is a mode of the processor (kModed), subtracting has
-// to happen before that mode is on, and x holds the differences already.
+// A group's values above its minimum.
 struct Differences {
   const float* x;
   Simd::F minimum;
-  Simd::F operator()(int64_t i) const {
-    const Simd::F v = Simd::load(x + i);
-    return Simd::kModed ? v : Simd::sub(v, minimum);
-  }
+  Simd::F operator()(int64_t i) const { return Simd::difference(Simd::load(x + i), minimum); }
 };
 
 // Where a vector's dither lies: its words, and which byte of them.
@@ -82,7 +85,7 @@ struct Place {
   int byte;
 
   static Place of(const uint32_t* words, uint64_t e) {
-    return {words + (e / kDitherBlock * 16 + e % 16), (int)(e / 16 % 4)};
+    return {words + (e / kDitherRun * 16 + e % 16), (int)(e / 16 % 4)};
   }
 };
 
@@ -96,16 +99,16 @@ ALWAYS_INLINE Simd::I column(const Differences& d, Simd::F r, int64_t n, int64_t
   if constexpr (Width * (J + 1) == 8)
     return part;
   else
-    return Simd::template select<15 + Width*(J + 1)>(part, column<Width, J + 1>(d, r, n, i, place));
+    return Simd::template join<15 + Width*(J + 1)>(part, column<Width, J + 1>(d, r, n, i, place));
 }
 
-// Packed codes of a group whose plane has n bytes, n a multiple of 64: every part starts with a block of dither.
+// Packed codes of a group whose plane has n bytes, n a multiple of 64: every part starts with a run of dither.
 template <int Width>
 ALWAYS_INLINE void round_blocks(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
   constexpr int W = Simd::W;
-  for (int64_t i = 0; i < n; i += kDitherBlock) {
+  for (int64_t i = 0; i < n; i += kDitherRun) {
 #pragma GCC unroll 2
-    for (int c = 0; c < kDitherBlock; c += 4 * W) {
+    for (int c = 0; c < kDitherRun; c += 4 * W) {
       const auto at = [&](int k) {  // k is known to the compiler, and with it the byte
         return column<Width, 0>(d, r, n, i + k,
                                 [&](int64_t part, int64_t) { return Place{words + (part + i) / 4 + k % 16, k / 16}; });
@@ -119,7 +122,7 @@ ALWAYS_INLINE void round_blocks(const Differences d, Simd::F r, const uint32_t* 
 template <int Width>
 ALWAYS_INLINE void round_plane(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* out) {
   constexpr int W = Simd::W;
-  const auto at = [&](int64_t i) {
+  const auto at = [&](int64_t i) __attribute__((always_inline)) {
     return column<Width, 0>(d, r, n, i,
                             [&](int64_t part, int64_t k) { return Place::of(words, (uint64_t)(part + k)); });
   };
@@ -135,12 +138,12 @@ ALWAYS_INLINE void round_plane(const Differences d, Simd::F r, const uint32_t* w
 
 // Codes of any group in bytes, one after the other; up to 64 of them are written beyond n.
 inline void round_codes(const Differences d, Simd::F r, const uint32_t* words, int64_t n, uint8_t* codes) {
-  const int64_t whole = n / kDitherBlock * kDitherBlock;
+  const int64_t whole = n / kDitherRun * kDitherRun;
   round_blocks<8>(d, r, words, whole, codes);
   if (whole == n) return;
-  alignas(64) float rest[kDitherBlock] = {};
+  alignas(64) float rest[kDitherRun] = {};
   memcpy(rest, d.x + whole, (size_t)(n - whole) * sizeof(float));
-  round_blocks<8>(Differences{rest, d.minimum}, r, words + whole / 4, kDitherBlock, codes + whole);
+  round_blocks<8>(Differences{rest, d.minimum}, r, words + whole / 4, kDitherRun, codes + whole);
 }
 
 template <int Bits>
@@ -148,7 +151,7 @@ ALWAYS_INLINE void round_group(const Differences d, Simd::F r, const uint32_t* w
                                uint8_t* out) {
   if constexpr (Bits == 1 || Bits == 2 || Bits == 4 || Bits == 8) {
     const int64_t bytes = n * Bits / 8;
-    if (n * Bits % (8 * kDitherBlock) == 0) return round_blocks<Bits>(d, r, words, bytes, out);
+    if (n * Bits % (8 * kDitherRun) == 0) return round_blocks<Bits>(d, r, words, bytes, out);
     if (n * Bits % (8 * 16) == 0) return round_plane<Bits>(d, r, words, bytes, out);
   }
   round_codes(d, r, words, n, codes);
@@ -156,16 +159,15 @@ ALWAYS_INLINE void round_group(const Differences d, Simd::F r, const uint32_t* w
   pack_group<Bits>(codes, n, out);
 }
 
-// (x - minimum) * scale of one group.
-template <bool Scaled>
-void differences_of(const float* x, int64_t n, float minimum, float scale, float* out) {
+// (x - minimum) * scale of one group; up to a vector more is written.
+inline void scaled_differences(const float* x, int64_t n, float minimum, float scale, float* out) {
   const Simd::F m = Simd::set1(minimum), s = Simd::set1(scale);
   int64_t i = 0;
-  for (; i + Simd::W <= n; i += Simd::W) {
-    const Simd::F d = Simd::sub(Simd::load(x + i), m);
-    Simd::store(out + i, Scaled ? Simd::mul(d, s) : d);
-  }
-  for (; i < n; ++i) out[i] = Scaled ? (x[i] - minimum) * scale : x[i] - minimum;
+  for (; i + Simd::W <= n; i += Simd::W) Simd::store(out + i, Simd::mul(Simd::difference(Simd::load(x + i), m), s));
+  if (i == n) return;
+  alignas(64) float rest[Simd::W] = {};
+  memcpy(rest, x + i, (size_t)(n - i) * sizeof(float));
+  Simd::store(out + i, Simd::mul(Simd::difference(Simd::load(rest), m), s));
 }
 
 // Brings the next batch to the second-level cache while this one computes: the hardware's prefetcher stops at the
@@ -186,12 +188,12 @@ struct Rounding {
   const QuantizeArgs& args;
   const Batch& batch;
   const Cursor start;
-  const float* x;  // values of the batch, or their differences where rounding is a mode
+  const float* x;  // values of the batch
   const uint32_t* words;
   Ahead& ahead;
 };
 
-// Not inlined: the compiler knows nothing of rounding modes, and must not move arithmetic in or out.
+// Under TowardZero. Not inlined: the compiler knows nothing of rounding modes, and must not move arithmetic in or out.
 template <int Bits>
 __attribute__((noinline)) void round_batch(const Rounding& job) {
   alignas(64) uint8_t codes[kMaxGroup + 2 * kSlack];
@@ -207,11 +209,12 @@ __attribute__((noinline)) void round_batch(const Rounding& job) {
       memset(out, 0, (size_t)(cursor.ends_row() ? job.args.at.tail_bytes : job.args.at.group_bytes));
       continue;
     }
-    if (!Simd::kModed && job.batch.scale[i] != 1.0f) {
-      differences_of<true>(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
+    if (job.batch.scale[i] != 1.0f) {
+      scaled_differences(d.x, n, job.batch.minimum[i], job.batch.scale[i], scaled);
       d = Differences{scaled, Simd::set1(0.0f)};
     }
-    round_group<Bits>(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * 16, n, codes, out);
+    round_group<Bits>(d, Simd::set1(job.batch.reciprocal[i]), job.words + i * job.args.at.blocks * (kDitherBlock / 4),
+                      n, codes, out);
   }
 }
 
@@ -225,8 +228,7 @@ inline RoundBatch rounder(int bits) {
 
 int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) float values[kBatch + kPad];
-  alignas(64) float differences[Simd::kModed ? kBatch + kPad : 1];
-  alignas(64) uint32_t words[(kBatchBlocks + 8) * 16];
+  alignas(64) uint32_t words[(kBatchBlocks + 7) * kDitherBlock / 4];
   const RoundBatch round = rounder(args.bits);
   Batch batch;
   const int64_t size = item_size(args.dtype);
@@ -250,17 +252,8 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
     const uint64_t call = (uint64_t)(g * args.at.blocks) * 4;
     for (int64_t b = 0; b < blocks; b += 8) {
       const int64_t n = blocks - b < 8 ? blocks - b : 8;
-      Simd::philox_blocks(call + 4 * (uint64_t)b, n, args.seed, args.stream, words + 16 * b);
+      Simd::dither_blocks(call + 4 * (uint64_t)b, n, args.seed, args.stream, words + kDitherBlock / 4 * b);
       ahead.fetch(n * kDitherBlock * size / 3);
-    }
-    if (Simd::kModed) {
-      each = start;
-      for (int i = 0; i < batch.count; ++i, each.next()) {
-        const int64_t at = each.position - start.position;
-        const auto write = batch.scale[i] == 1.0f ? differences_of<false> : differences_of<true>;
-        write(x + at, each.size(), batch.minimum[i], batch.scale[i], differences + at);
-      }
-      x = differences;
     }
     const typename Simd::TowardZero mode;
     round({args, batch, start, x, words, ahead});

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../codec.h"
+#include "kernels.h"
 
 namespace hf_actnn {
 namespace {
@@ -14,7 +14,6 @@ struct Simd {
   using F = __m256;
   using B = __m256i;
   using I = __m256i;
-  static constexpr bool kModed = true;
   class TowardZero {
    public:
     TowardZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_ROUND_TOWARD_ZERO); }
@@ -29,6 +28,7 @@ struct Simd {
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F difference(F x, F minimum) { return sub(x, minimum); }  // under TowardZero
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -53,6 +53,50 @@ struct Simd {
   static F from_codes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
+  // As in simd_avx512.h.
+  template <class T, int Bits>
+  struct Levels;
+  template <int Bits>
+  struct Levels<float, Bits> {
+    __m256 low, high;
+    explicit Levels(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
+    template <int J, bool Streaming>
+    void write(const uint8_t* p, float* out) const {
+      for (int half = 0; half < 16; half += 8) {
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + half)));
+        const __m256i codes = _mm256_srli_epi32(bytes, J * Bits);
+        __m256 values = _mm256_permutevar8x32_ps(low, codes);
+        if constexpr (Bits == 4)
+          values = _mm256_blendv_ps(values, _mm256_permutevar8x32_ps(high, codes),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+        Streaming ? _mm256_stream_ps(out + half, values) : _mm256_storeu_ps(out + half, values);
+      }
+    }
+  };
+  template <int Bits>
+  struct Levels<uint16_t, Bits> {
+    __m128i low, high;  // bytes of the values
+    explicit Levels(const uint16_t* values) {
+      const __m128i a = _mm_loadu_si128((const __m128i*)values), b = _mm_loadu_si128((const __m128i*)(values + 8));
+      const __m128i mask = _mm_set1_epi16(0xFF);
+      low = _mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask));
+      high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    }
+    template <int J, bool Streaming>
+    void write(const uint8_t* p, uint16_t* out) const {
+      const __m128i bytes = _mm_srli_epi16(_mm_loadu_si128((const __m128i*)p), J * Bits);
+      const __m128i codes = _mm_and_si128(bytes, _mm_set1_epi8((1 << Bits) - 1));
+      const __m128i a = _mm_shuffle_epi8(low, codes), b = _mm_shuffle_epi8(high, codes);
+      const __m128i first = _mm_unpacklo_epi8(a, b), second = _mm_unpackhi_epi8(a, b);
+      if (Streaming) {
+        _mm_stream_si128((__m128i*)out, first);
+        _mm_stream_si128((__m128i*)(out + 8), second);
+      } else {
+        _mm_storeu_si128((__m128i*)out, first);
+        _mm_storeu_si128((__m128i*)(out + 8), second);
+      }
+    }
+  };
   // As in simd_avx512.h, under TowardZero.
   template <int M>
   static I round(F d, F r, const uint32_t* words, int k) {
@@ -77,11 +121,15 @@ struct Simd {
     const I mask = _mm256_set1_epi32((1 << Bit) - 1);
     return _mm256_or_si256(_mm256_and_si256(mask, below), _mm256_andnot_si256(mask, rest));
   }
+  template <int Bit>
+  static I join(I below, I rest) {
+    return _mm256_or_si256(below, _mm256_andnot_si256(_mm256_set1_epi32((1 << Bit) - 1), rest));
+  }
   static B narrow(I a, I b, I c, I d) {
     const I ab = select<8>(_mm256_srli_epi32(a, 15), _mm256_srli_epi32(b, 7));
     const I cd = select<24>(_mm256_slli_epi32(c, 1), _mm256_slli_epi32(d, 9));
     const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const I halves = _mm256_shuffle_epi8(select<16>(ab, cd), _mm256_broadcastsi128_si256(bytes));
+    const I halves = _mm256_shuffle_epi8(_mm256_blend_epi16(ab, cd, 0xAA), _mm256_broadcastsi128_si256(bytes));
     return _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
@@ -165,13 +213,13 @@ struct Simd {
   static void stream_done() { _mm_sfence(); }
 
   // As in simd_avx512.h, a block a vector; up to three blocks more are written.
-  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
-    for (int64_t n = 0; n < count; n += 4, q += 16, out += 64) {
+    for (int64_t n = 0; n < count; n += 4, q += 16, out += 4 * kDitherBlock / 4) {
       Calls x(q, stream), y(q + 4, stream), z(q + 8, stream), w(q + 12, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) {
@@ -181,9 +229,9 @@ struct Simd {
         w.round(keys, r);
       }
       x.store(out);
-      y.store(out + 16);
-      z.store(out + 32);
-      w.store(out + 48);
+      y.store(out + kDitherBlock / 4);
+      z.store(out + 2 * kDitherBlock / 4);
+      w.store(out + 3 * kDitherBlock / 4);
     }
   }
 
@@ -209,8 +257,14 @@ struct Simd {
     }
     void store(uint32_t* out) const {
       const __m256i a = merge(c0, c1), b = merge(c2, c3);
-      _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, b));
-      _mm256_storeu_si256((__m256i*)(out + 8), _mm256_unpackhi_epi64(a, b));
+      store_half_block(out, _mm256_unpacklo_epi64(a, b));
+      store_half_block(out + 8, _mm256_unpackhi_epi64(a, b));
+    }
+    static void store_half_block(uint32_t* out, __m256i words) {
+      _mm256_storeu_si256((__m256i*)out, words);
+      _mm256_storeu_si256((__m256i*)(out + 16), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 1)));
+      _mm256_storeu_si256((__m256i*)(out + 32), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 2)));
+      _mm256_storeu_si256((__m256i*)(out + 48), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 3)));
     }
   };
   // As a shuffle: products and shifts would share two ports.

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "../codec.h"
+#include "kernels.h"
 
 namespace hf_actnn {
 namespace {
@@ -14,8 +14,7 @@ struct Simd {
   using F = __m512;
   using B = __m512i;
   using I = __m512i;
-  static constexpr bool kModed = false;  // instructions name their own rounding
-  struct TowardZero {
+  struct TowardZero {  // instructions name their own rounding
     TowardZero() {}
   };
 
@@ -24,6 +23,9 @@ struct Simd {
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F difference(F x, F minimum) {  // towards zero
+    return _mm512_sub_round_ps(x, minimum, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -53,24 +55,64 @@ struct Simd {
   static F from_codes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
+  // Looks codes of Bits bits up in sixteen values, which repeat every 2^Bits: part J of a plane's bytes is shifted
+  // down, and what stands above it does not matter. Writes the values of sixteen bytes.
+  template <class T, int Bits>
+  struct Levels;
+  template <int Bits>
+  struct Levels<float, Bits> {
+    __m512 table;
+    explicit Levels(const float* values) : table(_mm512_loadu_ps(values)) {}
+    template <int J, bool Streaming>
+    void write(const uint8_t* p, float* out) const {
+      const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+      const __m512 values = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, J * Bits), table);
+      Streaming ? _mm512_stream_ps(out, values) : _mm512_storeu_ps(out, values);
+    }
+  };
+  template <int Bits>
+  struct Levels<uint16_t, Bits> {
+    __m256i table;
+    explicit Levels(const uint16_t* values) : table(_mm256_loadu_si256((const __m256i*)values)) {}
+    template <int J, bool Streaming>
+    void write(const uint8_t* p, uint16_t* out) const {
+      const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+      const __m256i values = _mm256_permutexvar_epi16(_mm256_srli_epi16(codes, J * Bits), table);
+      Streaming ? _mm256_stream_si256((__m256i*)out, values) : _mm256_storeu_si256((__m256i*)out, values);
+    }
+  };
   // Codes floor(d * r + u) at bits 23 - M and up of each lane, whatever in the bits around: in a float from 2^M to
   // 2^(M + 1) those bits are worth 1, 2, 4 ..., and a fused multiply-add that rounds towards zero loses nothing above
   // them. u is byte k of the sixteen words.
   template <int M>
-  static I round(F d, F r, const uint32_t* words, int k) {
+  static ALWAYS_INLINE I round(F d, F r, const uint32_t* words, int k) {
     constexpr int at = 15 - M;  // of the bit worth 1/256
-    alignas(16) static constexpr int32_t turn[4] = {at, at + 24, at + 16, at + 8};
-    const I turned = _mm512_rolv_epi32(_mm512_loadu_si512(words), _mm512_set1_epi32(turn[k]));
+    const I turned = turn<at>(_mm512_loadu_si512(words), k);
     const I base = _mm512_set1_epi32((127 + M) << 23 | 1 << (at - 1));
     const I u = _mm512_ternarylogic_epi32(turned, _mm512_set1_epi32(0xFF << at), base, 0xEA);  // (a & b) | c
     return _mm512_castps_si512(
         _mm512_fmadd_round_ps(d, r, _mm512_castsi512_ps(u), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
   }
+  // Byte k of each word to bit At. By an immediate where the compiler knows k: there are registers for fewer counts.
+  template <int At>
+  static ALWAYS_INLINE I turn(I words, int k) {
+    if (!__builtin_constant_p(k)) return _mm512_rolv_epi32(words, _mm512_set1_epi32(At + 32 - 8 * k));
+    return k == 0   ? _mm512_rol_epi32(words, At)
+           : k == 1 ? _mm512_rol_epi32(words, At + 24)
+           : k == 2 ? _mm512_rol_epi32(words, At + 16)
+                    : _mm512_rol_epi32(words, At + 8);
+  }
   static I no_codes() { return _mm512_setzero_si512(); }
   // The bits below Bit of one, the others of the other.
   template <int Bit>
   static I select(I below, I rest) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32((1 << Bit) - 1), below, rest, 0xCA);
+    // The constant last: the instruction overwrites its first operand, and a constant would be made again each time.
+    return _mm512_ternarylogic_epi32(below, rest, _mm512_set1_epi32((1 << Bit) - 1), 0xE4);
+  }
+  // The same where one has no bits between Bit and 22, and what it has above does not matter.
+  template <int Bit>
+  static I join(I below, I rest) {
+    return select<Bit>(below, rest);
   }
   // Bits 15 to 22 of every lane, in bytes in order.
   static B narrow(I a, I b, I c, I d) {
@@ -145,17 +187,17 @@ struct Simd {
   }
   static void stream_done() { _mm_sfence(); }
 
-  // Words of blocks of dither, four calls each, from call q on; an odd count writes one block more. A 32-bit word lives
-  // in the low half of a 64-bit lane, so that a product's halves are in place for the next round (the high half of a
-  // lane is left over from before and never read). Four chains hide each other's latency.
-  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+  // As in simd_portable.h; up to seven blocks more are written. A 32-bit word lives in the low half of a 64-bit lane,
+  // so that a product's halves are in place for the next round (the high half of a lane is left over from before and
+  // never read). Four chains hide each other's latency.
+  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
     int64_t n = 0;
-    for (; n + 6 < count; n += 8, q += 32, out += 128) {
+    for (; n + 2 < count; n += 8, q += 32, out += 8 * kDitherBlock / 4) {
       Calls x(q, stream), y(q + 8, stream), z(q + 16, stream), w(q + 24, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) {
@@ -165,11 +207,11 @@ struct Simd {
         w.round(keys, r);
       }
       x.store(out);
-      y.store(out + 32);
-      z.store(out + 64);
-      w.store(out + 96);
+      y.store(out + 2 * kDitherBlock / 4);
+      z.store(out + 4 * kDitherBlock / 4);
+      w.store(out + 6 * kDitherBlock / 4);
     }
-    for (; n < count; n += 2, q += 8, out += 32) {
+    for (; n < count; n += 2, q += 8, out += 2 * kDitherBlock / 4) {
       Calls x(q, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) x.round(keys, r);
@@ -200,8 +242,14 @@ struct Simd {
     }
     void store(uint32_t* out) const {
       const __m512i a = merge(c0, c1), b = merge(c2, c3);
-      _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
-      _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(a, b));
+      store_block(out, _mm512_unpacklo_epi64(a, b));
+      store_block(out + kDitherBlock / 4, _mm512_unpackhi_epi64(a, b));
+    }
+    static void store_block(uint32_t* out, __m512i words) {
+      _mm512_storeu_si512(out, words);
+      _mm512_storeu_si512(out + 16, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 1)));
+      _mm512_storeu_si512(out + 32, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 2)));
+      _mm512_storeu_si512(out + 48, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 3)));
     }
   };
   // As a shuffle: shifts would share a port with the products.

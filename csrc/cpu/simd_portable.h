@@ -2,7 +2,7 @@
 // target has.
 #pragma once
 
-#include "../codec.h"
+#include "kernels.h"
 
 namespace hf_actnn {
 namespace {
@@ -20,7 +20,6 @@ struct Simd {
   struct I {
     uint32_t v[W];
   };
-  static constexpr bool kModed = false;
   struct TowardZero {
     TowardZero() {}
   };
@@ -34,6 +33,7 @@ struct Simd {
   static F set1(float x) { HF_ACTNN_LANES(x); }
   static F add(F a, F b) { HF_ACTNN_LANES(a.v[i] + b.v[i]); }
   static F sub(F a, F b) { HF_ACTNN_LANES(a.v[i] - b.v[i]); }
+  static F difference(F x, F minimum) { HF_ACTNN_LANES(hf_actnn::difference(x.v[i], minimum.v[i])); }
   static F mul(F a, F b) { HF_ACTNN_LANES(a.v[i] * b.v[i]); }
   static F min(F a, F b) { HF_ACTNN_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
   static F max(F a, F b) { HF_ACTNN_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -62,6 +62,17 @@ struct Simd {
   }
 
   // As in simd_avx512.h.
+  template <class T, int Bits>
+  struct Levels {
+    const T* table;
+    explicit Levels(const T* values) : table(values) {}
+    template <int J, bool Streaming>
+    void write(const uint8_t* p, T* out) const {
+      for (int i = 0; i < 16; ++i) out[i] = table[p[i] >> (J * Bits) & ((1 << Bits) - 1)];
+    }
+  };
+
+  // As in simd_avx512.h.
   template <int M>
   static I round(F d, F r, const uint32_t* words, int k) {
     I codes;
@@ -75,6 +86,10 @@ struct Simd {
     constexpr uint32_t mask = (1u << Bit) - 1;
     for (int i = 0; i < W; ++i) rest.v[i] = (below.v[i] & mask) | (rest.v[i] & ~mask);
     return rest;
+  }
+  template <int Bit>
+  static I join(I below, I rest) {
+    return select<Bit>(below, rest);
   }
   static B narrow(I a, I b, I c, I d) {
     const I parts[4] = {a, b, c, d};
@@ -165,9 +180,14 @@ struct Simd {
   static void stream_lines(void* out, const void* in, int64_t lines) { memcpy(out, in, (size_t)lines * 64); }
   static void stream_done() {}
 
-  // Words of blocks of dither, four calls each, from call q on.
-  static void philox_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
-    for (int64_t call = 0; call < 4 * count; ++call) philox(q + (uint64_t)call, stream, seed, out + 4 * call);
+  // Dither of blocks of 256 elements, from call q on: for each block the sixteen words of four calls, then three times
+  // these words xor themselves, each call's sixteen bytes turned by one, two and three.
+  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+    for (int64_t block = 0; block < count; ++block, q += 4, out += kDitherBlock / 4) {
+      for (int call = 0; call < 4; ++call) philox(q + (uint64_t)call, stream, seed, out + 4 * call);
+      for (int k = 1; k < 4; ++k)
+        for (int i = 0; i < 16; ++i) out[16 * k + i] = dither_word(out + i / 4 * 4, i % 4, k);
+    }
   }
 };
 

@@ -18,9 +18,9 @@ from torch import Tensor
 #: Widest group. Kernels keep one group's codes in the first-level cache.
 MAX_GROUP = 4096
 #: Elements of a group that four calls of the generator serve.
-DITHER_BLOCK = 64
-#: Rounds of the generator: the fewest at which Philox4x32 passes the tests of its authors.
-ROUNDS = 7
+DITHER_BLOCK = 256
+#: Rounds of the generator, as its authors recommend.
+ROUNDS = 10
 #: Masks and small integers are packed in groups of this many elements of the flat tensor.
 MASK_GROUP = 256
 #: From this magnitude on, ``hi - lo`` or a product with the step could overflow fp32: such groups are kept exact.
@@ -110,15 +110,19 @@ def dither(n_groups: int, group: int, seed: int, stream: int, device: torch.devi
     """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
     ``(byte + 1/2) / 256``, so centred within a step.
 
-    A group has ``K = ceil(group / 64)`` blocks of 64 elements. Element ``e`` of group ``g`` takes byte ``e / 16 % 4``
-    of output word ``e % 4`` of the call with counter ``4 * (K * g + e / 64) + e % 16 / 4``: one call serves four
-    neighbours in each of four runs of sixteen.
+    A group has ``K = ceil(group / 256)`` blocks of 256 elements, each with four calls of the generator. Element ``e``
+    of group ``g`` takes byte ``i = 4 (e % 4) + e / 16 % 4`` of the call with counter
+    ``4 (K g + e / 256) + e % 16 / 4``, and where ``k = e / 64 % 4`` is not 0 that byte xor byte ``(i + k) % 16`` of the
+    same call. Each byte is uniform and any two of them are independent: all that a mean and a variance ask for.
     """
     blocks = _ceil(group, DITHER_BLOCK)
     words = torch.stack(philox(torch.arange(n_groups * blocks * 4, device=device), seed, stream), -1)  # [calls, 4]
-    shifts = torch.arange(0, 32, 8, device=device).view(4, 1)
-    values = (words.view(n_groups, blocks, 1, 16) >> shifts) & 0xFF  # [n_groups, blocks, byte, call and word]
-    return (values.view(n_groups, blocks * DITHER_BLOCK)[:, :group].to(torch.float32) + 0.5) / 256
+    shifts = torch.arange(0, 32, 8, device=device)
+    drawn = ((words.unsqueeze(-1) >> shifts) & 0xFF).flatten(1)  # [calls, 16 bytes]
+    turned = [drawn, *(drawn ^ drawn.roll(-k, 1) for k in range(1, 4))]
+    values = torch.stack(turned, 1).view(n_groups, blocks, 4, 4, 4, 4)  # group, block, call, k, word, byte
+    values = values.permute(0, 1, 3, 5, 2, 4).reshape(n_groups, blocks * DITHER_BLOCK)  # k, byte, call, word
+    return (values[:, :group].to(torch.float32) + 0.5) / 256
 
 
 def _bf16_bits(x: Tensor, up: bool) -> Tensor:
@@ -128,6 +132,18 @@ def _bf16_bits(x: Tensor, up: bool) -> Tensor:
     inexact = (bits & 0xFFFF) != 0
     bump = inexact if up else inexact & (bits < 0)
     return (high + bump.to(torch.int32) * 65536).view(torch.float32)
+
+
+def _difference(x: Tensor, minimum: Tensor) -> Tensor:
+    """``x - minimum`` rounded towards zero, for ``x`` no less than the minimum.
+
+    To nearest, then one down where the exact remainder (Knuth's two-sum) says that this went up. So kernels whose
+    processor has rounding as a mode, not in each instruction, need one mode for all of their arithmetic.
+    """
+    d = x - minimum
+    back = d - x
+    rest = (x - (d - back)) + (-minimum - back)
+    return (d.view(torch.int32) - (rest < 0).to(torch.int32)).view(torch.float32)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +176,7 @@ def _quantize_groups(x: Tensor, u: Tensor, bits: int, huge: Tensor, broken: Tens
     """Codes ``[N, K, G]`` uint8 and metadata ``[N, K]`` of groups ``x`` ``[N, K, G]`` fp32."""
     m, step = _metadata(x, bits, huge, broken)
     tiny = step < SMALL_STEP
-    d = x - m.unsqueeze(-1)
+    d = _difference(x, m.unsqueeze(-1))
     d = torch.where(tiny.unsqueeze(-1), d * SCALE_UP, d)
     r = 1.0 / torch.where(tiny, step * SCALE_UP, step)
     # Stochastic rounding (ActNN, eq. 5) with a dither of 256 values. The product is exact in double, and so are both
