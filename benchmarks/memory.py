@@ -6,14 +6,17 @@ For each model at 224 px, fp32: the bytes PyTorch holds (each storage once, para
 holds, and an independent count of the latter, by weak references to every storage made in the forward pass and still
 alive before the backward pass. Then the slope of the peak resident set over the batch, each point a process of its
 own, for plain training, for saved tensors that cost nothing (given back as zeros: what no way of storing can remove),
-and for hf_actnn, as it is and as it behaves where memory is scarce. Slopes are medians over --repeats: how malloc lays
-out its heap differs from run to run.
+and for hf_actnn. That under two settings of glibc's malloc: with large tensors in pages of their own
+(MALLOC_MMAP_THRESHOLD_=1048576), where the resident set is what is in use, and with its default, a heap whose freed
+parts often stay; there hf_actnn also as it behaves where memory is scarce, which is to switch to the first setting
+while running. Slopes are medians over --repeats: how malloc lays out its heap differs from run to run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -85,7 +88,7 @@ def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
     model, data = models.make(name), models.batch(size)
     if mode.startswith("hf_actnn"):
         if mode == "hf_actnn_scarce":
-            buffers.SCARCE = 2.0  # as if memory were short: freed heap is returned to the system
+            buffers.SCARCE = 2.0  # as if memory were short
         hf_actnn.convert(model, bits=bits)
         model(**data).loss.backward()
     elif mode == "free":
@@ -110,12 +113,20 @@ def _zeros(kept: Any) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype).zero_()
 
 
-def slope(name: str, mode: str, sizes: tuple[int, int], bits: int, repeats: int) -> float:
+#: Settings of malloc, and what is measured under each.
+SETTINGS = {
+    "pages": ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, ("plain", "free", "hf_actnn")),
+    "default": ({}, ("plain", "free", "hf_actnn", "hf_actnn_scarce")),
+}
+
+
+def slope(name: str, mode: str, malloc: dict[str, str], sizes: tuple[int, int], bits: int, repeats: int) -> float:
     """Bytes of peak resident set per image."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | malloc
     peaks = []
     for size in sizes:
         command = [sys.executable, __file__, "--peak", name, mode, str(size), str(bits)]
-        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(repeats)]
         peaks.append(statistics.median(int(run.stdout.split()[-1]) for run in runs))
     return (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
 
@@ -140,13 +151,11 @@ def main() -> None:
         row = accounted(name, arguments.bits, size=2)
         if not arguments.skip_rss:
             sizes = tuple(arguments.sizes)
-            row |= {
-                f"rss_slope_{mode}": slope(name, mode, sizes, arguments.bits, arguments.repeats)
-                for mode in ("plain", "free", "hf_actnn", "hf_actnn_scarce")
-            }
-            floor = row["rss_slope_free"] + row["held_bytes"]
-            row["rss_over_floor"] = row["rss_slope_hf_actnn"] / floor
-            row["rss_over_floor_scarce"] = row["rss_slope_hf_actnn_scarce"] / floor
+            for setting, (malloc, modes) in SETTINGS.items():
+                slopes = {mode: slope(name, mode, malloc, sizes, arguments.bits, arguments.repeats) for mode in modes}
+                floor = slopes["free"] + row["held_bytes"]
+                row |= {f"rss_slope_{setting}_{mode}": value for mode, value in slopes.items()}
+                row[f"rss_over_floor_{setting}"] = slopes["hf_actnn"] / floor
         rows[name] = row
         print(
             f"{name}: "

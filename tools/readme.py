@@ -45,8 +45,9 @@ def full_size(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
     """Bytes and times of full-size models."""
     lines = [
         "",
-        f"| 224 px, fp32, {memory['bits']} bits | plain, per image | hf_actnn | ratio | time per step, of plain |",
-        "|---|---|---|---|---|",
+        f"| 224 px, fp32, {memory['bits']} bits | activations, plain | hf_actnn | ratio "
+        "| peak memory, plain | hf_actnn | ratio | time per step, of plain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in memory["per_image"].items():
         time = step["models"].get(name, {}).get("over_plain", {}).get("hf_actnn")
@@ -55,17 +56,28 @@ def full_size(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
             f"{row['plain_bytes'] / 1e6:.1f} MB",
             f"{row['held_bytes'] / 1e6:.2f} MB",
             f"{row['ratio']:.1f}x",
+            *_peaks(row),
             f"{time:.2f}" if time else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     machine = memory["environment"]
     lines += [
         "",
-        f"`benchmarks/memory.py` and `benchmarks/step.py` (ResNet and ConvNeXt of timm in the latter), random weights; "
+        "Bytes per image. Peak memory: what another image adds to the peak of the resident set, with large tensors in "
+        "pages of their own. "
+        "`benchmarks/memory.py` and `benchmarks/step.py` (ResNet and ConvNeXt of timm in the latter), random weights; "
         f"{machine['cpu']}, {machine['cpus']} cores ([memory.json](benchmarks/results/memory.json), "
         "[step.json](benchmarks/results/step.json)).",
     ]
     return lines
+
+
+def _peaks(row: dict[str, float]) -> list[str]:
+    slopes = [row.get(f"rss_slope_pages_{mode}") for mode in ("plain", "hf_actnn")]
+    if None in slopes:
+        return ["", "", ""]
+    plain, ours = slopes
+    return [f"{plain / 1e6:.0f} MB", f"{ours / 1e6:.0f} MB", f"{plain / ours:.1f}x"]
 
 
 def region() -> str:

@@ -31,9 +31,12 @@ LARGEST_FIT = 512
 #: Each time so many bytes of activations were replaced by codes, and less than this share of memory is unused, the C
 #: library is asked to return what it holds of them.
 TRIM_AFTER, SCARCE = 256 * 2**20, 0.25
+#: From this size on tensors then stay out of the C library's heap.
+OUT_OF_HEAP = 2**20
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _HUGE_PAGE = 2 * 1024 * 1024
+_M_MMAP_THRESHOLD = -3  # malloc.h
 # Windows has no private anonymous maps: there every tensor comes from torch.
 _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 
@@ -95,12 +98,21 @@ def _block(nbytes: int) -> mmap.mmap:
 
 
 @lru_cache(maxsize=1)
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``, where that is the C library."""
+def _glibc() -> tuple[Callable[[int], int], Callable[[int, int], int]] | None:
+    """glibc's ``malloc_trim`` and ``mallopt``, where that is the C library."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        library = ctypes.CDLL(None)
+        return library.malloc_trim, library.mallopt
     except (AttributeError, OSError, TypeError):
         return None
+
+
+@lru_cache(maxsize=1)
+def _keep_out_of_heap() -> None:
+    """From now on large tensors get pages of their own, which go back to the system as they are freed."""
+    found = _glibc()
+    if found is not None:
+        found[1](_M_MMAP_THRESHOLD, OUT_OF_HEAP)
 
 
 def _unused_memory() -> float:
@@ -129,10 +141,11 @@ _dropped = 0
 def dropped(nbytes: int) -> None:
     """Count CPU memory that was freed before its time, and where memory is scarce have it returned to the system.
 
-    glibc serves tensors below 32 MiB from a heap, where small allocations beside a freed activation keep its pages, and
-    where an aligned request never fits the hole that one of its size has left: a process may peak almost as if nothing
-    had been freed. Returning the pages costs faults, a tenth to a third of a step's time, so it is done only once less
-    than a quarter of the memory is left.
+    Once it has seen a few large tensors freed, glibc serves all below 32 MiB from a heap, where small allocations beside
+    a freed activation keep its pages, and where an aligned request never fits the hole that one of its size has left: a
+    process may peak almost as if nothing had been freed. Pages that go back have to be faulted in again, in every step,
+    so this is left alone until less than a quarter of the memory is unused. Then the free pages of the heap are
+    returned, and large tensors stay out of it from there on, as with ``MALLOC_MMAP_THRESHOLD_`` in the environment.
     """
     global _dropped
     _dropped += nbytes  # a lost update between threads costs nothing but precision
@@ -146,9 +159,10 @@ def settle() -> None:
     if _dropped < TRIM_AFTER // 8:
         return
     _dropped = 0
-    trim = _malloc_trim()
-    if trim is not None and _unused_memory() < SCARCE:
-        trim(0)
+    found = _glibc()
+    if found is not None and _unused_memory() < SCARCE:
+        _keep_out_of_heap()
+        found[0](0)
 
 
 def _counts(blocks: list[Any]) -> list[int]:
