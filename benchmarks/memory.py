@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -97,7 +96,14 @@ def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
         loss.backward()
     else:
         model(**data).loss.backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(_high_water())
+
+
+def _high_water() -> int:
+    """Peak of this program's resident set in bytes. Not getrusage's: that begins with what the parent had when it
+    forked."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def _forget(tensor: torch.Tensor) -> Any:
@@ -126,7 +132,9 @@ def slope(name: str, mode: str, malloc: dict[str, str], sizes: tuple[int, int], 
     peaks = []
     for size in sizes:
         command = [sys.executable, __file__, "--peak", name, mode, str(size), str(bits)]
-        runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(repeats)]
+        runs = [
+            subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(repeats)
+        ]
         peaks.append(statistics.median(int(run.stdout.split()[-1]) for run in runs))
     return (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
 

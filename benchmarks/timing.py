@@ -15,13 +15,17 @@ from typing import Any
 import torch
 
 
-def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2) -> dict[str, float]:
+def interleaved(
+    contenders: dict[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2, settle: int = 0
+) -> dict[str, float]:
     """Median seconds of a call of each contender.
 
     Args:
         contenders: name -> function without arguments.
         rounds: timed calls of each.
         warmup: untimed calls of each before them.
+        settle: untimed calls before each timed one, for contenders that leave the C library's heap to each other: who
+            frees much has the next one fault its pages in again.
     """
     for _ in range(warmup):
         for call in contenders.values():
@@ -29,6 +33,8 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int = 15, warm
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            for _ in range(settle):
+                call()
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

@@ -141,8 +141,8 @@ _dropped = 0
 def dropped(nbytes: int) -> None:
     """Count CPU memory that was freed before its time, and where memory is scarce have it returned to the system.
 
-    Once it has seen a few large tensors freed, glibc serves all below 32 MiB from a heap, where small allocations beside
-    a freed activation keep its pages, and where an aligned request never fits the hole that one of its size has left: a
+    Once it has seen a few large tensors freed, glibc serves all below 32 MiB from a heap, where small allocations
+    beside a freed activation keep its pages, and where an aligned request never fits the hole that one of its size has left: a
     process may peak almost as if nothing had been freed. Pages that go back have to be faulted in again, in every step,
     so this is left alone until less than a quarter of the memory is unused. Then the free pages of the heap are
     returned, and large tensors stay out of it from there on, as with ``MALLOC_MMAP_THRESHOLD_`` in the environment.
