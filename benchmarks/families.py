@@ -308,7 +308,7 @@ _TIMM = [
     _timm("resnet", "resnet26t", "resnet50", layers=_ONE_EACH, channels=_FOUR_STAGES),
     # Weight standardisation and group norm.
     _timm("resnetv2", "resnetv2_50x1_bit", "resnetv2_50x1_bit", channels=(128, 128, 128, 128), stem_chs=32),
-    _timm("resnest", "resnest14d", "resnest50d", channels=_FOUR_STAGES, stem_width=8),
+    _timm("resnest", "resnest14d", "resnest50d", full_batch=2, channels=_FOUR_STAGES, stem_width=8),
     _timm("regnet", "regnety_002", "regnety_016"),
     _timm(
         "densenet",
@@ -322,7 +322,7 @@ _TIMM = [
     _timm("efficientnet", "test_efficientnet", "efficientnet_b0"),
     _timm("mobilenetv3", "mobilenetv3_small_050", "mobilenetv3_large_100"),
     # The hybrid has attention with one key and value for all heads.
-    _timm("mobilenetv4", "mobilenetv4_hybrid_medium", "mobilenetv4_hybrid_medium"),
+    _timm("mobilenetv4", "mobilenetv4_hybrid_medium", "mobilenetv4_hybrid_medium", full_batch=2),
     _timm("convnext", "convnext_atto", "convnext_tiny", depths=(1, 1, 2, 1), dims=_FOUR_STAGES),
     # Global response normalisation.
     _timm("convnextv2", "convnextv2_atto", "convnextv2_tiny", depths=(1, 1, 2, 1), dims=_FOUR_STAGES),
@@ -369,6 +369,7 @@ _TIMM = [
         "levit",
         "levit_128s",
         "levit_256",
+        full_batch=2,
         side=128,
         img_size=128,
         embed_dim=(32, 48, 64),
@@ -421,6 +422,10 @@ def _hf_model(config: Callable[[], Any], model: str) -> Build:
     return build
 
 
+#: Classes of the full models: ImageNet's, ADE20K's and COCO's.
+_USUAL_CLASSES = {_classified: 1000, _segmented: 150, _detected: 91, _masked: 150}
+
+
 def _hf(
     name: str,
     kind: str,
@@ -452,11 +457,12 @@ def _hf(
     """
     with_labels = batches in (_classified, _segmented, _detected, _masked)
     labelled = {"num_labels": CLASSES} if with_labels else {}
+    usual = {"num_labels": _USUAL_CLASSES[batches]} if with_labels else {}
     return Family(
         name,
         "transformers",
         _hf_model(_config(kind, **labelled, **tiny), kind + model),
-        _hf_model(_config(kind, **(full or {})), kind + model),
+        _hf_model(_config(kind, **{**usual, **(full or {})}), kind + model),
         batches,
         loss,
         sides=sides,

@@ -137,8 +137,13 @@ class Call:
         """Keep a save by reference; autocast's copy of a parameter as a recipe of that parameter."""
         tensor = slot.tensor
         assert tensor is not None
-        slot.kept = exact(self.scope, tensor, slot.where)
         slot.reason = reason
+        if tensor.dtype == torch.bool and self.policy.bits is not None and tensor.numel() >= self.policy.min_numel:
+            flat = flat_storage(tensor)
+            if flat is not None and not self.is_weight(tensor):  # a bit says all that a byte does
+                slot.kept = Mask(codec.pack_mask(flat, "nonzero", 0.0, 0.0), Geometry(tensor), 1.0, 0.0)
+                return slot.kept
+        slot.kept = exact(self.scope, tensor, slot.where)
         return slot.kept
 
     def exact_rest(self, reason: str) -> None:
@@ -171,7 +176,7 @@ class Call:
                 self.exact(slot, "not floating point")
             elif self.is_weight(tensor):
                 self.exact(slot, "computed from parameters alone")
-            elif (found := registry.find(tensor)) is not None:
+            elif (found := registry.find(tensor)) is not None and not self._dearer_than_code(found, tensor):
                 slot.kept = found
             else:
                 pending.setdefault(storage_key(tensor), []).append(slot)
@@ -197,7 +202,7 @@ class Call:
             tensor = slot.tensor
             assert tensor is not None
             found = registry.find(tensor)
-            if found is None:
+            if found is None or self._dearer_than_code(found, tensor):
                 base = tensor
                 if layout is not None:
                     base = tensor.detach().as_strided(layout.shape, layout.stride, layout.offset)
@@ -214,6 +219,13 @@ class Call:
             slot.kept = found
             if isinstance(found, Exact):
                 slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
+
+    def _dearer_than_code(self, found: Kept, tensor: Tensor) -> bool:
+        """Whether a recipe holds more bytes, in tensors kept exactly for its sake, than a code of its result would."""
+        if isinstance(found, Exact) or not found.same_bits or self.policy.bits is None:
+            return False
+        held = sum(leaf.nbytes for leaf in found.leaves() if isinstance(leaf, Exact))
+        return 8 * held > self.policy.bits * tensor.numel()
 
     def pack(self, tensor: Tensor, rows: str | None) -> Kept:
         """A code of the tensor, or the tensor itself where a code would not pay."""
@@ -289,6 +301,7 @@ class Call:
         parents: Sequence[Kept | None],
         *,
         writes: bool = False,
+        repeats: bool = False,
         output: Tensor | None = None,
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
@@ -297,7 +310,9 @@ class Call:
             return
         if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
             return
-        kept = Recipe(name, function, [parent for parent in parents if parent is not None], output, writes=writes)
+        kept = Recipe(
+            name, function, [parent for parent in parents if parent is not None], output, writes=writes, repeats=repeats
+        )
         if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
 
@@ -366,7 +381,8 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     if registry.is_stored_weight(tensor):
         return Exact(tensor, parameter=True, where=where)
     found = registry.find(tensor)
-    if found is not None and (isinstance(found, Exact) or found.kind == "recipe: cast"):
+    # Whatever is known of a tensor computed from parameters and constants gives it back exactly: none of it is coded.
+    if found is not None and (found.same_bits or found.kind == "recipe: cast" or registry.is_weight(tensor)):
         return found
     parameter = _cast_parameter(tensor, scope)
     if parameter is not None and parameter.dtype != tensor.dtype:

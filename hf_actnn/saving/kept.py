@@ -45,6 +45,8 @@ class Kept:
     __slots__ = ("__weakref__",)
     kind = "kept"
     fresh = True
+    #: Whether what comes back has the very bits of what was saved.
+    same_bits = False
 
     def get(self) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say how it gives its tensor back")
@@ -67,6 +69,7 @@ class Exact(Kept):
     __slots__ = ("tensor", "version", "parameter", "where")
     kind = "exact"
     fresh = False
+    same_bits = True
 
     def __init__(self, tensor: Tensor, *, parameter: bool = False, where: str = "") -> None:
         self.version = tensor._version
@@ -199,6 +202,10 @@ class View(Kept):
     def fresh(self) -> bool:  # type: ignore[override]
         return self.parent.fresh
 
+    @property
+    def same_bits(self) -> bool:  # type: ignore[override]
+        return self.parent.same_bits
+
     def get(self) -> Tensor:
         value = self.parent.get()
         return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
@@ -210,9 +217,10 @@ class View(Kept):
 class Recipe(Kept):
     """A tensor rebuilt from others that are kept. ``function`` gets their values, each of them the recipe's own to
     overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
-    the first parent itself, in these strides and this dtype."""
+    the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
+    that parents of the same bits give a result of the same bits."""
 
-    __slots__ = ("name", "function", "parents", "geometry", "writes")
+    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats")
 
     def __init__(
         self,
@@ -222,8 +230,10 @@ class Recipe(Kept):
         like: Tensor,
         *,
         writes: bool = False,
+        repeats: bool = False,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
+        self.repeats = repeats
         self.geometry = Geometry(like)
 
     @property
@@ -233,6 +243,10 @@ class Recipe(Kept):
     @property
     def kind(self) -> str:  # type: ignore[override]
         return self.parents[0].kind if self.function is None else f"recipe: {self.name}"
+
+    @property
+    def same_bits(self) -> bool:  # type: ignore[override]
+        return self.repeats and all(parent.same_bits for parent in self.parents)
 
     def get(self) -> Tensor:
         values = [parent.get() for parent in self.parents]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving import rules
+from hf_actnn.saving import replay, rules
 from hf_actnn.saving.call import Call, Slot, exact, tensors_in
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward
@@ -147,10 +147,24 @@ class Scope:
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
             return
+        if not any(made.requires_grad for made in tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
+            # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph.
+            for slot in call.slots:
+                assert slot.tensor is not None
+                slot.kept, slot.tensor = Exact(slot.tensor, where=slot.where), None
+            if not differentiable:
+                return
+            call.slots = []
         if constant:
             for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
                 if _has_storage(tensor):
                     self.registry.mark_derived(tensor)
+            if call.policy.bits is not None and differentiable:
+                with torch.no_grad():
+                    if rule is not None and rule.lossless:
+                        rule.keep(call)
+                    else:
+                        replay.learn(call)
             call.exact_rest("computed from parameters and constants alone")
         else:
             if differentiable and _has_storage(output):

@@ -472,9 +472,23 @@ def _attention() -> list[Case]:
             "scaled_dot_product_attention/learned bias",
             lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.w),
             _HEADS,
-            {"quantized"},
+            RERUN,
             CLOSE,
             {"w": (9, 9)},
+        ),
+        Case(
+            "scaled_dot_product_attention/learned bias, causal",
+            lambda m, q, k, v: sdpa(q, k, v, attn_mask=m.w.tril() - 1e4 * torch.ones(9, 9).triu(1)),
+            _HEADS,
+            RERUN,
+            CLOSE,
+            {"w": (9, 9)},
+        ),
+        Case(
+            "scaled_dot_product_attention/bias made of data",
+            lambda m, q, k, v: sdpa(q, k, v, attn_mask=q @ k.transpose(-1, -2)),
+            _HEADS,
+            {"quantized"},
         ),
         Case(
             "scaled_dot_product_attention/one projection",
@@ -513,7 +527,138 @@ def _attention() -> list[Case]:
     ]
 
 
-CASES = [*_linear(), *_convolutions(), *_norms(), *_activations(), *_dropouts(), *_pools(), *_products(), *_attention()]
+_BOTH = ("x0", "x1")
+
+
+def _arithmetic() -> list[Case]:
+    pair, plane = [(4, 8, 40), (4, 8, 40)], [(4, 8, 40)]
+    bits = {"mask"}
+
+    def above(y):  # divisors stay away from zero
+        return y.abs() + 0.5
+
+    return [
+        Case(
+            "addcmul/by a parameter",
+            lambda m, x, y: torch.addcmul(x, m.w, y),
+            pair,
+            WEIGHTED,
+            CLOSE,
+            {"w": (40,)},
+            ("w",),
+        ),
+        Case("addcmul/two", lambda m, x, y: torch.addcmul(x, x, y), pair, CODED, CLOSE, {}, _BOTH),
+        Case("div/operator", lambda m, x, y: x / above(y), pair, {"quantized", "exact"}, CLOSE, {}, ("x1",)),
+        Case(
+            "div/by a column",
+            lambda m, x: x.div(above(m.w)),
+            plane,
+            {"quantized", "recipe: computed again"},
+            CLOSE,
+            {"w": (8, 1)},
+            ("w",),
+        ),
+        Case("div/one over", lambda m, x: 1 / above(x), plane, {"exact"}, EXACT),
+        Case("div/rounded", lambda m, x, y: torch.div(x, above(y), rounding_mode="floor") + x, pair, set(), EXACT),
+        Case("exp/method", lambda m, x: x.exp(), plane, CODED, CLOSE, {}, ("x0",)),
+        Case("pow/square", lambda m, x: x**2, plane, CODED, CLOSE, {}, ("x0",)),
+        Case("pow/cube", lambda m, x: x.pow(3), plane, CODED),
+        Case("pow/root", lambda m, x: above(x) ** 0.5, plane, {"exact"}, EXACT),
+        Case("square/function", lambda m, x: torch.square(x), plane, CODED, CLOSE, {}, ("x0",)),
+        Case("clamp/two bounds", lambda m, x: x.clamp(-0.5, 1.0), plane, bits, EXACT),
+        Case("clamp/minimum", lambda m, x: torch.clamp(x, min=0.1), plane, bits, EXACT),
+        Case("clamp/maximum", lambda m, x: x.clip(max=0.1), plane, bits, EXACT),
+        Case("clamp/clamp_min", lambda m, x: x.clamp_min(0.1), plane, bits, EXACT),
+        Case("clamp/clamp_max", lambda m, x: torch.clamp_max(x, 0.1), plane, bits, EXACT),
+        Case("clamp/at the bounds", lambda m, x: x.round().clamp(-1.0, 1.0), plane, bits, EXACT),
+        Case("clamp/a tensor", lambda m, x, y: torch.clamp(x, max=y), pair, {"exact"}, EXACT),
+        Case("where/two", lambda m, x, y: torch.where(x > 0.2, x, y), pair, bits, EXACT),
+        Case("where/masked_fill", lambda m, x: x.masked_fill(x > 0.2, -1.0), plane, bits, EXACT),
+    ]
+
+
+def _reductions() -> list[Case]:
+    plane, spread = [(3, 8, 40)], {"quantized", "exact"}
+    return [
+        Case("amax/one dimension", lambda m, x: x.amax(1), plane, {"mask", "exact"}, EXACT),
+        Case("amax/two, kept", lambda m, x: torch.amax(x, (0, 2), keepdim=True), plane, {"mask", "exact"}, EXACT),
+        Case("amax/all", lambda m, x: torch.amin(x, dim=()), plane, {"mask", "exact"}, EXACT),
+        Case("amax/ties", lambda m, x: x.round().amax(2), plane, {"mask", "exact"}, EXACT),
+        Case("norm/last", lambda m, x: x.norm(dim=-1, keepdim=True), plane, spread, CLOSE, {}, ("x0",)),
+        Case("norm/spatial", lambda m, x: torch.norm(x, p=2, dim=(1, 2)), plane, spread, CLOSE, {}, ("x0",)),
+        Case("norm/vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=1), plane, spread, CLOSE, {}, ("x0",)),
+        Case("norm/first power", lambda m, x: x.norm(p=1, dim=-1), plane, {"exact"}, EXACT),
+        Case("normalize/last", lambda m, x: F.normalize(x, dim=-1), plane, set()),
+        Case("var/method", lambda m, x: x.var(dim=(1, 2)), plane, CODED, CLOSE, {}, ("x0",)),
+        Case("var/std", lambda m, x: torch.std(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),
+        Case("var/with mean", lambda m, x: sum(torch.var_mean(x, dim=-1)), plane, CODED, CLOSE, {}, ("x0",)),
+    ]
+
+
+def _sampling() -> list[Case]:
+    image, places = (2, 4, 12, 10), (2, 6, 7, 2)
+    sampled = {"quantized", "recipe: half precision"}
+
+    def sample(x, grid, **options):
+        return F.grid_sample(x, grid.tanh(), align_corners=False, **options)
+
+    def attended(m, x, y):
+        """As deformable attention does: samples weighted and summed."""
+        samples = torch.stack([sample(x, y), sample(x, y + 0.1)], -1).flatten(-2)
+        return (samples * m.w).sum(-1)
+
+    return [
+        Case("grid_sample/bilinear", lambda m, x, y: sample(x, y), [image, places], sampled),
+        Case(
+            "grid_sample/border",
+            lambda m, x, y: sample(x, y, padding_mode="border"),
+            [image, places],
+            sampled,
+        ),
+        Case("grid_sample/weighted", attended, [image, places], sampled, CLOSE, {"w": (14,)}),
+        Case(
+            "einsum/two",
+            lambda m, x, y: torch.einsum("bij,bkj->bik", x, y),
+            [(3, 8, 32), (3, 6, 32)],
+            CODED,
+            CLOSE,
+            {},
+            _BOTH,
+        ),
+        Case(
+            "einsum/permuted",
+            lambda m, x, y: torch.einsum("bchw,bdwh->bcd", x, y),
+            [(2, 3, 8, 6), (2, 5, 6, 8)],
+            CODED,
+            CLOSE,
+            {},
+            _BOTH,
+        ),
+        Case(
+            "einsum/a parameter",
+            lambda m, x: torch.einsum("bij,jk->bki", x, m.w),
+            [(3, 8, 32)],
+            WEIGHTED,
+            CLOSE,
+            {"w": (32, 6)},
+            ("w",),
+        ),
+    ]
+
+
+CASES = [
+    *_linear(),
+    *_convolutions(),
+    *_norms(),
+    *_activations(),
+    *_dropouts(),
+    *_pools(),
+    *_products(),
+    *_attention(),
+    *_arithmetic(),
+    *_reductions(),
+    *_sampling(),
+]
 
 
 def build(case: Case) -> tuple[Bench, list[Tensor]]:

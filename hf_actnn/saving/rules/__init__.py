@@ -1,6 +1,19 @@
 """Per torch function: which of its saved tensors is kept how, and which outputs are recipes."""
 
-from hf_actnn.saving.rules import activations, attention, copies, dropout, linear, losses, norms, pooling, products
+from hf_actnn.saving.rules import (
+    activations,
+    arithmetic,
+    attention,
+    copies,
+    dropout,
+    linear,
+    losses,
+    norms,
+    pooling,
+    products,
+    reductions,
+    sampling,
+)
 from hf_actnn.saving.rules.rule import TRANSPARENT, Rule, all_rules, find, functions, register
 
 __all__ = [
@@ -11,6 +24,7 @@ __all__ = [
     "functions",
     "register",
     "activations",
+    "arithmetic",
     "attention",
     "copies",
     "dropout",
@@ -19,4 +33,6 @@ __all__ = [
     "norms",
     "pooling",
     "products",
+    "reductions",
+    "sampling",
 ]

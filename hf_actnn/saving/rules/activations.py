@@ -104,7 +104,9 @@ def _keep_relu(call: Call) -> None:
         call.output_masked(call.before, mask, 1.0)
 
 
-RELU = register(Rule("relu", _keep_relu, bounded="one exact bit per value", needs_before=True), functions("relu"))
+RELU = register(
+    Rule("relu", _keep_relu, bounded="one exact bit per value", needs_before=True, lossless=True), functions("relu")
+)
 
 
 def _keep_leaky_relu(call: Call) -> None:
@@ -132,7 +134,7 @@ LEAKY_RELU = register(
 
 def _keep_between(call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor]) -> None:
     """The derivative is constant between two corners and zero outside: one bit."""
-    on, off = _inside_and_outside(low, high)
+    on, off = inside_and_outside(low, high)
     for slot, tensor in call.open_slots():
         limit = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
         if off is not None and not max(abs(on), abs(off)) + 1 < limit:
@@ -143,7 +145,7 @@ def _keep_between(call: Call, low: float, high: float, predicate: str, again: Ca
         call.output_recipe(call.name, again, [call.before])
 
 
-def _inside_and_outside(low: float, high: float) -> tuple[float, float | None]:
+def inside_and_outside(low: float, high: float) -> tuple[float, float | None]:
     """A finite value strictly between the corners and one beyond them; None for the latter where there are none."""
     if math.isinf(low) and math.isinf(high):
         return 0.0, None
@@ -174,7 +176,7 @@ def _keep_hardsigmoid(call: Call) -> None:
     _keep_between(call, -3.0, 3.0, "strict_inside", F.hardsigmoid)
 
 
-_ONE_BIT: dict[str, Any] = {"bounded": "one exact bit per value", "needs_before": True}
+_ONE_BIT: dict[str, Any] = {"bounded": "one exact bit per value", "needs_before": True, "lossless": True}
 HARDTANH = register(Rule("hardtanh", _keep_hardtanh, **_ONE_BIT), functions("hardtanh"))
 RELU6 = register(Rule("relu6", _keep_relu6, **_ONE_BIT), functions("relu6"))
 HARDSIGMOID = register(Rule("hardsigmoid", _keep_hardsigmoid, **_ONE_BIT), functions("hardsigmoid"))

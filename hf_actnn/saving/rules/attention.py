@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_actnn.errors import SavedTensorError, message
-from hf_actnn.saving.call import exact
+from hf_actnn.saving.call import Slot, exact
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Recipe, Rerun, Rerunnable
+from hf_actnn.saving.kept import Recipe, Rerun, Rerunnable, fills_its_memory
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
 if TYPE_CHECKING:
-    from hf_actnn.saving.call import Call, Slot
+    from hf_actnn.saving.call import Call
 
 _BACKENDS = {
     "ScaledDotProductFlashAttentionForCpuBackward0": SDPBackend.FLASH_ATTENTION,
@@ -40,7 +40,8 @@ def _keep_attention(call: Call) -> None:
             return
         following = node.next_functions if node is not None else ()
         node = following[0][0] if len(following) == 1 else None
-    _keep_composite(call)
+    if not _keep_mathematical(call):
+        _keep_composite(call)
 
 
 def _keep_fused(call: Call, backend: SDPBackend) -> None:
@@ -85,13 +86,7 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
     elif isinstance(mask, Tensor):
         parents.append(exact(call.scope, mask, call.where))  # a boolean mask, which torch saves a float copy of
     again = _again(
-        backend,
-        [argument.requires_grad for argument in (query, key, value)],
-        len(slots),
-        is_causal=at(5, "is_causal", False),
-        scale=call.kwargs.get("scale"),
-        enable_gqa=call.kwargs.get("enable_gqa", False),
-        where=call.where,
+        call, _fused(call, backend), [argument.requires_grad for argument in (query, key, value)], len(slots)
     )
     group = Rerun(
         again, [parent for parent in parents if parent is not None], owned=len(slots) - (mask_slot is not None)
@@ -104,34 +99,44 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
             call.scope.registry.learn(tensor, Rerunnable(group, index, own=False), LAST)
 
 
-def _again(
-    backend: SDPBackend,
-    needs_grad: list[bool],
-    count: int,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    where: str,
-) -> Callable[..., list[Tensor]]:
-    """A function from (q, k, v[, mask]) to all that the operation saves, in its order."""
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
-    if enable_gqa:
+#: Runs the attention of (query, key, value, mask); returns its output.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _fused(call: Call, backend: SDPBackend) -> Attend:
+    options: dict[str, Any] = {
+        "is_causal": call.argument(5, "is_causal", False),
+        "scale": call.kwargs.get("scale"),
+    }
+    if call.kwargs.get("enable_gqa", False):
         options["enable_gqa"] = True
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if query.device.type == "cpu":
             # By name: choosing a backend sets flags of the whole process, which other threads would meet.
-            if mask is not None and mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
-            )
-        else:
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(query, key, value, mask, **options)
+            mask = _additive(mask, query.dtype)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, options["is_causal"], attn_mask=mask, scale=options["scale"]
+            )[0]
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
-    def run(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> list[Tensor]:
+    return attend
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+
+
+def _again(
+    call: Call, attend: Attend, needs_grad: list[bool], count: int, *, with_output: bool = False
+) -> Callable[..., list[Tensor]]:
+    """A function from (q, k, v[, mask]) to all that the operation saves, in its order, and its output if asked for."""
+    where = call.where
+
+    def run(*inputs: Tensor) -> list[Tensor]:
         saved: list[Tensor] = []
 
         def record(tensor: Tensor) -> int:
@@ -140,16 +145,18 @@ def _again(
             )  # not the output itself: its graph would hold this list, and the list the graph
             return len(saved) - 1
 
-        query, key, value = (
-            tensor.detach().requires_grad_(flag) for tensor, flag in zip((query, key, value), needs_grad, strict=True)
-        )
-        device = query.device.type
+        # What is not asked about, a boolean mask say, takes part as it is.
+        flags = [*needs_grad, *[False] * (len(inputs) - len(needs_grad))]
+        leaves = [
+            tensor.detach().requires_grad_(flag) if flag else tensor.detach()
+            for tensor, flag in zip(inputs, flags, strict=True)
+        ]
         with (
             torch.enable_grad(),
-            torch.autocast(device, enabled=False),
+            torch.autocast(leaves[0].device.type, enabled=False),
             torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index]),
         ):
-            attend(query, key, value, rest[0] if rest else None)
+            output = attend(leaves[0], leaves[1], leaves[2], leaves[3] if len(leaves) > 3 else None)
         if len(saved) != count:
             raise SavedTensorError(
                 message(
@@ -160,9 +167,59 @@ def _again(
                     next_step="Leave this module out with skip=(...)",
                 )
             )
-        return saved
+        return [*saved, output.detach()] if with_output else saved
 
     return run
+
+
+#: A mask that nothing can give back is held where the probabilities are so many times larger.
+_MASK_SHARE = 8
+
+
+def _keep_mathematical(call: Call) -> bool:
+    """The mathematical form without dropout: q, k, v and the mask are kept, all else is computed from them again.
+
+    Left to itself it would save scaled copies of q and k, cut into heads, and the probabilities.
+    """
+    at = call.argument
+    query, key, value, mask = at(0, "query"), at(1, "key"), at(2, "value"), at(3, "attn_mask")
+    slots = call.open_slots()
+    if at(4, "dropout_p", 0.0) or not slots or len(slots) != len(call.slots):
+        return False
+    # Under autocast it saves copies in another precision than that of its arguments.
+    if any(tensor.is_floating_point() and tensor.dtype != query.dtype for _, tensor in slots):
+        return False
+    if any(call.is_weight(tensor) for tensor in (query, key, value)):
+        return False  # learned queries
+    probabilities = query.shape[:-1].numel() * key.shape[-2]
+    if isinstance(mask, Tensor) and not call.is_weight(mask) and _MASK_SHARE * mask.numel() > probabilities:
+        return False
+    inputs = [Slot(tensor, call.where) for tensor in (query, key, value)]
+    call.data_all(inputs, LAST)
+    parents = [slot.kept for slot in inputs if slot.kept is not None]
+    flags = [tensor.requires_grad for tensor in (query, key, value)]
+    if isinstance(mask, Tensor):
+        parents.append(exact(call.scope, mask, call.where))
+        flags.append(mask.requires_grad)
+    options = {"scale": call.kwargs.get("scale")}
+    if call.kwargs.get("enable_gqa", False):
+        options["enable_gqa"] = True
+    causal = at(5, "is_causal", False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        mask = _additive(mask, query.dtype)
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, 0.0, causal, None, **options)[
+            0
+        ]
+
+    again = _again(call, attend, flags, len(slots), with_output=True)
+    group = Rerun(again, parents, owned=len(slots))
+    for index, (slot, _) in enumerate(slots):
+        slot.kept = Rerunnable(group, index, own=True)
+    output = call.output
+    if fills_its_memory(output):
+        call.scope.registry.learn(output, Rerunnable(group, len(slots), own=False), LAST)
+    return True
 
 
 def _keep_composite(call: Call) -> None:
@@ -207,13 +264,13 @@ ATTENTION = register(
 )
 
 
-def _opened(function: Callable) -> Callable:
+def opened(function: Callable) -> Callable:
     """A composite written in Python, without its own dispatch, so that its parts are seen one by one."""
     hidden = dict.fromkeys(
         ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
     )
 
-    def opened(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         # The globals of this moment: users put functions of their own into torch.nn.functional.
         copy = types.FunctionType(
             function.__code__,
@@ -225,7 +282,7 @@ def _opened(function: Callable) -> Callable:
         copy.__kwdefaults__ = function.__kwdefaults__
         return copy(*args, **kwargs)
 
-    return opened
+    return run
 
 
 MULTI_HEAD = register(
@@ -233,7 +290,7 @@ MULTI_HEAD = register(
         "multi_head_attention_forward",
         nothing,
         bounded="its parts meet their own rules",
-        opened=_opened(F.multi_head_attention_forward),
+        opened=opened(F.multi_head_attention_forward),
     ),
     [F.multi_head_attention_forward],
 )

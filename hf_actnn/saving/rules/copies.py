@@ -1,4 +1,4 @@
-"""Copies and casts: autograd saves nothing, but whoever saves the copy can have it from the original."""
+"""Copies, casts and moves: autograd saves nothing, but whoever saves the copy can have it from the original."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def _keep_copy(call: Call) -> None:
         call.output_recipe("copy", None, [source])
 
 
+def _keep_move(call: Call) -> None:
+    source = call.before
+    if source is None or isinstance(source, Exact):
+        return
+    function, args, kwargs = call.function, call.args[1:], call.kwargs
+    call.output_recipe(call.name, lambda value: function(value, *args, **kwargs), [source], repeats=True)
+
+
+MOVE = register(
+    Rule("roll", _keep_move, bounded="nothing is saved", without_saves=True, needs_before=True),
+    functions("roll", "flip"),
+)
 COPY = register(
     Rule("copy", _keep_copy, bounded="nothing is saved", without_saves=True, needs_before=True),
     [

@@ -58,6 +58,7 @@ DROPOUT = register(
         _keep_dropout,
         bounded="one exact bit per value",
         needs_before=True,
+        lossless=True,
         exact_reason="one value per sample or channel",
     ),
     functions("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),

@@ -1,9 +1,51 @@
-"""Losses and what feeds them are exact: they are small, and every gradient starts there."""
+"""Losses and what feeds them are exact: every gradient starts there.
 
-from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
+Exact is not the same as held: the logits of a segmentation are a small map enlarged, and what a loss computed from them
+it computes again, to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_actnn.saving.kept import Exact, Recipe
+from hf_actnn.saving.rules.rule import Rule, functions, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_actnn.saving.call import Call
+    from hf_actnn.saving.kept import Kept
+
+
+_LOG_SOFTMAX = frozenset(functions("log_softmax"))
+
+
+def _keep_loss(call: Call) -> None:
+    data = call.argument(0, "input")
+    source = call.kept_of(data)
+    if source is None or isinstance(source, Exact) or not source.same_bits:
+        return
+    for slot, tensor in call.open_slots():
+        if call.same_storage(tensor, data):
+            call.keep(slot, source)
+        elif tensor.shape == data.shape and _made_by(tensor) == "LogSoftmaxBackward0":
+            call.keep(slot, _log_softmax(call, source, tensor))
+
+
+def _made_by(tensor: Tensor) -> str:
+    return "" if tensor.grad_fn is None else tensor.grad_fn.name()
+
+
+def _log_softmax(call: Call, source: Kept, tensor: Tensor) -> Recipe:
+    """What `cross_entropy` and `log_softmax` save; autocast computes it in fp32."""
+    dim = call.argument(1, "dim", -1) if call.function in _LOG_SOFTMAX else 1 if tensor.dim() > 1 else 0
+    dtype = tensor.dtype
+    return Recipe("log_softmax", lambda value: value.to(dtype).log_softmax(dim), [source], tensor, repeats=True)
+
 
 LOSS = register(
-    Rule("loss", nothing, bounded="kept exactly", exact_reason="a loss is exact"),
+    Rule("loss", _keep_loss, bounded="kept exactly", exact_reason="a loss is exact"),
     functions(
         "cross_entropy",
         "nll_loss",

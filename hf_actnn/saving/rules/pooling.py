@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn import codec
-from hf_actnn.saving.kept import Geometry, Offsets
-from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
+from hf_actnn.saving.kept import Exact, Geometry, Kept, Offsets
+from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
     from hf_actnn.saving.call import Call
@@ -166,12 +166,79 @@ AVERAGE_POOL = register(
         "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"
     ),
 )
-PAD = register(Rule("pad", _keep_shape, bounded="the backward pass reads the input's shape alone"), functions("pad"))
+
+
+def _keep_pad(call: Call) -> None:
+    _keep_shape(call)
+    _repeat(call, call.before)
+
+
+def _repeat(call: Call, source: Kept | None) -> None:
+    """The output is made again from what gives the input back."""
+    if source is not None and isinstance(call.out, Tensor) and not call.in_place:
+        function, args, kwargs = call.function, call.args[1:], call.kwargs
+        call.output_recipe(call.name, lambda value: function(value, *args, **kwargs), [source], repeats=True)
+
+
+#: Where its resized form is so many times larger, an input that is not kept may be kept exactly in its stead.
+_ENLARGED = 2
+
+
+def _keep_resized(call: Call) -> None:
+    data, output = call.argument(0, "input"), call.output
+    source = call.before
+    if source is None and output.numel() >= _ENLARGED * data.numel() and not call.is_weight(data):
+        source = Exact(data, where=call.where)  # not learnt: whoever saves the input itself may code it
+    if isinstance(source, Exact) and output.numel() < _ENLARGED * data.numel():
+        return
+    _repeat(call, source)
+
+
+PAD = register(
+    Rule(
+        "pad",
+        _keep_pad,
+        bounded="the backward pass reads the input's shape alone",
+        without_saves=True,
+        needs_before=True,
+    ),
+    functions("pad"),
+)
 RESIZE = register(
-    Rule("interpolate", nothing, bounded="nothing is saved", exact_reason="nothing but shapes is saved"),
+    Rule(
+        "interpolate",
+        _keep_resized,
+        bounded="nothing is saved",
+        without_saves=True,
+        needs_before=True,
+        exact_reason="nothing but shapes is saved",
+    ),
     functions("interpolate"),
 )
+REPEAT = register(
+    Rule("repeat", _keep_resized, bounded="nothing is saved", without_saves=True, needs_before=True),
+    [*functions("repeat_interleave", "tile"), Tensor.repeat],
+)
+
+
+def _keep_joined(call: Call) -> None:
+    parts = call.argument(0, "tensors")
+    if not isinstance(parts, (list, tuple)):
+        return
+    sources = [call.kept_of(part) for part in parts]
+    if any(source is None or isinstance(source, Exact) for source in sources):
+        return
+    function, args, kwargs = call.function, call.args[1:], {k: v for k, v in call.kwargs.items() if k != "tensors"}
+    call.output_recipe(call.name, lambda *values: function(values, *args, **kwargs), sources, repeats=True)
+
+
 JOIN = register(
-    Rule("cat", nothing, bounded="nothing is saved", exact_reason="nothing but shapes is saved"),
+    Rule(
+        "cat",
+        _keep_joined,
+        bounded="nothing is saved",
+        without_saves=True,
+        exact_reason="nothing but shapes is saved",
+    ),
     functions("cat", "concat", "stack"),
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hf_actnn.saving.identity import LAST
+from hf_actnn.saving.kept import Exact
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -49,15 +51,27 @@ def _keep_matmul(call: Call) -> None:
 def _keep_mul(call: Call) -> None:
     call.data_all([slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)])
     left, right = call.argument(0, "input"), call.argument(1, "other")
-    if isinstance(left, Tensor) and isinstance(right, Tensor) and not call.in_place:
+    if call.in_place:
+        return
+    if not isinstance(right, Tensor):  # by a number: nothing is saved
+        source = call.kept_of(left)
+        if source is not None and not isinstance(source, Exact):
+            call.output_recipe("mul", lambda value: value * right, [source])
+    elif isinstance(left, Tensor):
         # Both factors are kept: their product, coded independently, is unbiased.
         parents = [call.kept_of(factor) for factor in (left, right)]
         if parents[0] is not parents[1]:
             call.output_recipe("mul", lambda a, b: a * b, parents)
 
 
+def _keep_einsum(call: Call) -> None:
+    # Factors come permuted and folded, as views or as copies whose order only einsum knows.
+    call.data_all([slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)], LAST)
+
+
+EINSUM = register(Rule("einsum", _keep_einsum, _LINEAR, rows=LAST), [torch.einsum])
 MATMUL = register(Rule("matmul", _keep_matmul, _LINEAR, rows=LAST), functions("matmul", "bmm", "mm"))
 register(MATMUL, [Tensor.__matmul__, Tensor.__rmatmul__])
 BADDBMM = register(Rule("baddbmm", _keep_matmul, _LINEAR, rows=LAST), functions("baddbmm"))
-MUL = register(Rule("mul", _keep_mul, _LINEAR), functions("mul", "multiply"))
+MUL = register(Rule("mul", _keep_mul, _LINEAR, without_saves=True), functions("mul", "multiply"))
 register(MUL, [Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__])

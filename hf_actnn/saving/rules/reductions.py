@@ -1,0 +1,66 @@
+"""Norms and variances over dimensions: linear in their input beside a small exact result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_actnn.saving.kept import Exact
+from hf_actnn.saving.rules.attention import opened
+from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.call import Call
+
+_LINEAR = "the gradient is linear in the input; the result, by which it is divided, is exact"
+
+
+def _keep_input(call: Call) -> None:
+    data = call.argument(0, "input")
+    for slot, tensor in call.open_slots():
+        if call.same_storage(tensor, data):
+            call.data(slot)
+
+
+def _keep_norm(call: Call) -> None:
+    """Only Euclidean norms: others have powers or signs of the input in their gradient."""
+    order = call.argument(1, "p", call.kwargs.get("ord", 2))
+    if order in (2, 2.0, None, "fro"):
+        _keep_input(call)
+
+
+def _keep_largest(call: Call) -> None:
+    """The gradient goes, in equal parts, to the values that equal the result: one exact bit says which."""
+    slots = call.open_slots()
+    data = call.argument(0, "input")
+    if len(slots) != 2 or not call.same_storage(slots[0][1], data) or call.same_storage(slots[1][1], data):
+        return
+    (source, value), (result, largest) = slots
+    shape = largest.shape
+    if largest.dim() != value.dim():
+        dims = call.argument(1, "dim", ())
+        dims = (dims,) if isinstance(dims, int) else tuple(dims) or range(value.dim())
+        for dim in sorted(dim % value.dim() for dim in dims):
+            largest = largest.unsqueeze(dim)
+    call.mask(source, value == largest, "nonzero", 0.0, 0.0, on=1.0, off=0.0)
+    call.keep(result, Exact(torch.ones((), dtype=value.dtype, device=value.device).expand(shape), where=call.where))
+
+
+LARGEST = register(
+    Rule("amax", _keep_largest, bounded="one exact bit per value", exact_reason="values to be compared"),
+    functions("amax", "amin"),
+)
+NORM = register(
+    Rule("norm", _keep_norm, bounded=_LINEAR, exact_reason="the result, or a norm other than the Euclidean"),
+    [torch.norm, Tensor.norm, torch.linalg.vector_norm],
+)
+VARIANCE = register(
+    Rule("var", _keep_input, bounded=_LINEAR, exact_reason="the result"),
+    functions("var", "std", "var_mean", "std_mean"),
+)
+NORMALIZE = register(
+    Rule("normalize", nothing, bounded="its parts meet their own rules", opened=opened(F.normalize)), [F.normalize]
+)
