@@ -3,9 +3,9 @@
     python benchmarks/step.py [--models resnet50 vit_b16 convnext_t] [--bits 2] [--rounds 7]
 
 One process per model; the contenders take turns in every round, and the median over rounds is reported, so that a
-slow minute of the machine hits all of them. A turn is two steps, of which the second is timed. A step is forward, loss and backward, without the optimizer. The
-checkpointing is Hugging Face's for the ViT; Hugging Face's ResNet and ConvNeXt have none, so timm's models and timm's
-switch stand there.
+slow minute of the machine hits all of them. A turn is two steps, of which the second is timed. A step is forward,
+loss and backward, without the optimizer. The checkpointing is Hugging Face's for the ViT; Hugging Face's ResNet and
+ConvNeXt have none, so timm's models and timm's switch stand there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def measure(name: str, bits: int, rounds: int) -> dict[str, object]:
 
         return run
 
-    seconds = timing.interleaved({key: step(model) for key, model in contenders.items()}, rounds=rounds, warmup=1, settle=1)
+    seconds = timing.interleaved(
+        {key: step(model) for key, model in contenders.items()}, rounds=rounds, warmup=1, settle=1
+    )
     return {
         "model": what,
         "batch": size,

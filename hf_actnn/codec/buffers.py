@@ -142,10 +142,10 @@ def dropped(nbytes: int) -> None:
     """Count CPU memory that was freed before its time, and where memory is scarce have it returned to the system.
 
     Once it has seen a few large tensors freed, glibc serves all below 32 MiB from a heap, where small allocations
-    beside a freed activation keep its pages, and where an aligned request never fits the hole that one of its size has left: a
-    process may peak almost as if nothing had been freed. Pages that go back have to be faulted in again, in every step,
-    so this is left alone until less than a quarter of the memory is unused. Then the free pages of the heap are
-    returned, and large tensors stay out of it from there on, as with ``MALLOC_MMAP_THRESHOLD_`` in the environment.
+    beside a freed activation keep its pages, and where an aligned request never fits the hole that one of its size has
+    left: a process may peak almost as if nothing had been freed. Pages that go back have to be faulted in again, in
+    every step, so this is left alone until less than a quarter of the memory is unused. Then the free pages of the heap
+    are returned, and large tensors stay out of it from there on, as with ``MALLOC_MMAP_THRESHOLD_`` in the environment.
     """
     global _dropped
     _dropped += nbytes  # a lost update between threads costs nothing but precision
