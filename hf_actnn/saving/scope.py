@@ -146,6 +146,8 @@ class Scope:
         output = out[0] if isinstance(out, (tuple, list)) and out else out
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
+            if rule is not None and rule.integers and isinstance(output, Tensor):
+                rule.keep(call)
             return
         if not any(made.requires_grad for made in tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
             # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph.

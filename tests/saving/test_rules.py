@@ -577,6 +577,9 @@ def _arithmetic() -> list[Case]:
     ]
 
 
+_PLACES = torch.arange(3 * 8 * 9).view(3, 8, 9) * 5 % 8
+
+
 def _reductions() -> list[Case]:
     plane, spread = [(3, 8, 40)], {"quantized", "exact"}
     return [
@@ -588,6 +591,18 @@ def _reductions() -> list[Case]:
         Case("norm/spatial", lambda m, x: torch.norm(x, p=2, dim=(1, 2)), plane, spread, CLOSE, {}, ("x0",)),
         Case("norm/vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=1), plane, spread, CLOSE, {}, ("x0",)),
         Case("norm/first power", lambda m, x: x.norm(p=1, dim=-1), plane, {"exact"}, EXACT),
+        Case("max/one dimension", lambda m, x: x.max(1).values, plane, {"offsets"}, EXACT),
+        Case("max/topk", lambda m, x: torch.topk(x, 5, dim=-1)[0], plane, {"offsets"}, EXACT),
+        Case("max/sort", lambda m, x: x.sort(dim=2, descending=True).values, plane, {"offsets"}, EXACT),
+        Case("max/all", lambda m, x: x.max(), plane, {"exact"}, EXACT),
+        Case("gather/places", lambda m, x: x.gather(2, _PLACES), plane, {"shape only", "exact"}, EXACT),
+        Case(
+            "gather/repeated places",
+            lambda m, x: x.gather(1, _PLACES[:, :6, :1].repeat(1, 1, 40)),
+            plane,
+            {"shape only", "recipe: repeat"},
+            EXACT,
+        ),
         Case("normalize/last", lambda m, x: F.normalize(x, dim=-1), plane, set()),
         Case("var/method", lambda m, x: x.var(dim=(1, 2)), plane, CODED, CLOSE, {}, ("x0",)),
         Case("var/std", lambda m, x: torch.std(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),
