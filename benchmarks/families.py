@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 #: Classes of the tiny models; labels stay below it for the full ones too, so that they are valid whatever those have.
 CLASSES = 10
-#: Why some families stay below the usual cosine. With a scale of its own in front of a batch normalisation a weight's exact
-#: gradient is zero, or nearly: a small difference of large terms, of which noise in either shows. Few images make it worse.
+#: Why some families stay below the usual cosine. With a scale of its own in front of a batch normalisation a weight's
+#: exact gradient is zero, or nearly: a small difference of large terms, of which noise in either shows. Few images make
+#: it worse.
 DIFFERENCES = (
     "weights in front of a batch normalisation, whose exact gradient is a small difference of large terms, with random "
     "weights and few images"
