@@ -18,6 +18,7 @@ EXACT, CLOSE = "exact", "close"
 CODED = {"quantized"}
 WEIGHTED = {"quantized", "parameter"}
 MASK = {"mask"}
+LOGSIGMOID = {"quantized", "recipe: logsigmoid"}
 NORM = {"quantized", "exact", "parameter"}
 
 
@@ -258,6 +259,18 @@ def _activations() -> list[Case]:
         *elementwise("hardswish", CODED, CLOSE, F.hardswish, nn.Hardswish, lambda x: F.hardswish(x, inplace=True)),
         *elementwise("mish", CODED, CLOSE, F.mish, nn.Mish, lambda x: F.mish(x, inplace=True)),
         *elementwise("elu", CODED, CLOSE, lambda x: F.elu(x, 0.7), nn.ELU, lambda x: F.elu_(x, 0.7)),
+        *elementwise("selu", CODED, CLOSE, F.selu, nn.SELU, None),
+        *elementwise("celu", CODED, CLOSE, lambda x: F.celu(x, 0.7), nn.CELU, lambda x: F.celu(x, inplace=True)),
+        *elementwise("glu", CODED, CLOSE, lambda x: F.glu(x, 1), nn.GLU, None),
+        *elementwise("logsigmoid", LOGSIGMOID, CLOSE, F.logsigmoid, nn.LogSigmoid, None),
+        *elementwise(
+            "threshold",
+            MASK,
+            EXACT,
+            lambda x: F.threshold(x, 0.3, -2.0),
+            lambda: nn.Threshold(0.1, 20.0),
+            lambda x: F.threshold_(x, 0.3, 0.0),
+        ),
         *elementwise("softplus", CODED, CLOSE, lambda x: F.softplus(x, 2, 10), nn.Softplus, None),
         *elementwise("sigmoid", CODED, CLOSE, torch.sigmoid, nn.Sigmoid, torch.sigmoid_),
         *elementwise("tanh", CODED, CLOSE, torch.tanh, nn.Tanh, Tensor.tanh_),
