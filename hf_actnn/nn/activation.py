@@ -10,4 +10,5 @@ ReLU, ReLU6, LeakyReLU, Hardtanh, Hardsigmoid = named(
 GELU, SiLU, Mish, Hardswish, ELU, Softplus = named(
     "activation", nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.Softplus
 )
-Sigmoid, Tanh, Softmax = named("activation", nn.Sigmoid, nn.Tanh, nn.Softmax)
+Sigmoid, Tanh, Softmax, Softmin = named("activation", nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Softmin)
+SELU, CELU, GLU, LogSigmoid, Threshold = named("activation", nn.SELU, nn.CELU, nn.GLU, nn.LogSigmoid, nn.Threshold)

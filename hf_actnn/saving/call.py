@@ -310,6 +310,8 @@ class Call:
             return
         if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
             return
+        if repeats and function is not None:
+            function = as_now(function, output.device.type)
         kept = Recipe(
             name, function, [parent for parent in parents if parent is not None], output, writes=writes, repeats=repeats
         )
@@ -321,6 +323,19 @@ class Call:
         output = self.output
         if self.policy.bits is not None and source is not None and fills_its_memory(output):
             self.scope.registry.learn(output, Masked(self.name, source, mask, on, output))
+
+
+def as_now(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """A function that computes under the autocast of this moment, which the backward pass switches off."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return function
+    dtype = torch.get_autocast_dtype(device)
+
+    def run(*values: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, cache_enabled=False):
+            return function(*values)
+
+    return run
 
 
 def flat_storage(tensor: Tensor) -> Tensor | None:
@@ -386,7 +401,7 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
         return found
     parameter = _cast_parameter(tensor, scope)
     if parameter is not None and parameter.dtype != tensor.dtype:
-        recipe = _recast(parameter, tensor, where)
+        recipe = recast(Exact(parameter, parameter=True, where=where), parameter, tensor)
         if recipe is not None:
             return recipe
     kept = Exact(tensor, where=where)
@@ -395,17 +410,18 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     return kept
 
 
-def _recast(parameter: Tensor, copy: Tensor, where: str) -> Kept | None:
-    """A recipe that casts the parameter again, in the copy's geometry; None where the copy is no plain view of it."""
+def recast(source: Kept, weight: Tensor, copy: Tensor) -> Kept | None:
+    """A recipe that casts a weight again, in the copy's geometry; None where the copy is no plain view of it."""
     if (
-        copy.numel() != parameter.numel()
-        or not is_dense(parameter.shape, parameter.stride())
+        copy.numel() != weight.numel()
+        or not is_dense(weight.shape, weight.stride())
         or not is_dense(copy.shape, copy.stride())
     ):
         return None
     dtype, shape, stride = copy.dtype, copy.shape, copy.stride()
 
     def cast(value: Tensor) -> Tensor:
-        return value.detach().to(dtype).as_strided(shape, stride)
+        value = value.detach().to(dtype)
+        return value.as_strided(shape, stride, value.storage_offset())
 
-    return Recipe("cast", cast, [Exact(parameter, parameter=True, where=where)], copy)
+    return Recipe("cast", cast, [source], copy)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_actnn.saving.call import as_now
 from hf_actnn.saving.kept import Blank, Exact, Kept, Recipe, fills_its_memory
 from hf_actnn.saving.rules.rule import functions
 
@@ -97,8 +98,9 @@ def learn(call: Call) -> None:
             parents.append(parent)
             leaves[place] = None  # the recipe must not hold it
     if parents or made:
+        again = as_now(_again(call.function, leaves, places, structure), out.device.type)
         registry.learn(
-            out, Recipe("computed again", _again(call.function, leaves, places, structure), parents, out, repeats=True)
+            out, Recipe("computed again", again, parents, out, repeats=True)
         )
 
 

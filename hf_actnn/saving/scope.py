@@ -146,6 +146,8 @@ class Scope:
         output = out[0] if isinstance(out, (tuple, list)) and out else out
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
+            if rule is not None and rule.integers and isinstance(output, Tensor):
+                rule.keep(call)
             return
         if not any(made.requires_grad for made in tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
             # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph.
@@ -170,8 +172,13 @@ class Scope:
             if differentiable and _has_storage(output):
                 self.registry.produced(output, self._rows(call))
             if call.slots or (rule is not None and rule.without_saves):
-                with torch.no_grad():
+                # As torch.no_grad does, without the microseconds of a context manager written in Python.
+                before = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(False)
+                try:
                     self._keep(call)
+                finally:
+                    torch._C._set_grad_enabled(before)
         for slot in call.slots:
             self._decided(slot, call.path, call.name)
 
@@ -256,6 +263,17 @@ def _unpack(slot: Slot) -> Tensor:
         return slot.get()
 
 
+class _IsTensor(dict[type, bool]):
+    """Type -> whether its instances are tensors."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, Tensor)
+        return self[kind]
+
+
+_IS_TENSOR = _IsTensor()
+
+
 def _weights(root: torch.nn.Module) -> set[int]:
     """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
 
@@ -268,7 +286,12 @@ def _weights(root: torch.nn.Module) -> set[int]:
     while open_modules:
         module = open_modules.pop()
         seen.add(module)
-        attributes = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        attributes: Any = vars(module).values()
+        # Asked of all types at once: most modules have none, and a model has hundreds of modules.
+        if any(map(_IS_TENSOR.__getitem__, map(type, attributes))):
+            attributes = [value for value in attributes if isinstance(value, Tensor)]
+        else:
+            attributes = ()
         for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
             if tensor is not None and _has_storage(tensor):
                 found.add(tensor.untyped_storage()._cdata)

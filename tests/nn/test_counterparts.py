@@ -357,6 +357,7 @@ SPECIAL = {
     "GroupNorm": (2, 8),
     "LayerNorm": (8,),
     "RMSNorm": (8,),
+    "Threshold": (0.1, 0.0),
 }
 
 

@@ -18,6 +18,7 @@ EXACT, CLOSE = "exact", "close"
 CODED = {"quantized"}
 WEIGHTED = {"quantized", "parameter"}
 MASK = {"mask"}
+LOGSIGMOID = {"quantized", "recipe: logsigmoid"}
 NORM = {"quantized", "exact", "parameter"}
 
 
@@ -258,6 +259,18 @@ def _activations() -> list[Case]:
         *elementwise("hardswish", CODED, CLOSE, F.hardswish, nn.Hardswish, lambda x: F.hardswish(x, inplace=True)),
         *elementwise("mish", CODED, CLOSE, F.mish, nn.Mish, lambda x: F.mish(x, inplace=True)),
         *elementwise("elu", CODED, CLOSE, lambda x: F.elu(x, 0.7), nn.ELU, lambda x: F.elu_(x, 0.7)),
+        *elementwise("selu", CODED, CLOSE, F.selu, nn.SELU, None),
+        *elementwise("celu", CODED, CLOSE, lambda x: F.celu(x, 0.7), nn.CELU, lambda x: F.celu(x, inplace=True)),
+        *elementwise("glu", CODED, CLOSE, lambda x: F.glu(x, 1), nn.GLU, None),
+        *elementwise("logsigmoid", LOGSIGMOID, CLOSE, F.logsigmoid, nn.LogSigmoid, None),
+        *elementwise(
+            "threshold",
+            MASK,
+            EXACT,
+            lambda x: F.threshold(x, 0.3, -2.0),
+            lambda: nn.Threshold(0.1, 20.0),
+            lambda x: F.threshold_(x, 0.3, 0.0),
+        ),
         *elementwise("softplus", CODED, CLOSE, lambda x: F.softplus(x, 2, 10), nn.Softplus, None),
         *elementwise("sigmoid", CODED, CLOSE, torch.sigmoid, nn.Sigmoid, torch.sigmoid_),
         *elementwise("tanh", CODED, CLOSE, torch.tanh, nn.Tanh, Tensor.tanh_),
@@ -577,6 +590,9 @@ def _arithmetic() -> list[Case]:
     ]
 
 
+_PLACES = torch.arange(3 * 8 * 9).view(3, 8, 9) * 5 % 8
+
+
 def _reductions() -> list[Case]:
     plane, spread = [(3, 8, 40)], {"quantized", "exact"}
     return [
@@ -588,6 +604,18 @@ def _reductions() -> list[Case]:
         Case("norm/spatial", lambda m, x: torch.norm(x, p=2, dim=(1, 2)), plane, spread, CLOSE, {}, ("x0",)),
         Case("norm/vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=1), plane, spread, CLOSE, {}, ("x0",)),
         Case("norm/first power", lambda m, x: x.norm(p=1, dim=-1), plane, {"exact"}, EXACT),
+        Case("max/one dimension", lambda m, x: x.max(1).values, plane, {"offsets"}, EXACT),
+        Case("max/topk", lambda m, x: torch.topk(x, 5, dim=-1)[0], plane, {"offsets"}, EXACT),
+        Case("max/sort", lambda m, x: x.sort(dim=2, descending=True).values, plane, {"offsets"}, EXACT),
+        Case("max/all", lambda m, x: x.max(), plane, {"exact"}, EXACT),
+        Case("gather/places", lambda m, x: x.gather(2, _PLACES), plane, {"shape only", "exact"}, EXACT),
+        Case(
+            "gather/repeated places",
+            lambda m, x: x.gather(1, _PLACES[:, :6, :1].repeat(1, 1, 40)),
+            plane,
+            {"shape only", "recipe: repeat"},
+            EXACT,
+        ),
         Case("normalize/last", lambda m, x: F.normalize(x, dim=-1), plane, set()),
         Case("var/method", lambda m, x: x.var(dim=(1, 2)), plane, CODED, CLOSE, {}, ("x0",)),
         Case("var/std", lambda m, x: torch.std(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn.saving.identity import LAST
+from hf_actnn.saving.kept import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
     from hf_actnn.saving.call import Call
+    from hf_actnn.saving.kept import Kept
 
 
 def _smooth(
@@ -75,6 +77,44 @@ HARDSWISH = _smooth(
 )
 ELU = _smooth(("elu",), _elu, "the derivative lies between 0 and max(1, alpha)")
 SOFTPLUS = _smooth(("softplus",), _softplus)
+SELU = _smooth(("selu",), lambda call: torch.selu_, "the derivative lies between 0 and 1.76, with a jump of 0.7 at 0")
+
+
+def _celu(call: Call) -> Callable[[Tensor], Tensor]:
+    alpha = call.argument(1, "alpha", 1.0)
+    return lambda value: torch.celu_(value, alpha)
+
+
+CELU = _smooth(("celu",), _celu, "the derivative lies in [0, 1]")
+
+
+def _keep_glu(call: Call) -> None:
+    dim = call.argument(1, "dim", -1)
+    for slot, _ in call.open_slots():
+        kept = call.data_argument(slot, call.argument(0, "input"))
+        call.output_recipe("glu", lambda value: F.glu(value, dim), [kept])
+
+
+GLU = register(
+    Rule("glu", _keep_glu, bounded="linear in one half, and the sigmoid of the other is bounded"), functions("glu")
+)
+
+
+def _keep_logsigmoid(call: Call) -> None:
+    """On a CPU a buffer is saved beside the input, a function of it."""
+    data = call.argument(0, "input")
+    kept: Kept | None = None
+    for slot, tensor in call.open_slots():
+        if call.same_storage(tensor, data):
+            kept = call.data(slot)
+        elif kept is not None and tensor.numel() == data.numel():
+            call.keep(slot, Recipe("logsigmoid", lambda value: value.abs().neg().exp(), [kept], tensor))
+    call.output_recipe("logsigmoid", F.logsigmoid, [kept])
+
+
+LOGSIGMOID = register(
+    Rule("logsigmoid", _keep_logsigmoid, bounded="the derivative lies in [0, 1]"), functions("logsigmoid")
+)
 
 
 def _keep_result(call: Call) -> None:
@@ -93,7 +133,7 @@ def _keep_softmax(call: Call) -> None:
 
 SOFTMAX = register(
     Rule("softmax", _keep_softmax, rows=LAST, bounded="y (dy - sum y dy), quadratic in y in [0, 1]"),
-    functions("softmax"),
+    functions("softmax", "softmin"),
 )
 
 
@@ -106,6 +146,18 @@ def _keep_relu(call: Call) -> None:
 
 RELU = register(
     Rule("relu", _keep_relu, bounded="one exact bit per value", needs_before=True, lossless=True), functions("relu")
+)
+
+
+def _keep_threshold(call: Call) -> None:
+    limit = float(call.argument(1, "threshold"))
+    for slot, tensor in call.open_slots():
+        if abs(limit) < 128:  # beyond, limit + 1 may be limit in the narrowest dtype
+            call.mask(slot, tensor, "not_le", limit, 0.0, on=limit + 1, off=limit - 1)
+
+
+THRESHOLD = register(
+    Rule("threshold", _keep_threshold, bounded="one exact bit per value", lossless=True), functions("threshold")
 )
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hf_actnn.saving.call import recast
 from hf_actnn.saving.identity import LAST, SAMPLE
+from hf_actnn.saving.kept import Exact
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def _keep_linear(call: Call) -> None:
             # Without a gradient for its weight a linear layer does not save its input. What is left then, as here, is
             # autocast's copy of a frozen or computed weight, which comes as an anonymous tensor.
             call.data_argument(slot, data, LAST)
+    _keep_cast_weight(call, weight)
 
 
 def _is_transposed_copy(tensor: Tensor, weight: Tensor) -> bool:
@@ -45,6 +48,18 @@ def _is_transposed_copy(tensor: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _keep_cast_weight(call: Call, weight: Tensor) -> None:
+    """Autocast's copy of a weight that was itself computed, and can be again."""
+    source = call.kept_of(weight)
+    if source is None or not source.same_bits or isinstance(source, Exact) or not call.is_weight(weight):
+        return
+    for slot, tensor in call.open_slots():
+        if tensor.dtype != weight.dtype and tensor.is_floating_point() and tensor.numel() == weight.numel():
+            recipe = recast(source, weight, tensor)
+            if recipe is not None:
+                call.keep(slot, recipe)
+
+
 def _keep_convolution(call: Call) -> None:
     data, weight = call.argument(0, "input"), call.argument(1, "weight")
     # Autograd saves input and weight, in this order, whichever of them needs a gradient.
@@ -53,6 +68,7 @@ def _keep_convolution(call: Call) -> None:
         call.data_argument(slot, data, SAMPLE)
     if not call.is_weight(weight):
         call.data_all([slot for slot, _ in slots[1:]])
+    _keep_cast_weight(call, weight)
 
 
 LINEAR = register(

@@ -216,7 +216,7 @@ RESIZE = register(
     functions("interpolate"),
 )
 REPEAT = register(
-    Rule("repeat", _keep_resized, bounded="nothing is saved", without_saves=True, needs_before=True),
+    Rule("repeat", _keep_resized, bounded="nothing is saved", without_saves=True, needs_before=True, integers=True),
     [*functions("repeat_interleave", "tile"), Tensor.repeat],
 )
 

@@ -30,10 +30,12 @@ def _keep_grid_sample(call: Call) -> None:
     mode = call.argument(2, "mode", "bilinear")
     source = places = None
     for slot, tensor in call.open_slots():
-        if call.same_storage(tensor, grid):
+        # Autocast samples in fp32, and saves copies.
+        copied = not call.same_storage(tensor, data) and not call.same_storage(tensor, grid)
+        if call.same_storage(tensor, grid) or copied and tensor.shape == grid.shape != data.shape:
             places = _keep_places(call, slot, tensor, mode)
-        elif call.same_storage(tensor, data) and not call.is_weight(tensor):
-            source = call.data(slot, SAMPLE)
+        elif not call.is_weight(tensor) and (call.same_storage(tensor, data) or tensor.shape == data.shape):
+            source = call.data_argument(slot, data, SAMPLE)
     if source is None and isinstance(data, Tensor):
         source = call.kept_of(data)
     padding, corners = call.argument(3, "padding_mode", "zeros"), call.argument(4, "align_corners")
