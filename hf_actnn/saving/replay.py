@@ -99,9 +99,7 @@ def learn(call: Call) -> None:
             leaves[place] = None  # the recipe must not hold it
     if parents or made:
         again = as_now(_again(call.function, leaves, places, structure), out.device.type)
-        registry.learn(
-            out, Recipe("computed again", again, parents, out, repeats=True)
-        )
+        registry.learn(out, Recipe("computed again", again, parents, out, repeats=True))
 
 
 def _shape_of(tensor: Tensor) -> Kept:
