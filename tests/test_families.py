@@ -47,3 +47,14 @@ def test_level_l0(family, exact):
 
 def test_eval(family, exact):
     assert Step(family, train=False, bits=8).same_forward(Step(family, train=False))
+
+
+def test_autocast(family):
+    """Under bf16 autocast the forward pass has the same bits; gradients are those of bf16, whose own step is 2^-8."""
+    try:
+        exact = Step(family, True)
+    except families.UnavailableError as error:
+        pytest.skip(str(error))
+    step = Step(family, True, bits=8)
+    assert step.same_forward(exact)
+    assert step.cosine(exact) > 1 - 2 * (1 - family.floor)
