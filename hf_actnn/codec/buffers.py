@@ -111,8 +111,13 @@ def _glibc() -> tuple[Callable[[int], int], Callable[[int, int], int]] | None:
 def _keep_out_of_heap() -> None:
     """From now on large tensors get pages of their own, which go back to the system as they are freed."""
     found = _glibc()
-    if found is not None:
+    if found is not None and not _threshold_is_set():
         found[1](_M_MMAP_THRESHOLD, OUT_OF_HEAP)
+
+
+def _threshold_is_set() -> bool:
+    """Whether whoever started the process has decided on it."""
+    return "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _unused_memory() -> float:

@@ -7,7 +7,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
@@ -40,10 +42,11 @@ class Slot:
     known, and with them the role of each save.
     """
 
-    __slots__ = ("tensor", "kept", "reason", "where", "shared", "__weakref__")
+    __slots__ = ("tensor", "kept", "reason", "where", "device", "shared", "__weakref__")
 
     def __init__(self, tensor: Tensor, where: str) -> None:
         self.tensor: Tensor | None = tensor
+        self.device = tensor.device.type
         self.kept: Kept | None = None
         self.reason = ""
         self.where = where
@@ -76,6 +79,44 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
             for item in argument:
                 if isinstance(item, Tensor):
                     yield item
+
+
+_NEVER, _ALWAYS = -1, 0
+
+
+class _Writes(dict[Any, int]):
+    """Torch function -> whether it writes to its first argument: never, always (by torch's naming), or if the argument
+    of this position, called ``inplace``, says so."""
+
+    def __missing__(self, function: Any) -> int:
+        name = getattr(function, "__name__", "").partition(".")[0]
+        own = name.endswith("_") and not name.endswith("__")
+        code = getattr(function, "__code__", None)
+        names = code.co_varnames[: code.co_argcount] if code is not None else ()
+        if own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
+            self[function] = _ALWAYS
+        else:
+            self[function] = names.index("inplace") if "inplace" in names else _NEVER
+        return self[function]
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+)
+_WRITES = _Writes()
+
+
+def written_by(function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors that a torch function is about to write to."""
+    when = _WRITES[function]
+    if when == _ALWAYS or (when > 0 and (args[when] if when < len(args) else kwargs.get("inplace", False))):
+        yield from tensors_in((*args[:1], kwargs.get("input")))
+    elif function is F.batch_norm:
+        yield from tensors_in((*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")))
+    elif function is F.embedding and (len(args) > 3 or "max_norm" in kwargs):
+        yield from tensors_in((*args[1:2], kwargs.get("weight")))
+    if "out" in kwargs:
+        yield from tensors_in((kwargs["out"],))
 
 
 class Call:
@@ -127,6 +168,13 @@ class Call:
     def same_storage(a: Tensor, b: Any) -> bool:
         return isinstance(b, Tensor) and storage_key(a) == storage_key(b)
 
+    @classmethod
+    def same_view(cls, a: Tensor, b: Any) -> bool:
+        """Whether two tensors are the same values of the same memory."""
+        return cls.same_storage(a, b) and (
+            (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
+        )
+
     def open_slots(self) -> list[tuple[Slot, Tensor]]:
         """The slots that no one has decided on yet, each with its tensor."""
         return [(slot, slot.tensor) for slot in self.slots if slot.kept is None and slot.tensor is not None]
@@ -139,10 +187,14 @@ class Call:
         assert tensor is not None
         slot.reason = reason
         if tensor.dtype == torch.bool and self.policy.bits is not None and tensor.numel() >= self.policy.min_numel:
-            flat = flat_storage(tensor)
+            found = self.scope.registry.find(tensor)
+            flat = flat_storage(tensor) if found is None else None
             if flat is not None and not self.is_weight(tensor):  # a bit says all that a byte does
-                slot.kept = Mask(codec.pack_mask(flat, "nonzero", 0.0, 0.0), Geometry(tensor), 1.0, 0.0)
-                return slot.kept
+                found = Mask(codec.pack_mask(flat, "nonzero", 0.0, 0.0), Geometry(tensor), 1.0, 0.0)
+                self.scope.registry.learn(tensor, found)
+            if found is not None:
+                slot.kept = found
+                return found
         slot.kept = exact(self.scope, tensor, slot.where)
         return slot.kept
 
@@ -317,6 +369,24 @@ class Call:
         )
         if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
+            for parent in kept.parents:
+                self.scope.session.lend(parent)
+
+    def again_on_first(self) -> Callable[[Any], Tensor] | None:
+        """This function of another first argument, all others being as they are now; None where one is a tensor.
+
+        Lists among the arguments are copied: their owner may go on to change them.
+        """
+        leaves, structure = tree_flatten((self.args[1:], self.kwargs))
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
+        function = self.function
+
+        def again(value: Any) -> Tensor:
+            args, kwargs = tree_unflatten(leaves, structure)
+            return function(value, *args, **kwargs)
+
+        return again
 
     def output_masked(self, source: Kept | None, mask: Mask, on: float) -> None:
         """The output is what ``source`` gives back, times ``on`` where the mask's bit is set and 0 elsewhere."""

@@ -92,6 +92,12 @@ class Exact(Kept):
             )
         return self.tensor
 
+    def secure(self) -> None:
+        """Hold a copy from here on: the tensor is about to be written to."""
+        if self.tensor._version == self.version:
+            self.tensor = self.tensor.detach().clone()
+            self.version, self.parameter = self.tensor._version, False
+
     @property
     def nbytes(self) -> int:
         return 0 if self.parameter else self.tensor.untyped_storage().nbytes()

@@ -65,17 +65,21 @@ _FUNCTIONS = frozenset(
         F.scaled_dot_product_attention,
     }
 )
-#: They make constants out of nothing.
-_CREATION = frozenset(
-    getattr(torch, name)
-    for name in ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "arange", "linspace")
-) | frozenset({Tensor.new_zeros, Tensor.new_ones, Tensor.new_full})
+#: They make constants out of nothing,
+_CREATION = frozenset(getattr(torch, name) for name in ("zeros", "ones", "full", "arange", "linspace"))
+#: or out of the shape of their first argument.
+_CREATION_LIKE = frozenset(
+    {torch.zeros_like, torch.ones_like, torch.full_like, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
+)
+#: Copies that a user asked for, most likely because the original is about to change.
+_CLONES = frozenset(functions("clone"))
 
 
 def learn(call: Call) -> None:
     """Remember the output of an operation on parameters and constants as a recipe."""
     out = call.out
-    made = call.function in _CREATION
+    like = call.function in _CREATION_LIKE
+    made = like or call.function in _CREATION
     if not (made or call.function in _FUNCTIONS) or not isinstance(out, Tensor) or not out.is_floating_point():
         return
     if out.numel() < max(call.policy.min_numel, 1) or not fills_its_memory(out) or "out" in call.kwargs:
@@ -84,14 +88,24 @@ def learn(call: Call) -> None:
         return
     if call.function is F.batch_norm and any(isinstance(call.argument(at, ""), Tensor) for at in (1, 2)):
         return  # running statistics would be updated again
-    leaves, structure = tree_flatten((call.args, call.kwargs))
+    if call.function is F.embedding and call.argument(3, "max_norm") is not None:
+        return  # it writes to its table
+    kwargs = call.kwargs
+    if made:  # whatever torch's defaults are by then
+        kwargs = {**kwargs, "dtype": out.dtype, "device": out.device}
+    leaves, structure = tree_flatten((call.args, kwargs))
     registry = call.scope.registry
     places, parents = [], []
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             if call.same_storage(out, leaf):
                 return  # in place, or a view
-            parent = _shape_of(leaf) if made else _parent(registry, leaf, out, call.where)
+            if like and place == 0 and call.args:
+                parent: Kept | None = Blank(leaf)  # its values are not read
+            elif call.function in _CLONES and registry.is_stored_weight(leaf):
+                return
+            else:
+                parent = _parent(registry, leaf, out, call.where)
             if parent is None:
                 return
             places.append(place)
@@ -100,11 +114,8 @@ def learn(call: Call) -> None:
     if parents or made:
         again = as_now(_again(call.function, leaves, places, structure), out.device.type)
         registry.learn(out, Recipe("computed again", again, parents, out, repeats=True))
-
-
-def _shape_of(tensor: Tensor) -> Kept:
-    """For what reads no values of its argument."""
-    return Blank(tensor)
+        for parent in parents:
+            call.scope.session.lend(parent)
 
 
 def _parent(registry: Registry, tensor: Tensor, out: Tensor, where: str) -> Kept | None:
@@ -114,7 +125,7 @@ def _parent(registry: Registry, tensor: Tensor, out: Tensor, where: str) -> Kept
     found = registry.find(tensor)
     if found is not None and registry.is_weight(tensor):
         return found
-    if WORTH_HOLDING * tensor.numel() * tensor.itemsize <= out.numel() * out.itemsize:
+    if WORTH_HOLDING * tensor.untyped_storage().nbytes() <= out.numel() * out.itemsize:
         return Exact(tensor, where=where)
     return None
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
-from hf_actnn.saving.call import Call, Slot, exact, tensors_in
+from hf_actnn.saving.call import Call, Slot, exact, tensors_in, written_by
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward
 from hf_actnn.saving.policy import Policy
@@ -65,6 +65,7 @@ class Scope:
         self._observers = observers()
         self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
         self._notes: dict[tuple[str, str, str, str], list[int]] = {}
+        session.forget_dead()
 
     def next_stream(self) -> int:
         return next(self._streams)
@@ -131,6 +132,8 @@ class Scope:
         if rule is not None and rule.opened is not None:
             with self._mode:
                 return rule.opened(*args, **kwargs)
+        for tensor in written_by(function, args, kwargs):
+            self.session.before_write(tensor)
         outer = self.call
         call = self.call = Call(self, function, rule, args, kwargs)
         constant = self._from_weights_alone(call)  # asked before an in-place operation changes what it was given
@@ -149,8 +152,10 @@ class Scope:
             if rule is not None and rule.integers and isinstance(output, Tensor):
                 rule.keep(call)
             return
-        if not any(made.requires_grad for made in tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
-            # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph.
+        made = tensors_in(out if isinstance(out, (tuple, list)) else (out,))
+        if out is not None and not any(tensor.requires_grad for tensor in made):
+            # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph. (Assigning to a
+            # part of a tensor returns nothing.)
             for slot in call.slots:
                 assert slot.tensor is not None
                 slot.kept, slot.tensor = Exact(slot.tensor, where=slot.where), None
@@ -257,6 +262,14 @@ _rebuilt = _Rebuilt()
 
 
 def _unpack(slot: Slot) -> Tensor:
+    if torch._C._is_any_autocast_enabled():
+        # A backward pass inside autocast: what the forward pass computed outside is not computed again inside.
+        with torch.autocast(slot.device, enabled=False):
+            return _given_back(slot)
+    return _given_back(slot)
+
+
+def _given_back(slot: Slot) -> Tensor:
     if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
         return _rebuilt.get(slot)
     with torch.no_grad():

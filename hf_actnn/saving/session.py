@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hf_actnn.config import ActNNConfig
+from hf_actnn.saving.identity import storage_key
+from hf_actnn.saving.kept import Exact, Kept, View
 
 _MASK = 2**64 - 1
 
@@ -47,6 +51,7 @@ class Session:
         self.number = number
         self._steps = itertools.count()
         self.last: list[Observation] = []
+        self._lent: dict[int, list[weakref.ref[Exact]]] = {}
 
     def key(self) -> int:
         rank = 0
@@ -56,6 +61,31 @@ class Session:
 
     def next_step(self) -> int:
         return next(self._steps) & 0xFFFFFFFF
+
+    # -- tensors that recipes refer to and autograd did not save ------------------------------------------------------
+
+    def lend(self, kept: Kept) -> None:
+        """Note that a recipe computes from a tensor by reference.
+
+        Autograd did not save it, so whoever writes to it is in the right: :meth:`before_write` then has it copied.
+        """
+        while isinstance(kept, View):
+            kept = kept.parent
+        if isinstance(kept, Exact):
+            self._lent.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
+
+    def before_write(self, tensor: Tensor) -> None:
+        """A tensor is about to be written in place: what recipes read of its memory is copied first."""
+        for reference in self._lent.pop(storage_key(tensor), ()):
+            kept = reference()
+            if kept is not None:
+                kept.secure()
+
+    def forget_dead(self) -> None:
+        """Drop the notes of recipes that are gone."""
+        self._lent = {
+            key: alive for key, found in self._lent.items() if (alive := [one for one in found if one() is not None])
+        }
 
     def observed(self, notes: dict[tuple[str, str, str, str], list[int]]) -> None:
         self.last = [Observation(*key, *counts) for key, counts in notes.items()]

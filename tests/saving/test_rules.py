@@ -602,7 +602,16 @@ def _reductions() -> list[Case]:
         Case("amax/ties", lambda m, x: x.round().amax(2), plane, {"mask", "exact"}, EXACT),
         Case("norm/last", lambda m, x: x.norm(dim=-1, keepdim=True), plane, spread, CLOSE, {}, ("x0",)),
         Case("norm/spatial", lambda m, x: torch.norm(x, p=2, dim=(1, 2)), plane, spread, CLOSE, {}, ("x0",)),
-        Case("norm/vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=1), plane, spread, CLOSE, {}, ("x0",)),
+        Case("norm/vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),
+        Case(
+            "norm/across rows",
+            lambda m, x: torch.linalg.vector_norm(x, dim=1),
+            plane,
+            {"recipe: norm", "exact"},
+            CLOSE,
+            {},
+            ("x0",),
+        ),
         Case("norm/first power", lambda m, x: x.norm(p=1, dim=-1), plane, {"exact"}, EXACT),
         Case("max/one dimension", lambda m, x: x.max(1).values, plane, {"offsets"}, EXACT),
         Case("max/topk", lambda m, x: torch.topk(x, 5, dim=-1)[0], plane, {"offsets"}, EXACT),
@@ -618,7 +627,8 @@ def _reductions() -> list[Case]:
         ),
         Case("normalize/last", lambda m, x: F.normalize(x, dim=-1), plane, set()),
         Case("var/method", lambda m, x: x.var(dim=(1, 2)), plane, CODED, CLOSE, {}, ("x0",)),
-        Case("var/std", lambda m, x: torch.std(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),
+        Case("std/within rows", lambda m, x: torch.std(x, dim=-1), plane, spread, CLOSE, {}, ("x0",)),
+        Case("std/across rows", lambda m, x: torch.std(x, dim=1), plane, {"exact"}, EXACT),
         Case("var/with mean", lambda m, x: sum(torch.var_mean(x, dim=-1)), plane, CODED, CLOSE, {}, ("x0",)),
     ]
 

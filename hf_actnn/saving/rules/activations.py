@@ -189,23 +189,29 @@ def _keep_between(call: Call, low: float, high: float, predicate: str, again: Ca
     on, off = inside_and_outside(low, high)
     for slot, tensor in call.open_slots():
         limit = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
-        if off is not None and not max(abs(on), abs(off)) + 1 < limit:
+        if on is None or off is None or not max(abs(on), abs(off)) * (1 + _MARGIN) < limit:
             continue
-        if off is None:
-            off = on  # nothing lies outside
         call.mask(slot, tensor, predicate, low, high, on=on, off=off)
         call.output_recipe(call.name, again, [call.before])
 
 
-def inside_and_outside(low: float, high: float) -> tuple[float, float | None]:
-    """A finite value strictly between the corners and one beyond them; None for the latter where there are none."""
+#: Further apart, relative to its size, than bfloat16 rounds any number.
+_MARGIN = 1 / 64
+
+
+def inside_and_outside(low: float, high: float) -> tuple[float | None, float | None]:
+    """A finite value strictly between the corners and one beyond them, in any dtype; None where there is none."""
     if math.isinf(low) and math.isinf(high):
-        return 0.0, None
+        return None, None
     if math.isinf(low):
-        return high - 1.0, high + 1.0
+        low = high - 2 * max(1.0, abs(high) * _MARGIN)
+        return low, 2 * high - low
     if math.isinf(high):
-        return low + 1.0, low - 1.0
-    return (low + high) / 2, low - 1.0
+        high = low + 2 * max(1.0, abs(low) * _MARGIN)
+        return high, 2 * low - high
+    middle = (low + high) / 2
+    narrow = high - low <= 4 * _MARGIN * max(abs(low), abs(high))
+    return None if narrow else middle, low - max(1.0, abs(low) * _MARGIN)
 
 
 def _keep_hardtanh(call: Call) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_actnn.saving.rules.activations import inside_and_outside
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ def _keep_quotient(call: Call) -> None:
         above, below = below, above
     if not isinstance(above, Tensor) or not isinstance(below, Tensor) or call.in_place:
         return
+    if call.kwargs.get("rounding_mode") is not None:
+        return
+    # Two parts of one tensor, or a tensor by itself: then the view tells which is meant.
+    same = call.same_view if call.same_storage(above, below) else call.same_storage
     divisor = None
     for slot, tensor in call.open_slots():
-        if call.same_storage(tensor, below):
+        if same(tensor, below):
             divisor = call.exact(slot, _EXACT_DIVISOR)
-        elif call.same_storage(tensor, above):
+        elif same(tensor, above):
             call.data(slot)
     if divisor is not None:
         call.output_recipe("div", lambda a, b: a / b, [call.kept_of(above), divisor])
@@ -62,10 +66,13 @@ EXP = register(Rule("exp", _keep_result, bounded="the gradient is linear in the 
 def _keep_power(call: Call) -> None:
     """Squares and cubes: their derivatives are polynomials of degree one and two."""
     exponent = 2 if call.name == "square" else call.argument(1, "exponent")
-    if exponent not in (2, 3) or call.in_place:
+    data = call.argument(0, "input")
+    if not isinstance(exponent, (int, float)) or exponent not in (2, 3):
+        return
+    if not isinstance(data, Tensor) or call.in_place:
         return
     for slot, _ in call.open_slots():
-        kept = call.data_argument(slot, call.argument(0, "input"))
+        kept = call.data_argument(slot, data)
         call.output_recipe("pow", lambda value: value.pow(exponent), [kept])
 
 
@@ -77,34 +84,40 @@ POW = register(
 SQUARE = register(Rule("square", _keep_power, bounded=_POLYNOMIAL), functions("square"))
 
 
-def _bound(call: Call, position: int, *names: str) -> float | None:
-    """A bound as a number, infinite where there is none; None where it is a tensor."""
-    value: Any = next((call.kwargs[name] for name in names if name in call.kwargs), None)
-    if value is None and len(call.args) > position >= 0:
+def _bound(call: Call, position: int, name: str, none: float) -> float | None:
+    """A bound as a number, ``none`` where there is none; None where it is a tensor."""
+    value: Any = call.kwargs.get(name)
+    if value is None and len(call.args) > position:
         value = call.args[position]
     if value is None:
-        return math.inf
+        return none
     return None if isinstance(value, Tensor) else float(value)
+
+
+@lru_cache(maxsize=256)
+def _within(low: float, high: float, dtype: torch.dtype) -> float | None:
+    """A value of a dtype that torch finds between two bounds, these included."""
+    for candidate in (0.0, low / 2 + high / 2, low, high):
+        value = torch.tensor(candidate, dtype=dtype)
+        if value.isfinite() and value >= low and value <= high:
+            return value.item()
+    return None
 
 
 def _keep_clamp(call: Call) -> None:
     """The gradient passes between the bounds, these included, and is stopped elsewhere and for nan: one bit."""
     name = getattr(call.function, "__name__", "")
-    low = math.inf if "max" in name else _bound(call, 1, "min")
-    high = math.inf if "min" in name else _bound(call, 1 if "max" in name else 2, "max")
+    low = -math.inf if "max" in name else _bound(call, 1, "min", -math.inf)
+    high = math.inf if "min" in name else _bound(call, 1 if "max" in name else 2, "max", math.inf)
     if low is None or high is None:
         return
-    low = -math.inf if math.isinf(low) else low
-    on, off = inside_and_outside(low, high)
-    if off is None:
-        return
-    if low == high:
-        on = low
     for slot, tensor in call.open_slots():
-        if not tensor.is_floating_point() or not max(abs(on), abs(off)) + 1 < torch.finfo(tensor.dtype).max:
+        on = _within(low, high, tensor.dtype) if tensor.is_floating_point() else None
+        if on is None:
             continue
         inside = (tensor >= low) & (tensor <= high)
-        call.mask(slot, inside, "nonzero", 0.0, 0.0, on=on, off=off)
+        # A comparison with nan is false, whatever the bounds.
+        call.mask(slot, inside, "nonzero", 0.0, 0.0, on=on, off=math.nan)
         call.output_recipe("clamp", lambda value: value.clamp(low, high), [call.before])
 
 

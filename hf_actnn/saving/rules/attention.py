@@ -91,6 +91,8 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
     group = Rerun(
         again, [parent for parent in parents if parent is not None], owned=len(slots) - (mask_slot is not None)
     )
+    if mask_slot is None and len(parents) > len(inputs):
+        call.scope.session.lend(parents[-1])  # type: ignore[arg-type]
     for index, (slot, tensor) in enumerate(slots):
         if slot is mask_slot:
             continue
@@ -214,6 +216,8 @@ def _keep_mathematical(call: Call) -> bool:
 
     again = _again(call, attend, flags, len(slots), with_output=True)
     group = Rerun(again, parents, owned=len(slots))
+    for parent in parents:
+        call.scope.session.lend(parent)
     for index, (slot, _) in enumerate(slots):
         slot.kept = Rerunnable(group, index, own=True)
     output = call.output

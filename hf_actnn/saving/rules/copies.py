@@ -27,8 +27,9 @@ def _keep_move(call: Call) -> None:
     source = call.before
     if source is None or isinstance(source, Exact):
         return
-    function, args, kwargs = call.function, call.args[1:], call.kwargs
-    call.output_recipe(call.name, lambda value: function(value, *args, **kwargs), [source], repeats=True)
+    again = call.again_on_first()
+    if again is not None:
+        call.output_recipe(call.name, again, [source], repeats=True)
 
 
 MOVE = register(

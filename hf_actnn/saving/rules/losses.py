@@ -26,6 +26,8 @@ def _keep_loss(call: Call) -> None:
     source = call.kept_of(data)
     if source is None or isinstance(source, Exact) or not source.same_bits:
         return
+    if call.function in _LOG_SOFTMAX and call.argument(1, "dim") is None:
+        return
     for slot, tensor in call.open_slots():
         if call.same_storage(tensor, data):
             call.keep(slot, source)

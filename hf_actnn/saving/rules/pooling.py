@@ -176,8 +176,9 @@ def _keep_pad(call: Call) -> None:
 def _repeat(call: Call, source: Kept | None) -> None:
     """The output is made again from what gives the input back."""
     if source is not None and isinstance(call.out, Tensor) and not call.in_place:
-        function, args, kwargs = call.function, call.args[1:], call.kwargs
-        call.output_recipe(call.name, lambda value: function(value, *args, **kwargs), [source], repeats=True)
+        again = call.again_on_first()
+        if again is not None:
+            call.output_recipe(call.name, again, [source], repeats=True)
 
 
 #: Where its resized form is so many times larger, an input that is not kept may be kept exactly in its stead.
@@ -228,8 +229,9 @@ def _keep_joined(call: Call) -> None:
     sources = [call.kept_of(part) for part in parts]
     if any(source is None or isinstance(source, Exact) for source in sources):
         return
-    function, args, kwargs = call.function, call.args[1:], {k: v for k, v in call.kwargs.items() if k != "tensors"}
-    call.output_recipe(call.name, lambda *values: function(values, *args, **kwargs), sources, repeats=True)
+    again = call.again_on_first() if call.args else None
+    if again is not None:
+        call.output_recipe(call.name, lambda *values: again(values), sources, repeats=True)
 
 
 JOIN = register(

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_actnn.saving.call import tensors_in
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Exact
+from hf_actnn.saving.kept import Exact, Quantized, Recipe, View
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
     from hf_actnn.saving.call import Call, Slot
+    from hf_actnn.saving.kept import Kept
 
 _LINEAR = "the gradient of each factor is linear in the other"
 
@@ -29,7 +31,7 @@ def _keep_matmul(call: Call) -> None:
     if call.function is Tensor.__rmatmul__:
         left, right = right, left
     slots: list[tuple[Slot, Tensor]] = call.open_slots()
-    data = [slot for slot, tensor in slots if not call.is_weight(tensor)]
+    data = _not_of_weights(call, slots, [left, right])
     pairs = [(left, right), (right, left)] if joined else [(right, left), (left, right)]
     saved = [factor for factor, other in pairs if isinstance(other, Tensor) and other.requires_grad]
     call.data_all(
@@ -60,13 +62,63 @@ def _keep_mul(call: Call) -> None:
     elif isinstance(left, Tensor):
         # Both factors are kept: their product, coded independently, is unbiased.
         parents = [call.kept_of(factor) for factor in (left, right)]
-        if parents[0] is not parents[1]:
+        if _origin(parents[0]) != _origin(parents[1]):
             call.output_recipe("mul", lambda a, b: a * b, parents)
+
+
+def _origin(kept: Kept | None) -> tuple:
+    """Tells codes and parts of codes apart: of a code and a copy of it the product would be biased."""
+    place: tuple = ()
+    while isinstance(kept, View) or (isinstance(kept, Recipe) and kept.function is None):
+        if isinstance(kept, View):
+            place = (kept.offset, kept.shape, kept.stride)
+            kept = kept.parent
+        else:
+            kept = kept.parents[0]
+    if isinstance(kept, Quantized):
+        packed = kept.packed
+        if place == (0, packed.shape, packed.stride):
+            place = ()
+    return id(kept), place
 
 
 def _keep_einsum(call: Call) -> None:
     # Factors come permuted and folded, as views or as copies whose order only einsum knows.
-    call.data_all([slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)], LAST)
+    operands = [value for value in tensors_in(call.args[1:]) if isinstance(value, Tensor)]
+    call.data_all(_not_of_weights(call, call.open_slots(), operands), LAST)
+
+
+def _not_of_weights(call: Call, slots: list[tuple[Slot, Tensor]], operands: list[Tensor]) -> list[Slot]:
+    """The saves that hold data. Where some operand is a weight, a save may be a folded copy of it: to count as data it
+    has to be a view of a data operand, or of the size of one and of no weight, or a copy whose graph leads to one."""
+    slots = [(slot, tensor) for slot, tensor in slots if not call.is_weight(tensor)]
+    weights = [value for value in operands if call.is_weight(value)]
+    if not weights:
+        return [slot for slot, _ in slots]
+    data = [value for value in operands if not call.is_weight(value)]
+    sizes = {value.numel() for value in data} - {value.numel() for value in weights}
+    return [
+        slot
+        for slot, tensor in slots
+        if tensor.numel() in sizes
+        or any(call.same_storage(tensor, value) for value in data)
+        or _copied_from(tensor, data, weights)
+    ]
+
+
+def _copied_from(tensor: Tensor, data: list[Tensor], weights: list[Tensor]) -> bool:
+    if tensor.grad_fn is None:
+        return not tensor.requires_grad and all(value.requires_grad for value in weights)
+    sources = [value.grad_fn for value in data if value.grad_fn is not None]
+    node = tensor.grad_fn
+    for _ in range(6):  # a cast, and what einsum and matmul do to an operand: permute, expand, clone, view
+        if any(node is source for source in sources):
+            return True
+        following = node.next_functions
+        if len(following) != 1 or following[0][0] is None:
+            return False
+        node = following[0][0]
+    return False
 
 
 EINSUM = register(Rule("einsum", _keep_einsum, _LINEAR, rows=LAST), [torch.einsum])
