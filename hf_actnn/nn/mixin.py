@@ -20,11 +20,16 @@ ATTRIBUTE = "_actnn"
 
 
 class Member(NamedTuple):
-    """What a converted module knows: its path, what the configuration says of it, and what the model shares."""
+    """What a converted module knows: its path, what the configuration says of it, and what the model shares.
+
+    ``adapts``: the module was made by itself and told nothing, so inside a converted model it does as that model does.
+    Adapters are made in this way, by libraries that call the class of the layer they are put beside.
+    """
 
     path: str
     policy: Policy
     session: Session
+    adapts: bool = False
 
 
 class Compressed:
@@ -39,6 +44,8 @@ class Compressed:
         if current is not None:
             if self._compiled_call_impl is not None:  # type: ignore[attr-defined]
                 raise NotAvailableError(_COMPILED)
+            if member.adapts:
+                return forward(*args, **kwargs)
             current.places.append((member.path, member.policy))
             try:
                 return forward(*args, **kwargs)
@@ -116,7 +123,7 @@ def _make_init(original: type[nn.Module]) -> Any:
     def __init__(self: Any, *args: Any, actnn: ActNNConfig | str | None = None, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
         config = ActNNConfig.resolve(actnn)
-        join(self, Member("", policies(config, [""])[""], Session(config, next(_numbers))))
+        join(self, Member("", policies(config, [""])[""], Session(config, next(_numbers)), actnn is None))
 
     __init__.__wrapped__ = original.__init__  # type: ignore[attr-defined]
     __init__.__doc__ = original.__init__.__doc__
