@@ -18,6 +18,7 @@ EXACT, CLOSE = "exact", "close"
 CODED = {"quantized"}
 WEIGHTED = {"quantized", "parameter"}
 MASK = {"mask"}
+SIDED = {"recipe: side"}
 LOGSIGMOID = {"quantized", "recipe: logsigmoid"}
 NORM = {"quantized", "exact", "parameter"}
 
@@ -256,10 +257,10 @@ def _activations() -> list[Case]:
         # The smooth ones read a coded input; sigmoid, tanh and softmax a coded output.
         *elementwise("gelu", CODED, CLOSE, F.gelu, lambda: nn.GELU(approximate="tanh"), None),
         *elementwise("silu", CODED, CLOSE, F.silu, nn.SiLU, lambda x: F.silu(x, inplace=True)),
-        *elementwise("hardswish", CODED, CLOSE, F.hardswish, nn.Hardswish, lambda x: F.hardswish(x, inplace=True)),
+        *elementwise("hardswish", SIDED, CLOSE, F.hardswish, nn.Hardswish, lambda x: F.hardswish(x, inplace=True)),
         *elementwise("mish", CODED, CLOSE, F.mish, nn.Mish, lambda x: F.mish(x, inplace=True)),
-        *elementwise("elu", CODED, CLOSE, lambda x: F.elu(x, 0.7), nn.ELU, lambda x: F.elu_(x, 0.7)),
-        *elementwise("selu", CODED, CLOSE, F.selu, nn.SELU, None),
+        *elementwise("elu", SIDED, CLOSE, lambda x: F.elu(x, 0.7), nn.ELU, lambda x: F.elu_(x, 0.7)),
+        *elementwise("selu", SIDED, CLOSE, F.selu, nn.SELU, None),
         *elementwise("celu", CODED, CLOSE, lambda x: F.celu(x, 0.7), nn.CELU, lambda x: F.celu(x, inplace=True)),
         *elementwise("glu", CODED, CLOSE, lambda x: F.glu(x, 1), nn.GLU, None),
         *elementwise("logsigmoid", LOGSIGMOID, CLOSE, F.logsigmoid, nn.LogSigmoid, None),
@@ -740,14 +741,35 @@ def test_kept_as_the_rule_says(case):
     name = "convolution" if name.startswith("conv") else name
     name = "avg_pool" if "avg_pool" in name else name
     name = "hardtanh" if case.name == "relu6/module" else name  # as torch itself has it
+    kept = CODED if case.name == "elu/module" else case.kept  # its derivative has no jump
     assert found.get(name, set()), found
     if name in ("dropout", "alpha_dropout") or "max_pool1d" in name:
-        assert found[name] <= case.kept, found
+        assert found[name] <= kept, found
     else:
-        assert found[name] == case.kept, found
+        assert found[name] == kept, found
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.unbiased], ids=lambda case: case.name)
 def test_gradients_are_unbiased(case):
     model, inputs = build(case)
     assert_unbiased(model, inputs, case.unbiased)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("function", "corners"),
+    [(F.hardswish, (-3.0, 3.0)), (F.selu, (0.0,)), (lambda x, inplace: F.elu(x, 0.5, inplace), (0.0,))],
+    ids=["hardswish", "selu", "elu"],
+)
+def test_a_jump_is_never_read_off_a_code(function, corners, in_place):
+    """Values just beside a corner: with codes a tenth apart, many come back on the other side of it."""
+    x = torch.cat(
+        [corner + 0.05 * torch.randn(4, 512, generator=torch.Generator().manual_seed(1)) for corner in corners]
+    )
+    x[:, ::64] *= 2  # so that a group spans more than the corner's neighbourhood
+    x = torch.cat([x, -x])
+    model = Bench(lambda m, x: function(x + 0, inplace=in_place))
+    _, expected = run(model, [x])
+    _, found = run(hf_actnn.convert(model, bits=6, min_numel=0), [x])
+    error = (found["x0"] - expected["x0"]).abs() / expected["x0"].abs().amax()
+    assert 0 < error.max() < 0.1

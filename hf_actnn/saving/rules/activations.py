@@ -9,39 +9,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Recipe
+from hf_actnn.saving.kept import Exact, Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
-    from hf_actnn.saving.call import Call
+    from hf_actnn.saving.call import Call, Slot
     from hf_actnn.saving.kept import Kept
+
+
+class Sides(NamedTuple):
+    """Where a derivative jumps: one bit per value, and how a coded value is brought back to its side.
+
+    Attributes:
+        predicate, low, high: of the bit; see :func:`hf_actnn.codec.reference.predicate`.
+        bring: from the coded values and the bits, as booleans, to values on the side they belong to.
+    """
+
+    predicate: str
+    low: float
+    high: float
+    bring: Callable[[Tensor, Tensor], Tensor]
+
+
+def _sided(call: Call, slot: Slot, tensor: Tensor, kept: Kept, sides: Sides | None) -> Kept:
+    """What was coded, with the exact side of each value. Read off the code alone, the derivative of a value near a jump
+    would be wrong by the jump, at random and, since values gather on one side of it, not zero on average."""
+    if sides is None or isinstance(kept, Exact):
+        return kept
+    mask = call.mask(slot, tensor, sides.predicate, sides.low, sides.high, on=1.0, off=0.0)
+    mask.geometry.dtype = torch.bool
+    return call.keep(slot, Recipe("side", sides.bring, [kept, mask], tensor))
 
 
 def _smooth(
     names: tuple[str, ...],
     again: Callable[[Call], Callable[[Tensor], Tensor]],
     bounded: str = "the derivative is bounded and continuous in the input",
+    sides: Callable[[Call], Sides | None] = lambda call: None,
 ) -> Rule:
     """A rule for a function that saves its input and whose derivative is bounded in it.
 
     Args:
         again: from the call, the function that computes its output from its input once more, in place: an MLP's hidden
             layer is the largest tensor there is, and a second one beside it would be the peak.
+        sides: from the call, what to do where the derivative jumps; None where it does not.
     """
 
     def keep(call: Call) -> None:
         for slot, tensor in call.open_slots():
             if call.same_storage(tensor, call.output):
-                call.data(slot)  # the in-place form of elu saves its result
+                _sided(call, slot, tensor, call.data(slot), sides(call))  # the in-place form of elu saves its result
                 return
             kept = call.data_argument(slot, call.argument(0, "input"))
+            kept = _sided(call, slot, tensor, kept, sides(call))
             call.output_recipe(call.name, again(call), [kept], writes=True)
 
     return register(
@@ -72,12 +99,39 @@ def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
 GELU = _smooth(("gelu",), _gelu)
 SILU = _smooth(("silu",), _plain(F.silu))
 MISH = _smooth(("mish",), _plain(F.mish))
+
+
+def _within_three(value: Tensor, inside: Tensor) -> Tensor:
+    """Outside, the sign of the code says on which side: codes of opposite sign would have to be 3 apart or more."""
+    size = value.abs()
+    size = torch.where(inside, size.clamp_max(3 - 3 * torch.finfo(value.dtype).eps), size.clamp_min(3.0))
+    return size.copysign_(value)
+
+
+def _of_sign(value: Tensor, positive: Tensor) -> Tensor:
+    return torch.where(positive, value.clamp_min(torch.finfo(value.dtype).tiny), value.clamp_max(0.0))
+
+
+_AT_ZERO = Sides("gt", 0.0, 0.0, _of_sign)
 HARDSWISH = _smooth(
-    ("hardswish",), _plain(F.hardswish), "the derivative lies in [-0.5, 1.5], with jumps of 0.5 at -3 and 3"
+    ("hardswish",),
+    _plain(F.hardswish),
+    "the derivative lies in [-0.5, 1.5]; of its jumps of 0.5, at -3 and 3, the side is exact",
+    lambda call: Sides("strict_inside", -3.0, 3.0, _within_three),
 )
-ELU = _smooth(("elu",), _elu, "the derivative lies between 0 and max(1, alpha)")
+ELU = _smooth(
+    ("elu",),
+    _elu,
+    "the derivative lies between 0 and max(1, alpha); if it jumps, at 0, the side is exact",
+    lambda call: None if call.argument(1, "alpha", 1.0) == 1 else _AT_ZERO,
+)
 SOFTPLUS = _smooth(("softplus",), _softplus)
-SELU = _smooth(("selu",), lambda call: torch.selu_, "the derivative lies between 0 and 1.76, with a jump of 0.7 at 0")
+SELU = _smooth(
+    ("selu",),
+    lambda call: torch.selu_,
+    "the derivative lies between 0 and 1.76; of its jump of 0.7, at 0, the side is exact",
+    lambda call: _AT_ZERO,
+)
 
 
 def _celu(call: Call) -> Callable[[Tensor], Tensor]:
