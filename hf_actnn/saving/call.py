@@ -106,17 +106,19 @@ _IN_PLACE_OPERATORS = frozenset(
 _WRITES = _Writes()
 
 
-def written_by(function: Callable, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor]:
     """The tensors that a torch function is about to write to."""
     when = _WRITES[function]
+    found: list[Any] = []
     if when == _ALWAYS or (when > 0 and (args[when] if when < len(args) else kwargs.get("inplace", False))):
-        yield from tensors_in((*args[:1], kwargs.get("input")))
+        found = [*args[:1], kwargs.get("input")]
     elif function is F.batch_norm:
-        yield from tensors_in((*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")))
+        found = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif function is F.embedding and (len(args) > 3 or "max_norm" in kwargs):
-        yield from tensors_in((*args[1:2], kwargs.get("weight")))
+        found = [*args[1:2], kwargs.get("weight")]
     if "out" in kwargs:
-        yield from tensors_in((kwargs["out"],))
+        found.append(kwargs["out"])
+    return list(tensors_in(found)) if found else ()
 
 
 class Call:
@@ -242,6 +244,9 @@ class Call:
         if registry.layout(first) is None and first._is_view() and first._base is not None:
             registry.produced(first._base, None)  # views of a tensor that no operation here produced
         layout = registry.layout(first)
+        within = 0
+        if layout is not None and (layout.rows == LAST or len(layout.shape) < 4):
+            within = row_length(layout.shape, layout.stride, LAST)
         if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
             distinct = {
                 (s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
@@ -258,7 +263,7 @@ class Call:
                 base = tensor
                 if layout is not None:
                     base = tensor.detach().as_strided(layout.shape, layout.stride, layout.offset)
-                kept = self.pack(base, (layout.rows if layout is not None else None) or rows)
+                kept = self.pack(base, (layout.rows if layout is not None else None) or rows, within)
                 if isinstance(kept, Exact) and layout is not None:
                     registry.learn(base, kept)
                     found = registry.find(tensor)
@@ -266,7 +271,7 @@ class Call:
                     registry.learn(base, kept, rows)
                     found = registry.find(tensor)
                 if found is None:
-                    found = kept if base is tensor else self.pack(tensor, rows)
+                    found = kept if base is tensor else self.pack(tensor, rows, within)
                     registry.learn(tensor, found, rows)
             slot.kept = found
             if isinstance(found, Exact):
@@ -279,14 +284,20 @@ class Call:
         held = sum(leaf.nbytes for leaf in found.leaves() if isinstance(leaf, Exact))
         return 8 * held > self.policy.bits * tensor.numel()
 
-    def pack(self, tensor: Tensor, rows: str | None) -> Kept:
-        """A code of the tensor, or the tensor itself where a code would not pay."""
+    def pack(self, tensor: Tensor, rows: str | None, within: int = 0) -> Kept:
+        """A code of the tensor, or the tensor itself where a code would not pay.
+
+        Args:
+            within: length of the rows of the memory that the tensor is a part of; 0 if it is all there is.
+        """
         policy = self.policy
         numel = tensor.numel()
         if policy.bits is None or numel < max(policy.min_numel, 1):
             return Exact(tensor, where=self.where)
         shape, stride = tensor.shape, tensor.stride()
         length = row_length(shape, stride, rows)
+        if length < within:
+            length = max(length, length_in_row(shape, stride, within))
         if codec.packed_nbytes(numel, length, policy.bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
             return Exact(tensor, where=self.where)
         return Quantized(
@@ -427,6 +438,19 @@ def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> 
     if rows == SAMPLE:
         return numel // shape[0] if len(shape) > 1 else numel
     return sizes[0]
+
+
+@lru_cache(maxsize=4096)
+def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> int:
+    """How much of a row of ``within`` values a view takes in one stretch: the heads of a projection cut into heads are
+    one stretch of a token, though each is a dimension of its own. 1 where a stretch would run over a row's end."""
+    dims = sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1)
+    length = 1
+    for at, (step, size) in enumerate(dims):
+        if step != length or length * size > within:
+            return length if all(later % within == 0 for later, _ in dims[at:]) else 1
+        length *= size
+    return length
 
 
 def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:

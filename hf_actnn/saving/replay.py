@@ -51,10 +51,12 @@ _FUNCTIONS = frozenset(
         *("gather", "index_select", "take_along_dim", "embedding"),
         *("cat", "stack", "pad", "roll", "flip", "repeat_interleave", "interpolate"),
         *("clone", "reshape", "flatten", "tile"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "bitwise_not"),
     )
 ) | frozenset(
     {
         *(Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__rsub__, Tensor.__mul__, Tensor.__rmul__),
+        *(Tensor.__eq__, Tensor.__ne__, Tensor.__lt__, Tensor.__le__, Tensor.__gt__, Tensor.__ge__, Tensor.__invert__),
         *(Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__neg__, Tensor.__pow__, Tensor.__matmul__),
         *(Tensor.__getitem__, Tensor.contiguous, Tensor.repeat, Tensor.to, Tensor.float, Tensor.type_as),
         F.batch_norm,
@@ -80,7 +82,9 @@ def learn(call: Call) -> None:
     out = call.out
     like = call.function in _CREATION_LIKE
     made = like or call.function in _CREATION
-    if not (made or call.function in _FUNCTIONS) or not isinstance(out, Tensor) or not out.is_floating_point():
+    if not (made or call.function in _FUNCTIONS) or not isinstance(out, Tensor):
+        return
+    if not (out.is_floating_point() or out.dtype == torch.bool):
         return
     if out.numel() < max(call.policy.min_numel, 1) or not fills_its_memory(out) or "out" in call.kwargs:
         return

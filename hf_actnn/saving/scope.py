@@ -132,7 +132,8 @@ class Scope:
         if rule is not None and rule.opened is not None:
             with self._mode:
                 return rule.opened(*args, **kwargs)
-        for tensor in written_by(function, args, kwargs):
+        written = written_by(function, args, kwargs)
+        for tensor in written:
             self.session.before_write(tensor)
         outer = self.call
         call = self.call = Call(self, function, rule, args, kwargs)
@@ -141,6 +142,9 @@ class Scope:
             call.out = out = function(*args, **kwargs)
         finally:
             self.call = outer
+        if constant and out is None:  # an assignment to a part of a constant, which stays one
+            for tensor in written:
+                self.registry.mark_derived(tensor)
         self._finish(call, constant)
         return out
 
@@ -149,7 +153,11 @@ class Scope:
         output = out[0] if isinstance(out, (tuple, list)) and out else out
         differentiable = isinstance(output, Tensor) and output.is_floating_point()
         if not call.slots and not differentiable:
-            if rule is not None and rule.integers and isinstance(output, Tensor):
+            if constant and isinstance(out, Tensor) and _has_storage(out):
+                self.registry.mark_derived(out)
+                if call.policy.bits is not None:
+                    replay.learn(call)
+            elif rule is not None and rule.integers and isinstance(output, Tensor):
                 rule.keep(call)
             return
         made = tensors_in(out if isinstance(out, (tuple, list)) else (out,))

@@ -187,3 +187,42 @@ def test_an_enlarged_map_that_a_convolution_reads_is_coded():
     with hf_actnn.track_memory(model) as memory:
         model(torch.randn(2, 8, 32, 32)).sum()
     assert memory.ratio > 10
+
+
+def _shifted_windows(m, q):
+    """As Swin in Hugging Face: the mask is painted into a constant, compared with itself, and added to a bias."""
+    painted = torch.zeros(1, 10, 1)
+    for at, part in enumerate((slice(0, 5), slice(5, 8), slice(8, 10))):
+        painted[:, part, :] = at
+    windows = painted.view(2, 5)
+    mask = windows.unsqueeze(1) - windows.unsqueeze(2)
+    mask = mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
+    bias = m.w[_INDEX].view(5, 5, 4).permute(2, 0, 1).contiguous().unsqueeze(0)
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=bias + mask.repeat(3, 1, 1).unsqueeze(1))
+
+
+def test_painted_constants_are_constants():
+    torch.manual_seed(0)
+    plain, q = Bench(_shifted_windows, w=torch.randn(13, 4)), torch.randn(6, 4, 5, 8)
+    expected_out, expected = run(plain, [q])
+    model = hf_actnn.convert(plain, bits=8, min_numel=0)
+    out, found = run(model, [q])
+    assert torch.equal(out, expected_out)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() < 0.03 * expected[name].norm(), name
+    assert kinds(model)["scaled_dot_product_attention"] == {"recipe: rerun"}
+
+
+def test_a_part_of_a_projection_is_coded_by_rows_of_all_its_heads():
+    """Two heads of 16 that a token keeps side by side share a group: half the scales of one group for each."""
+    torch.manual_seed(0)
+
+    def attention(m, x):
+        q, k = m.op(x).view(4, 8, 3, 2, 16).permute(2, 0, 3, 1, 4)[:2].unbind(0)
+        return q @ k.transpose(-2, -1)
+
+    model = hf_actnn.convert(Bench(attention, op=nn.Linear(32, 96)), bits=2, min_numel=0)
+    with hf_actnn.track_memory(model) as memory:
+        model(torch.randn(4, 8, 32, requires_grad=True))
+    rows = 3 * 4 * 8  # the linear layer's input, q and k
+    assert memory.saved_bytes == rows * (32 * 2 // 8 + 4)

@@ -118,7 +118,7 @@ def _keep_clamp(call: Call) -> None:
         inside = (tensor >= low) & (tensor <= high)
         # A comparison with nan is false, whatever the bounds.
         call.mask(slot, inside, "nonzero", 0.0, 0.0, on=on, off=math.nan)
-        call.output_recipe("clamp", lambda value: value.clamp(low, high), [call.before])
+        call.output_recipe("clamp", lambda value: value.clamp(low, high), [call.before], repeats=True)
 
 
 CLAMP = register(
