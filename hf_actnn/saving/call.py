@@ -42,11 +42,10 @@ class Slot:
     known, and with them the role of each save.
     """
 
-    __slots__ = ("tensor", "kept", "reason", "where", "device", "shared", "__weakref__")
+    __slots__ = ("tensor", "kept", "reason", "where", "shared", "__weakref__")
 
     def __init__(self, tensor: Tensor, where: str) -> None:
         self.tensor: Tensor | None = tensor
-        self.device = tensor.device.type
         self.kept: Kept | None = None
         self.reason = ""
         self.where = where
@@ -488,7 +487,7 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     """A tensor by reference. A cast copy of a parameter, as autocast makes it, becomes a recipe of the parameter."""
     registry = scope.registry
     if registry.is_stored_weight(tensor):
-        return Exact(tensor, parameter=True, where=where)
+        return registry.reference(tensor, where)
     found = registry.find(tensor)
     # Whatever is known of a tensor computed from parameters and constants gives it back exactly: none of it is coded.
     if found is not None and (found.same_bits or found.kind == "recipe: cast" or registry.is_weight(tensor)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_actnn.saving.kept import Kept, View, fills_its_memory
+from hf_actnn.saving.kept import Exact, Kept, View, fills_its_memory
 
 LAST, SAMPLE = "last", "sample"
 
@@ -58,6 +58,7 @@ class Registry:
         self._entries: dict[int, _Entry] = {}
         self._weights = weights  # storages of parameters and buffers; alive as long as the model
         self._derived: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._references: dict[int, Exact] = {}
 
     # -- parameters, buffers, and what is computed from them alone ----------------------------------------------------
 
@@ -71,6 +72,15 @@ class Registry:
     def is_stored_weight(self, tensor: Tensor) -> bool:
         """Whether the bytes belong to the model itself."""
         return storage_key(tensor) in self._weights
+
+    def reference(self, weight: Tensor, where: str) -> Exact:
+        """A parameter or buffer by reference, one for all that save it."""
+        kept = self._references.get(id(weight))  # which the kept tensor keeps from being used again
+        if kept is None or kept.tensor is not weight or kept.version != weight._version:
+            kept = Exact(weight, parameter=True, where=where)
+            if kept.tensor is weight:
+                self._references[id(weight)] = kept
+        return kept
 
     def mark_derived(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

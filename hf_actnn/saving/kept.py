@@ -66,7 +66,7 @@ class Exact(Kept):
     Saved-tensor hooks switch autograd's own version check off, so it is made here.
     """
 
-    __slots__ = ("tensor", "version", "parameter", "where")
+    __slots__ = ("tensor", "version", "parameter", "where", "lent")
     kind = "exact"
     fresh = False
     same_bits = True
@@ -77,6 +77,7 @@ class Exact(Kept):
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.parameter = parameter
         self.where = where
+        self.lent = False  # noted by the session as one that recipes read
 
     def get(self) -> Tensor:
         if self.tensor._version != self.version:

@@ -125,7 +125,7 @@ def learn(call: Call) -> None:
 def _parent(registry: Registry, tensor: Tensor, out: Tensor, where: str) -> Kept | None:
     """What gives an argument back and holds no bytes for it, or few against those of the result."""
     if registry.is_stored_weight(tensor):
-        return Exact(tensor, parameter=True, where=where)
+        return registry.reference(tensor, where)
     found = registry.find(tensor)
     if found is not None and registry.is_weight(tensor):
         return found

@@ -6,6 +6,7 @@ torch: inside a non-reentrant checkpoint its own hooks see the saves, and its re
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -64,8 +65,8 @@ class Scope:
         self._mode = _Watch(self)
         self._observers = observers()
         self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
-        self._notes: dict[tuple[str, str, str, str], list[int]] = {}
-        session.forget_dead()
+        self._notes: list[tuple[str, str, str, str, int]] = []
+        session.opened()
 
     def next_stream(self) -> int:
         return next(self._streams)
@@ -114,10 +115,8 @@ class Scope:
         if first is not slot and not isinstance(slot.kept, Exact):
             first.shared = slot.shared = True
         kind = "parameter" if getattr(slot.kept, "parameter", False) else slot.kept.kind  # type: ignore[union-attr]
-        note = self._notes.setdefault((path, function, kind, slot.reason), [0, 0])
-        note[0] += 1
-        nbytes = tensor.numel() * tensor.itemsize
-        note[1] += nbytes
+        nbytes = tensor.nbytes
+        self._notes.append((path, function, kind, slot.reason, nbytes))
         for observer in self._observers:
             observer.saved(slot, tensor, path, function)
         slot.tensor = None
@@ -160,8 +159,11 @@ class Scope:
             elif rule is not None and rule.integers and isinstance(output, Tensor):
                 rule.keep(call)
             return
-        made = tensors_in(out if isinstance(out, (tuple, list)) else (out,))
-        if out is not None and not any(tensor.requires_grad for tensor in made):
+        if isinstance(out, Tensor):
+            alive = out.requires_grad
+        else:
+            alive = out is None or any(tensor.requires_grad for tensor in tensors_in((out,)))
+        if not alive:
             # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph. (Assigning to a
             # part of a tensor returns nothing.)
             for slot in call.slots:
@@ -208,20 +210,31 @@ class Scope:
     def _from_weights_alone(self, call: Call) -> bool:
         # Which of a weight's values an index picks may depend on data; they are the weight's all the same.
         args = call.args[:1] if call.function is Tensor.__getitem__ else call.args
-        for tensor in tensors_in(args):
-            if not _has_storage(tensor) or not self.registry.is_weight(tensor):
-                return False
-        return all(
-            _has_storage(tensor) and self.registry.is_weight(tensor) for tensor in tensors_in(call.kwargs.values())
-        )
+        is_weight = self.registry.is_weight
+        for value in args:
+            if isinstance(value, Tensor):
+                if not _has_storage(value) or not is_weight(value):
+                    return False
+            elif isinstance(value, (list, tuple)):
+                for tensor in value:
+                    if isinstance(tensor, Tensor) and not (_has_storage(tensor) and is_weight(tensor)):
+                        return False
+        if not call.kwargs:
+            return True
+        return all(_has_storage(tensor) and is_weight(tensor) for tensor in tensors_in(call.kwargs.values()))
 
     def _rows(self, call: Call) -> str | None:
         rule = call.rule
         if rule is not None and rule.rows is not None:
             return rule.rows
-        for tensor in tensors_in(call.args):
-            if tensor.is_floating_point() and _has_storage(tensor):
-                return self.registry.rows(tensor)
+        for value in call.args:
+            if isinstance(value, Tensor):
+                if value.is_floating_point() and _has_storage(value):
+                    return self.registry.rows(value)
+            elif isinstance(value, (list, tuple)):
+                for tensor in tensors_in(value):
+                    if tensor.is_floating_point() and _has_storage(tensor):
+                        return self.registry.rows(tensor)
         return None
 
 
@@ -272,7 +285,10 @@ _rebuilt = _Rebuilt()
 def _unpack(slot: Slot) -> Tensor:
     if torch._C._is_any_autocast_enabled():
         # A backward pass inside autocast: what the forward pass computed outside is not computed again inside.
-        with torch.autocast(slot.device, enabled=False):
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", torch._C._get_accelerator().type):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             return _given_back(slot)
     return _given_back(slot)
 

@@ -24,6 +24,10 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+#: Forward passes between two cleanings of the notes of who reads what.
+CLEAN_EVERY = 8
+
+
 class Observation(NamedTuple):
     """How one operation's saves were kept in the last training forward pass of a module path."""
 
@@ -50,8 +54,9 @@ class Session:
         self.config = config
         self.number = number
         self._steps = itertools.count()
-        self.last: list[Observation] = []
+        self._notes: list[tuple[str, str, str, str, int]] = []
         self._lent: dict[int, list[weakref.ref[Exact]]] = {}
+        self._until_cleaning = CLEAN_EVERY
 
     def key(self) -> int:
         rank = 0
@@ -69,9 +74,10 @@ class Session:
 
         Autograd did not save it, so whoever writes to it is in the right: :meth:`before_write` then has it copied.
         """
-        while isinstance(kept, View):
+        while type(kept) is View:
             kept = kept.parent
-        if isinstance(kept, Exact):
+        if type(kept) is Exact and not kept.lent:
+            kept.lent = True
             self._lent.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
     def before_write(self, tensor: Tensor) -> None:
@@ -81,14 +87,30 @@ class Session:
             if kept is not None:
                 kept.secure()
 
-    def forget_dead(self) -> None:
-        """Drop the notes of recipes that are gone."""
-        self._lent = {
-            key: alive for key, found in self._lent.items() if (alive := [one for one in found if one() is not None])
-        }
+    def opened(self) -> None:
+        """A forward pass begins. Once in a while the notes of recipes that are gone are dropped."""
+        self._until_cleaning -= 1
+        if self._until_cleaning <= 0:
+            self._until_cleaning = CLEAN_EVERY
+            self._lent = {
+                key: alive
+                for key, found in self._lent.items()
+                if (alive := [one for one in found if one() is not None])
+            }
 
-    def observed(self, notes: dict[tuple[str, str, str, str], list[int]]) -> None:
-        self.last = [Observation(*key, *counts) for key, counts in notes.items()]
+    def observed(self, notes: list[tuple[str, str, str, str, int]]) -> None:
+        """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save."""
+        self._notes = notes
+
+    @property
+    def last(self) -> list[Observation]:
+        """The last training forward pass, saves of one kind counted together."""
+        counts: dict[tuple[str, str, str, str], list[int]] = {}
+        for *key, nbytes in self._notes:
+            count = counts.setdefault(tuple(key), [0, 0])  # type: ignore[arg-type]
+            count[0] += 1
+            count[1] += nbytes
+        return [Observation(*key, *count) for key, count in counts.items()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "number": self.number, "step": self._peek()}
