@@ -152,6 +152,9 @@ class ExactBytes:
             if not leaf.parameter:
                 self.by_reason[function, slot.reason or "what others are rebuilt from"] += self._new(leaf.tensor)
 
+    def copied(self, kept: Exact, path: str) -> None:
+        self.by_reason["a write in place", "what others are rebuilt from"] += self._new(kept.tensor)
+
     def _new(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata in self._own or storage._cdata in self._seen:
@@ -341,9 +344,9 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
     if below:
         yield from ("", "## Below a cosine of 0.999 at 8 bits", "")
         yield (
-            "Noise or a mistake? Noise is averaged away: with independent draws of the rounding the mean gradient comes "
-            "as close to the exact one as one likes, its distance (one minus the cosine) falling with their number; a "
-            "mistake stays."
+            "Noise or a mistake? Noise is averaged away: with independent draws of the rounding the mean gradient "
+            "comes as close to the exact one as one likes, its distance (one minus the cosine) falling with their "
+            "number; a mistake stays."
         )
         yield ""
         yield from ("| family | one draw | mean of several | draws |", "|---|---|---|---|")

@@ -79,6 +79,11 @@ class MemoryReport:
                 elif leaf.nbytes:
                     self._hold(("leaf", id(leaf)), leaf.nbytes, path, leaf)
 
+    def copied(self, kept: Exact, path: str) -> None:
+        """A tensor that recipes read was copied before it was written to."""
+        with self._lock:
+            self._count_storage(kept.tensor, path, kept)
+
     def saved_plain(self, tensor: Tensor, path: str, holder: Any) -> None:
         """One save that autograd keeps as it is."""
         with self._lock:

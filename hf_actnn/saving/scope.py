@@ -37,6 +37,10 @@ class Observer(Protocol):
 
     def saved(self, slot: Slot, tensor: Tensor, path: str, function: str) -> None: ...
 
+    def copied(self, kept: Exact, path: str) -> None:
+        """A tensor that recipes refer to was copied before it was written to."""
+        ...
+
 
 def current() -> Scope | None:
     """The scope that is on in this thread."""
@@ -133,7 +137,9 @@ class Scope:
                 return rule.opened(*args, **kwargs)
         written = written_by(function, args, kwargs)
         for tensor in written:
-            self.session.before_write(tensor)
+            for kept in self.session.before_write(tensor):
+                for observer in self._observers:
+                    observer.copied(kept, self.position()[0])
         outer = self.call
         call = self.call = Call(self, function, rule, args, kwargs)
         constant = self._from_weights_alone(call)  # asked before an in-place operation changes what it was given

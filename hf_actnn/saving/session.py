@@ -80,12 +80,12 @@ class Session:
             kept.lent = True
             self._lent.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
 
-    def before_write(self, tensor: Tensor) -> None:
-        """A tensor is about to be written in place: what recipes read of its memory is copied first."""
-        for reference in self._lent.pop(storage_key(tensor), ()):
-            kept = reference()
-            if kept is not None:
-                kept.secure()
+    def before_write(self, tensor: Tensor) -> list[Exact]:
+        """A tensor is about to be written in place: what recipes read of its memory is copied first, and returned."""
+        copied = [kept for one in self._lent.pop(storage_key(tensor), ()) if (kept := one()) is not None]
+        for kept in copied:
+            kept.secure()
+        return copied
 
     def opened(self) -> None:
         """A forward pass begins. Once in a while the notes of recipes that are gone are dropped."""

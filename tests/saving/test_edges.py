@@ -254,6 +254,25 @@ def test_second_forward_pass_moves_buffers(min_numel):
         assert (gradient - right).norm() < 0.03 * right.norm()
 
 
+def test_what_is_copied_before_a_write_is_counted():
+    def function(m, x):
+        table = (m.w * 2).repeat(64, 1)
+        if m.training and m.write:
+            with torch.no_grad():
+                m.w.clamp_(-0.1, 0.1)
+        return m.op(x) * table
+
+    held = []
+    for write in (False, True):
+        model = Bench(function, op=nn.Linear(32, 32), w=torch.randn(1, 32))
+        model.write = write
+        hf_actnn.convert(model, bits=2, min_numel=0)
+        with hf_actnn.track_memory(model) as tracked:
+            model(torch.randn(64, 32))
+        held.append(tracked.saved_bytes)
+    assert held[1] == held[0] + 32 * 4
+
+
 def test_one_mask_is_kept_once():
     mask = torch.rand(16, 32) > 0.5
 
