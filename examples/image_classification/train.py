@@ -74,8 +74,13 @@ def read_data(arguments: DataArguments) -> DatasetDict:
     if test is None and arguments.test_split:
         raise SystemExit(f"--test_split {arguments.test_split}: the dataset has the splits {', '.join(data)}")
     if test is None:
-        return data["train"].train_test_split(test_size=0.1, seed=0)
-    return DatasetDict(train=data["train"], test=data[test])
+        data = data["train"].train_test_split(test_size=0.1, seed=0)
+    else:
+        data = DatasetDict(train=data["train"], test=data[test])
+    for split, limit in (("train", arguments.max_train_samples), ("test", arguments.max_eval_samples)):
+        if limit is not None and limit < len(data[split]):
+            data[split] = data[split].shuffle(seed=0).select(range(limit))
+    return data
 
 
 def columns(data: Dataset, arguments: DataArguments) -> tuple[str, str]:
@@ -91,6 +96,28 @@ def columns(data: Dataset, arguments: DataArguments) -> tuple[str, str]:
         first(Image, arguments.image_column, "--image_column"),
         first(ClassLabel, arguments.label_column, "--label_column"),
     )
+
+
+def set_transforms(data: DatasetDict, arguments: DataArguments, image: str, label: str) -> None:
+    """Rows become `pixel_values` [3, H, W] in -1..1 and `labels`; training images are mirrored."""
+    size = (arguments.image_size, arguments.image_size)
+    to_pixels = [
+        v2.ToImage(),
+        v2.Resize(size, antialias=True),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.5] * 3),
+    ]
+    transforms = {
+        "train": v2.Compose([v2.RandomHorizontalFlip(0.5 if arguments.random_flip else 0.0), *to_pixels]),
+        "test": v2.Compose(to_pixels),
+    }
+    for split, transform in transforms.items():
+        data[split].set_transform(
+            lambda rows, transform=transform: {
+                "pixel_values": [transform(picture.convert("RGB")) for picture in rows[image]],
+                "labels": rows[label],
+            }
+        )
 
 
 def make_model(arguments: ModelArguments, labels: list[str], image_size: int) -> torch.nn.Module:
@@ -126,28 +153,7 @@ def main() -> None:
 
     data = read_data(data_arguments)
     image, label = columns(data["train"], data_arguments)
-    for split, limit in (("train", data_arguments.max_train_samples), ("test", data_arguments.max_eval_samples)):
-        if limit is not None and limit < len(data[split]):
-            data[split] = data[split].shuffle(seed=0).select(range(limit))
-
-    size = (data_arguments.image_size, data_arguments.image_size)
-    to_pixels = [
-        v2.ToImage(),
-        v2.Resize(size, antialias=True),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.5] * 3, [0.5] * 3),
-    ]
-    transforms = {
-        "train": v2.Compose([v2.RandomHorizontalFlip(0.5 if data_arguments.random_flip else 0.0), *to_pixels]),
-        "test": v2.Compose(to_pixels),
-    }
-    for split, transform in transforms.items():
-        data[split].set_transform(
-            lambda rows, transform=transform: {
-                "pixel_values": [transform(picture.convert("RGB")) for picture in rows[image]],
-                "labels": rows[label],
-            }
-        )
+    set_transforms(data, data_arguments, image, label)
 
     trainer = ActNNTrainer(
         model=make_model(model_arguments, data["train"].features[label].names, data_arguments.image_size),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,22 +86,172 @@ def check_classifier(output: Path, architecture: str) -> None:
     assert json.loads((output / "config.json").read_text())["architectures"] == [architecture]
 
 
-def test_image_folder_with_a_timm_network(pictures, tmp_path):
-    printed = run(
-        [*CLASSIFY, "--dataset", str(pictures), "--model", "resnet10t", "--from_scratch", "--image_size", "32"]
-        + ["--random_flip", "False", "--actnn", "L2", "--output_dir", str(tmp_path), *SHORT]
-    )
-    assert "actnn_ratio" in printed
-    check_classifier(tmp_path, "TimmWrapperForImageClassification")
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Street scenes in small: `parquet` files, and `folder`s of images and masks; class 11 is none."""
+    import numpy
+    from datasets import Dataset, Features
+    from datasets import Image as Images
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("scenes")
+    noise = numpy.random.default_rng(0)
+    (root / "parquet").mkdir()
+    for split, count in (("train", 8), ("test", 4)):
+        rows: dict[str, list] = {"image": [], "mask": []}
+        for index in range(count):
+            pixels = noise.integers(0, 255, (24, 32, 3), dtype=numpy.uint8)
+            mask = noise.integers(0, 12, (24, 32), dtype=numpy.uint8)
+            for column, values in (("image", pixels), ("mask", mask)):
+                place = root / "folder" / split / f"{column}s" / f"{index}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(place)
+                rows[column].append(str(place))
+        data = Dataset.from_dict(rows, features=Features({"image": Images(), "mask": Images()}))
+        data.to_parquet(root / "parquet" / f"{split}.parquet")
+    return root
 
 
-def test_parquet_files_with_a_transformer(parquet, tmp_path):
-    printed = run(
-        [*CLASSIFY, "--dataset", str(parquet), "--model", "vit", "--from_scratch", "--config_overrides", SMALL_VIT]
-        + ["--image_size", "32", "--actnn_config", '{"bits": 2}', "--output_dir", str(tmp_path), *SHORT]
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory) -> Path:
+    """Cells in small: `parquet` files, and `folder`s in COCO's format. One image has no box."""
+    import numpy
+    from datasets import ClassLabel, Dataset, Features, List, Value
+    from datasets import Image as Images
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("cells")
+    noise = numpy.random.default_rng(0)
+    names = ["red", "white"]
+    features = Features(
+        {
+            "image": Images(),
+            "objects": {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=names))},
+        }
     )
+    (root / "parquet").mkdir()
+    for split, count in (("train", 8), ("test", 4)):
+        folder = root / "folder" / split
+        folder.mkdir(parents=True)
+        rows: dict[str, list] = {"image": [], "objects": []}
+        coco: dict[str, list] = {"images": [], "annotations": [], "categories": []}
+        coco["categories"] = [{"id": 7 + index, "name": name} for index, name in enumerate(names)]
+        for index in range(count):
+            name = f"{index}.png"
+            Image.fromarray(noise.integers(0, 255, (48, 64, 3), dtype=numpy.uint8)).save(folder / name)
+            boxes = [[4.0 + 9 * at, 5.0, 12.0, 10.0] for at in range(index % 4)]
+            rows["image"].append(str(folder / name))
+            rows["objects"].append({"bbox": boxes, "category": [at % 2 for at in range(len(boxes))]})
+            coco["images"].append({"id": index, "file_name": name})
+            coco["annotations"] += [
+                {"image_id": index, "bbox": box, "category_id": 7 + at % 2} for at, box in enumerate(boxes)
+            ]
+        (folder / "annotations.json").write_text(json.dumps(coco))
+        Dataset.from_dict(rows, features=features).to_parquet(root / "parquet" / f"{split}.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, str]:
+    """Small models in folders, in place of those on the hub that the pages name."""
+    from transformers import (
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrResNetConfig,
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+        ViTConfig,
+        ViTForImageClassification,
+    )
+
+    root = tmp_path_factory.mktemp("models")
+    backbone = RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    models = {
+        "google/vit-base-patch16-224-in21k": ViTForImageClassification(
+            ViTConfig(image_size=32, **json.loads(SMALL_VIT))
+        ),
+        "nvidia/mit-b0": SegformerForSemanticSegmentation(
+            SegformerConfig(hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2])
+        ),
+        "PekingU/rtdetr_r18vd": RTDetrForObjectDetection(
+            RTDetrConfig(
+                backbone_config=backbone,
+                encoder_in_channels=[16, 24, 32],
+                encoder_hidden_dim=32,
+                encoder_ffn_dim=32,
+                d_model=32,
+                decoder_in_channels=[32, 32, 32],
+                decoder_ffn_dim=32,
+                decoder_layers=1,
+                num_queries=20,
+                num_denoising=10,
+            )
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name.replace("/", "_"))
+    return {name: str(root / name.replace("/", "_")) for name in models}
+
+
+def commands(example: str) -> list[str]:
+    """The commands that an example's page prints, a line each."""
+    text = (ROOT / "examples" / example / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+PRINTED = [
+    (example, index)
+    for example in ("image_classification", "semantic_segmentation", "object_detection")
+    for index in range(len(commands(example)))
+]
+
+
+@pytest.mark.parametrize(("example", "index"), PRINTED, ids=lambda value: str(value))
+def test_commands_of_the_pages(example, index, pictures, parquet, scenes, cells, trained, tmp_path):
+    """As printed, but for the data, the models on the hub, and two steps instead of many."""
+    places = {
+        "ethz/food101": pictures,
+        "path/to/images": pictures,
+        "path/to/parquet": parquet,
+        "merve/scene_parse_150": scenes / "parquet",
+        "path/to/camvid": scenes / "parquet",
+        "cppe-5": cells / "parquet",
+        "path/to/bccd": cells / "parquet",
+    }
+    if example != "image_classification":
+        places["path/to/folder"] = (scenes if example == "semantic_segmentation" else cells) / "folder"
+    words = shlex.split(commands(example)[index])
+    hub = next((word for word in words if word in trained), None)
+    words = [str(places.get(word, trained.get(word, word))) for word in words]
+    if "annotation" in words:  # the name of a column of the dataset that is not there
+        words[words.index("annotation")] = "mask"
+    for flag in ("--num_train_epochs", "--epochs", "--per_device_train_batch_size", "--batch_size"):
+        if flag in words:
+            words[words.index(flag) + 1] = "2"
+    if hub:
+        words += ["--image_size", "32"] if example == "image_classification" else ["--height", "32", "--width", "64"]
+    words += ["--max_steps", "2"]
+    if words[0] == "accelerate":
+        words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        printed = run(words)
+        assert "bytes per image" in printed
+        assert re.search(r"step 2 of 2: loss \d+\.\d+, (accuracy|mean_iou|map) \d\.\d+", printed), printed
+        return
+    words[0] = sys.executable
+    words[words.index("--output_dir") + 1] = str(tmp_path)
+    printed = run(words + ["--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1"])
     assert "actnn_ratio" in printed
-    check_classifier(tmp_path, "ViTForImageClassification")
+    scores = json.loads((tmp_path / "eval_results.json").read_text())
+    score = {"image_classification": "accuracy", "semantic_segmentation": "mean_iou", "object_detection": "map_50"}
+    assert -1 <= scores[f"eval_{score[example]}"] <= 1
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"]
 
 
 def test_saved_model_is_trained_on_without_compression(pictures, tmp_path):
@@ -153,13 +305,13 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-CIFAR = os.environ.get("HF_ACTNN_CIFAR10", "")
+DATA = os.environ.get("HF_ACTNN_DATA", "")
 
 
-@pytest.mark.skipif(not CIFAR, reason="HF_ACTNN_CIFAR10 names no folder with train.parquet and test.parquet")
+@pytest.mark.skipif(not DATA, reason="HF_ACTNN_DATA names no folder with the data of cifar10")
 def test_cifar10(tmp_path):
     run(
-        [*CLASSIFY, "--dataset", CIFAR, "--model", "resnet10t", "--from_scratch", "--image_size", "32"]
+        [*CLASSIFY, "--dataset", f"{DATA}/cifar10", "--model", "resnet10t", "--from_scratch", "--image_size", "32"]
         + ["--max_train_samples", "2000", "--max_eval_samples", "500", "--actnn", "L2", "--learning_rate", "2e-3"]
         + ["--output_dir", str(tmp_path), *SHORT, "--max_steps", "100"]
     )

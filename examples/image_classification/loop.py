@@ -1,0 +1,90 @@
+"""Trains an image classifier in a loop of its own, alone or under `accelerate launch`; see README.md.
+
+Compressed activations take one line, before `prepare`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from train import DataArguments, ModelArguments, columns, make_model, read_data, set_transforms
+from transformers import HfArgumentParser
+
+import hf_actnn
+
+
+@dataclass
+class LoopArguments:
+    level: str = field(default="L2", metadata={"help": "A level such as L2, or none."})
+    epochs: int = 10
+    max_steps: int | None = field(default=None, metadata={"help": "Stop after so many steps."})
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    mixed_precision: str = field(default="no", metadata={"choices": ["no", "bf16", "fp16"]})
+    cpu: bool = field(default=False, metadata={"help": "For several processes without a GPU, under torchrun."})
+    seed: int = 42
+
+
+def main() -> None:
+    parser = HfArgumentParser((DataArguments, ModelArguments, LoopArguments))
+    data_arguments, model_arguments, options = parser.parse_args_into_dataclasses()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
+    set_seed(options.seed)
+
+    data = read_data(data_arguments)
+    image, label = columns(data["train"], data_arguments)
+    set_transforms(data, data_arguments, image, label)
+    model = make_model(model_arguments, data["train"].features[label].names, data_arguments.image_size)
+
+    if options.level != "none":
+        hf_actnn.convert(model, options.level)  # the one line; before prepare
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    loader = DataLoader(data["train"], batch_size=options.batch_size, shuffle=True, drop_last=True)
+    test_loader = DataLoader(data["test"], batch_size=options.batch_size)
+    steps = min(options.epochs * len(loader), options.max_steps or 2**62)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=max(steps, 1))
+    model, optimizer, loader, test_loader, schedule = accelerator.prepare(
+        model, optimizer, loader, test_loader, schedule
+    )
+
+    done = 0
+    while done < steps:
+        model.train()
+        for batch in loader:
+            if done == 0:
+                with hf_actnn.track_memory(accelerator.unwrap_model(model)) as memory:
+                    loss = model(**batch).loss
+                    kept, ratio = memory.saved_bytes / len(batch["labels"]), memory.ratio
+                accelerator.print(f"activations: {kept:,.0f} bytes per image, {ratio:.1f} times less than uncompressed")
+            else:
+                loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            done += 1
+            if done == steps:
+                break
+
+        model.eval()
+        right = []
+        with torch.no_grad():
+            for batch in test_loader:
+                classes = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+                right.append(accelerator.gather_for_metrics(classes == batch["labels"]))
+        accuracy = torch.cat(right).float().mean().item()
+        accelerator.print(f"step {done} of {steps}: loss {loss.item():.3f}, accuracy {accuracy:.3f}")
+    # The distributed wrapper has to go before the process group does: the other way round, gloo may wait for ever.
+    del model, optimizer, loss
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
