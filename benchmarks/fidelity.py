@@ -1,0 +1,480 @@
+"""How far the gradient is from the exact one, on trained weights, and what store-once, recipes and rows do to that.
+
+    python benchmarks/fidelity.py --data path/to/cifar10 [--models vit_s resnet18] [--draws 24] [--steps 300]
+
+`--data` is a folder with CIFAR-10's train.parquet and test.parquet (default: $HF_ACTNN_DATA/cifar10). Models are
+trained uncompressed first, for random weights flatter low bits; the weights stay in .cache/fidelity and are used again.
+
+Relative variance: the mean over draws of the rounding of |g - g_exact|^2, over |g_exact|^2, all parameters as one
+vector. It holds the variance and the squared bias, which is estimated apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timing
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hf_actnn
+from hf_actnn.saving import call as saving_call
+from hf_actnn.saving.identity import Registry
+from hf_actnn.saving.kept import Exact, Kept, Quantized
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "fidelity"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
+BATCH = 32
+BITS = (2, 3, 4, 6, 8)
+
+
+# -- models and data ---------------------------------------------------------------------------------------------------
+
+
+def vit(width: int, depth: int = 12) -> nn.Module:
+    """A vision transformer with a class token, on 32 x 32 in patches of 8; width 384 is ViT-S."""
+    import timm
+
+    return timm.create_model(
+        "vit_small_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 64,
+        num_classes=10,
+    )
+
+
+def resnet() -> nn.Module:
+    """ResNet-18 with the stem for small images: one 3 x 3 convolution, no pooling."""
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def convnext() -> nn.Module:
+    """ConvNeXt with blocks of 48 to 384 channels and patches of 2."""
+    import timm
+
+    return timm.create_model(
+        "convnext_tiny", num_classes=10, depths=(2, 2, 4, 2), dims=(48, 96, 192, 384), patch_size=2
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "vit_s": lambda: vit(384),
+    "resnet18": resnet,
+    "vit_192": lambda: vit(192, 6),
+    "convnext": convnext,
+}
+
+
+def read(data: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first images, `[N, 3, 32, 32]` uint8, and labels of a split."""
+    import numpy
+    import pyarrow.parquet
+    from PIL import Image
+
+    table = pyarrow.parquet.read_table(data / f"{split}.parquet").slice(0, count)
+    images = [
+        numpy.array(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table.column("image").to_pylist()
+    ]
+    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
+        table.column("label").to_pylist()
+    )
+
+
+def pixels(images: Tensor) -> Tensor:
+    return images.float().div_(127.5).sub_(1)
+
+
+class Batches:
+    """Random training batches: mirrored and shifted by up to four pixels."""
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.images, self.labels = images, labels
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(self.images), (size,), generator=self.generator)
+        values = F.pad(pixels(self.images[chosen]), (4, 4, 4, 4))
+        top, left = torch.randint(0, 9, (2,), generator=self.generator).tolist()
+        values = values[:, :, top : top + 32, left : left + 32]
+        return (values.flip(-1) if torch.rand((), generator=self.generator) < 0.5 else values), self.labels[chosen]
+
+
+def train(model: nn.Module, batches: Batches, steps: int, rate: float) -> list[float]:
+    """AdamW with a warm-up and a cosine; returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    warmup = min(50, steps // 4)
+
+    def schedule(step: int) -> float:
+        return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        values, labels = batches()
+        loss = F.cross_entropy(model(values), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        right = [(model(pixels(part)).argmax(1)) for part in images.split(250)]
+    return (torch.cat(right) == labels).float().mean().item()
+
+
+def trained(
+    name: str, images: Tensor, labels: Tensor, test: tuple[Tensor, Tensor], steps: int
+) -> tuple[nn.Module, float]:
+    """The model after so many steps, and its accuracy; from the cache if it is there."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    path = CACHE / f"{name}_{steps}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+    else:
+        train(model, Batches(images, labels, seed=1), steps, 1e-3 if name == "resnet18" else 5e-4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    return model, accuracy(model, *test)
+
+
+# -- other ways to keep, for comparison --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def separately() -> Iterator[None]:
+    """Every save gets a code of its own: nothing is found again, no output is a recipe.
+
+    Weights, statistics and masks are kept as ever. The rerun of attention stays, for without it nothing trains; what it
+    gives back, the projection after it codes.
+    """
+    find = Registry.find
+
+    def found(self: Registry, tensor: Tensor) -> Kept | None:
+        kept = find(self, tensor)
+        return kept if isinstance(kept, Exact) else None
+
+    def own(self: saving_call.Call, slots: Any, rows: str | None = None) -> None:
+        for slot in slots:
+            tensor = slot.tensor
+            if not tensor.is_floating_point() or self.is_weight(tensor):
+                self.exact(slot, "not data")
+            else:
+                layout = self.scope.registry.layout(tensor)
+                within = layout is not None and layout.numel == tensor.numel()
+                slot.kept = self.pack(tensor, (layout.rows if within else None) or rows)
+
+    def argument(self: saving_call.Call, slot: Any, given: Any, rows: str | None = None) -> Kept:
+        self.data_all([slot], rows)
+        return slot.kept
+
+    with (
+        mock.patch.object(Registry, "find", found),
+        mock.patch.object(saving_call.Call, "data_all", own),
+        mock.patch.object(saving_call.Call, "data_argument", argument),
+        mock.patch.object(saving_call.Call, "output_recipe", lambda *args, **options: None),
+        mock.patch.object(saving_call.Call, "output_masked", lambda *args, **options: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def straddling() -> Iterator[None]:
+    """Groups of 256 over the whole tensor, whatever its rows."""
+
+    def pack(self: saving_call.Call, tensor: Tensor, rows: str | None, within: int = 0) -> Kept:
+        policy = self.policy
+        if policy.bits is None or tensor.numel() < max(policy.min_numel, 1):
+            return Exact(tensor, where=self.where)
+        return Quantized(
+            hf_actnn.codec.quantize(
+                tensor,
+                policy.bits,
+                256,
+                seed=self.scope.seed,
+                stream=self.scope.next_stream(),
+                row_length=tensor.numel(),
+            )
+        )
+
+    with mock.patch.object(saving_call.Call, "pack", pack):
+        yield
+
+
+@contextlib.contextmanager
+def original() -> Iterator[None]:
+    """As the original keeps it: every save by itself, in flat groups."""
+    with separately(), straddling():
+        yield
+
+
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "once": contextlib.nullcontext,
+    "separately": separately,
+    "straddling": straddling,
+    "original": original,
+}
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def gradient(model: nn.Module, values: Tensor, labels: Tensor) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    model.train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(0)
+    F.cross_entropy(model(values), labels).backward()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative_variance(
+    model: nn.Module, batch: tuple[Tensor, Tensor], exact: Tensor, bits: int, way: str, draws: int
+) -> dict[str, Any]:
+    """Of one way to keep at one width: the relative variance with its standard error, squared bias, and bytes."""
+    scale = exact.double().square().sum().item()
+    errors: list[float] = []
+    total = torch.zeros_like(exact, dtype=torch.float64)
+    held = 0
+    with WAYS[way]():
+        for draw in range(draws):
+            hf_actnn.convert(model, bits=bits, seed=1000 + draw)
+            if draw == 0:
+                with hf_actnn.track_memory(model) as memory:
+                    found = gradient(model, *batch)
+                held = memory.saved_bytes
+            else:
+                found = gradient(model, *batch)
+            error = (found - exact).double()
+            errors.append(error.square().sum().item() / scale)
+            total += error
+    hf_actnn.revert(model)
+    mean = statistics.mean(errors)
+    # |mean error|^2 holds the squared bias and the variance over the number of draws; the errors hold both whole.
+    of_mean = (total / draws).square().sum().item() / scale
+    bias = (draws * of_mean - mean) / (draws - 1)
+    return {
+        "bits": bits,
+        "way": way,
+        "draws": draws,
+        "variance": mean,
+        "standard_error": statistics.stdev(errors) / math.sqrt(draws),
+        "squared_bias": bias,
+        "bytes": held,
+    }
+
+
+def minibatch_variance(model: nn.Module, batches: Batches, count: int = 16) -> float:
+    """The relative variance that drawing a batch of :data:`BATCH` images gives the gradient by itself."""
+    gradients = torch.stack([gradient(model, *batches()) for _ in range(count)])
+    spread = gradients.var(0).double().sum().item()
+    return spread / (gradients.mean(0).double().square().sum().item() - spread / count)
+
+
+def study(name: str, data: Path, draws: int, steps: int) -> Iterator[dict[str, Any]]:
+    """The rows of one model, as they are finished."""
+    images, labels = read(data, "train", 20000)
+    model, score = trained(name, images, labels, read(data, "test", 2000), steps)
+    batch = Batches(images, labels, seed=7)()
+    exact = gradient(model, *batch)
+    noise = minibatch_variance(model, Batches(images, labels, seed=8))
+    about = {"model": name, "steps": steps, "accuracy": score, "minibatch_variance": noise}
+    for bits in BITS:
+        for way in ("once", "separately", "straddling", "original"):
+            if way != "once" and bits not in (2, 4):
+                continue
+            yield {**about, **relative_variance(model, batch, exact, bits, way, draws)}
+
+
+def short_trainings(name: str, data: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """From random weights, paired by seed and data order: the loss of the last tenth, by width."""
+    images, labels = read(data, "train", 20000)
+    test = read(data, "test", 2000)
+    for seed in range(seeds):
+        for bits in (None, 4, 2):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            model = MODELS[name]()
+            if bits is not None:
+                hf_actnn.convert(model, bits=bits, seed=seed)
+            losses = train(model, Batches(images, labels, seed=seed), steps, 1e-3 if name == "resnet18" else 5e-4)
+            yield {
+                "model": name,
+                "seed": seed,
+                "bits": bits,
+                "steps": steps,
+                "loss": statistics.mean(losses[-(steps // 10) :]),
+                "accuracy": accuracy(model, *test),
+            }
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def _row(rows: list[dict[str, Any]], model: str, bits: int, way: str) -> dict[str, Any] | None:
+    return next((r for r in rows if (r["model"], r["bits"], r["way"]) == (model, bits, way)), None)
+
+
+def _ratio(row: dict[str, Any], of: dict[str, Any]) -> tuple[float, float]:
+    """Of two variances, with its standard error."""
+    ratio = row["variance"] / of["variance"]
+    relative = math.hypot(row["standard_error"] / row["variance"], of["standard_error"] / of["variance"])
+    return ratio, ratio * relative
+
+
+_INTRODUCTION = """# Fidelity
+
+How far gradients are from the exact ones, on weights trained for some hundred steps on CIFAR-10: random weights flatter
+low bits. Written by `python benchmarks/fidelity.py --data path/to/cifar10` from `benchmarks/results/fidelity.json`
+({cpu}, torch {torch}, {date}).
+
+* *Variance*: the mean of |g - g exact|^2 over |g exact|^2 over independent draws of the rounding, all parameters as one
+  vector, beside its standard error. *Mini-batch*: what drawing another batch of the same size does to the gradient.
+* *once*: hf_actnn as it is, each tensor kept once and outputs rebuilt. *separately*: every save with a code of its own.
+  *straddling*: as *once*, but in groups of 256 over the whole tensor instead of within rows. *original*: both.
+"""
+_COMPARED = (
+    (4, "separately", "Kept once against every save by itself, at 4 bits"),
+    (2, "straddling", "Within rows against straddling groups, at 2 bits"),
+    (2, "original", "As it is against the original's way, at 2 bits"),
+)
+#: Of the mini-batch's own variance: what is added below it is taken for harmless.
+HARMLESS = 0.1
+
+
+def _page(results: dict[str, Any]) -> Iterator[str]:
+    rows = results["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    yield _INTRODUCTION.format(**results["environment"])
+    for model in models:
+        mine = [row for row in rows if row["model"] == model]
+        first = mine[0]
+        yield from (
+            f"## {model}",
+            "",
+            f"{first['steps']} steps, test accuracy {100 * first['accuracy']:.1f} %, batch of {BATCH}, "
+            f"{first['draws']} draws; mini-batch variance {first['minibatch_variance']:.2f}.",
+            "",
+            "| bits | kept | variance | of the mini-batch's | squared bias | bytes per image |",
+            "|---|---|---|---|---|---|",
+        )
+        for row in mine:
+            share = 100 * row["variance"] / row["minibatch_variance"]
+            yield (
+                f"| {row['bits']} | {row['way']} | {row['variance']:.4g} ± {row['standard_error']:.1g} | "
+                f"{share:.2g} % | "
+                f"{max(row['squared_bias'], 0):.1g} | {row['bytes'] / BATCH / 1000:.1f} kB |"
+            )
+        yield ""
+        for bits, way, what in _COMPARED:
+            ours, other = _row(rows, model, bits, "once"), _row(rows, model, bits, way)
+            if ours and other:
+                ratio, error = _ratio(ours, other)
+                held = ours["bytes"] / other["bytes"]
+                yield f"* {what}: {ratio:.3g} ± {error:.1g} of the variance, {held:.2f} of the bytes."
+        harmless = [
+            row["bits"]
+            for row in mine
+            if row["way"] == "once" and row["variance"] < HARMLESS * row["minibatch_variance"]
+        ]
+        if harmless:
+            yield f"* The narrowest width that adds less than a tenth of the mini-batch's variance: {min(harmless)}."
+        yield ""
+    if results["trainings"]:
+        yield from (
+            "## Short trainings from random weights",
+            "",
+            "Same weights, batches and schedule in each row: the mean loss of the last tenth of the steps, and the accuracy",
+            "on 2,000 test images (a point is within its noise).",
+            "",
+            "| model | steps | seed | uncompressed | 4 bits | 2 bits |",
+            "|---|---|---|---|---|---|",
+        )
+        table: dict[tuple[str, int, int], dict[int | None, dict[str, Any]]] = {}
+        for row in results["trainings"]:
+            table.setdefault((row["model"], row["steps"], row["seed"]), {})[row["bits"]] = row
+        for (model, steps, seed), found in table.items():
+            cells = [
+                f"{found[bits]['loss']:.3f}, {100 * found[bits]['accuracy']:.1f} %" if bits in found else ""
+                for bits in (None, 4, 2)
+            ]
+            yield f"| {model} | {steps} | {seed} | {' | '.join(cells)} |"
+        yield ""
+
+
+def write_page(results: dict[str, Any]) -> None:
+    PAGE.write_text("\n".join(_page(results)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("HF_ACTNN_DATA")
+    parser.add_argument("--data", type=Path, default=Path(default) / "cifar10" if default else None)
+    parser.add_argument("--models", nargs="+", default=["vit_s", "resnet18"], choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--draws", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--trainings", nargs="*", default=["vit_192", "resnet18"], choices=list(MODELS), metavar="MODEL"
+    )
+    parser.add_argument("--training_steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep what the output has already of other models")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the output that is there")
+    options = parser.parse_args()
+    path = Path(timing.__file__).parent / "results" / "fidelity.json"
+    if options.page:
+        return write_page(json.loads(path.read_text()))
+    if options.data is None or not (options.data / "train.parquet").is_file():
+        raise SystemExit("--data names no folder with train.parquet and test.parquet of CIFAR-10")
+    results: dict[str, list[dict[str, Any]]] = {"rows": [], "trainings": []}
+    if options.resume and path.exists():
+        known = json.loads(path.read_text())
+        results["rows"] = [row for row in known["rows"] if row["model"] not in options.models]
+        results["trainings"] = [row for row in known["trainings"] if row["model"] not in options.trainings]
+    for name in options.models:
+        for row in study(name, options.data, options.draws, options.steps):
+            results["rows"].append(row)
+            print(
+                {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+            timing.write("fidelity", results)
+    for name in options.trainings:
+        for row in short_trainings(name, options.data, options.training_steps, options.seeds):
+            results["trainings"].append(row)
+            print(row, flush=True)
+            timing.write("fidelity", results)
+    write_page(json.loads(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The estimator behind the page of fidelity: right where the variance is known, and told apart from bias."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hf_actnn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+pytest.importorskip("timm")
+import fidelity
+
+
+class _Linear(nn.Module):
+    """Ten classes by one layer, so that the gradient's variance under rounding is a sum over the input's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = nn.Linear(256, 10, bias=False)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(32, 256, generator=generator), torch.randint(0, 10, (32,), generator=generator)
+
+
+def test_variance_of_a_linear_layer():
+    """Var(dW) = sum over rows of |dy|^2 times the variance of the row's codes, step^2 f (1 - f) for each value."""
+    torch.manual_seed(0)
+    model, (values, labels) = _Linear(), _batch()
+    exact = fidelity.gradient(model, values, labels)
+    logits = model(values).requires_grad_()
+    (dy,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), logits)
+    packed = hf_actnn.quantize(values, 3, row_length=256)
+    minimum, step = packed.meta.double().unbind(-1)
+    place = (values.double() - minimum[:, None]) / step[:, None]
+    variance = (step[:, None].square() * (place % 1) * (1 - place % 1)).sum(1)
+    expected = (dy.double().square().sum(1) * variance).sum() / exact.double().square().sum()
+    found = fidelity.relative_variance(model, (values, labels), exact, 3, "once", draws=400)
+    assert abs(found["variance"] - expected) < 5 * found["standard_error"]
+    assert abs(found["squared_bias"]) < 0.02 * found["variance"]
+    assert not hf_actnn.is_converted(model)
+
+
+def test_bias_is_seen():
+    torch.manual_seed(0)
+    model, batch = _Linear(), _batch()
+    exact = fidelity.gradient(model, *batch)
+    found = fidelity.relative_variance(model, batch, 1.1 * exact, 6, "once", draws=50)
+    assert abs(found["squared_bias"] - (0.1 / 1.1) ** 2) < 1e-3
+
+
+def test_other_ways_keep_more():
+    torch.manual_seed(0)
+    model = fidelity.vit(64, 1)
+    batch = (torch.randn(4, 3, 32, 32), torch.arange(4))
+    exact = fidelity.gradient(model, *batch)
+    held = {
+        way: fidelity.relative_variance(model, batch, exact, 4, way, draws=2)["bytes"] for way in ("once", "separately")
+    }
+    assert held["separately"] > 1.3 * held["once"]
+    again = fidelity.relative_variance(model, batch, exact, 4, "once", draws=2)
+    assert again["bytes"] == held["once"]  # what was patched is as it was
