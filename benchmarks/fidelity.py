@@ -21,7 +21,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import timing
@@ -43,14 +43,14 @@ BITS = (2, 3, 4, 6, 8)
 # -- models and data ---------------------------------------------------------------------------------------------------
 
 
-def vit(width: int, depth: int = 12) -> nn.Module:
-    """A vision transformer with a class token, on 32 x 32 in patches of 8; width 384 is ViT-S."""
+def vit(width: int, depth: int = 12, patch: int = 8) -> nn.Module:
+    """A vision transformer with a class token, on 32 x 32; width 384 is ViT-S."""
     import timm
 
     return timm.create_model(
         "vit_small_patch16_224",
         img_size=32,
-        patch_size=8,
+        patch_size=patch,
         embed_dim=width,
         depth=depth,
         num_heads=width // 64,
@@ -77,11 +77,48 @@ def convnext() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "vit_s": lambda: vit(384),
-    "resnet18": resnet,
-    "vit_192": lambda: vit(192, 6),
-    "convnext": convnext,
+def swin() -> nn.Module:
+    """Swin with blocks of 48 to 192 channels, patches of 2 and windows of 4."""
+    import timm
+
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=10,
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=48,
+        depths=(2, 4, 2),
+        num_heads=(2, 4, 8),
+    )
+
+
+class Made(NamedTuple):
+    """How a model is made and trained; ``title`` is the page's."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    rate: float = 5e-4
+    #: Where training starts, for what would take too long from random weights, and its steps then.
+    start: str = ""
+    steps: int = 0
+    #: Images of the batch that gradients are taken of.
+    images: int = 32
+
+
+MODELS: dict[str, Made] = {
+    "vit_s_patch8": Made("ViT-S, 16 patches and a class token", lambda: vit(384)),
+    "vit_s": Made(
+        "ViT-S, 64 patches and a class token",
+        lambda: vit(384, patch=4),
+        start="vit_s_patch8",
+        steps=150,
+        images=16,
+    ),
+    "resnet18": Made("ResNet-18", resnet, rate=1e-3),
+    "vit_192": Made("ViT, width 192, depth 6, 16 patches and a class token", lambda: vit(192, 6)),
+    "convnext": Made("ConvNeXt, 48 to 384 channels", convnext),
+    "swin": Made("Swin, 48 to 192 channels", swin),
 }
 
 
@@ -149,20 +186,32 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (torch.cat(right) == labels).float().mean().item()
 
 
-def trained(
-    name: str, images: Tensor, labels: Tensor, test: tuple[Tensor, Tensor], steps: int
-) -> tuple[nn.Module, float]:
-    """The model after so many steps, and its accuracy; from the cache if it is there."""
+def resized(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A vision transformer's weights for another size of patch."""
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+
+    found = dict(weights)
+    patch = model.patch_embed.patch_size
+    found["patch_embed.proj.weight"] = resample_patch_embed(weights["patch_embed.proj.weight"], list(patch))
+    found["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], list(model.patch_embed.grid_size))
+    return found
+
+
+def trained(name: str, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """The model after so many steps; from the cache if it is there."""
+    made = MODELS[name]
     torch.manual_seed(0)
-    model = MODELS[name]()
-    path = CACHE / f"{name}_{steps}.pt"
+    model = made.build()
+    path = CACHE / f"{name}_{steps + made.steps}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path))
-    else:
-        train(model, Batches(images, labels, seed=1), steps, 1e-3 if name == "resnet18" else 5e-4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model, accuracy(model, *test)
+        return model
+    if made.start:
+        model.load_state_dict(resized(trained(made.start, images, labels, steps).state_dict(), model))
+    train(model, Batches(images, labels, seed=1), made.steps or steps, made.rate)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
 
 
 # -- other ways to keep, for comparison --------------------------------------------------------------------------------
@@ -414,7 +463,7 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
         yield from (
             "## Short trainings from random weights",
             "",
-            "Same weights, batches and schedule in each row: the mean loss of the last tenth of the steps, and the accuracy",
+            "Same weights, batches and schedule in each row: mean loss of the last tenth of the steps, and accuracy",
             "on 2,000 test images (a point is within its noise).",
             "",
             "| model | steps | seed | uncompressed | 4 bits | 2 bits |",
