@@ -343,11 +343,12 @@ def relative_variance(
     }
 
 
-def minibatch_variance(model: nn.Module, batches: Batches, count: int = 16) -> float:
-    """The relative variance that drawing a batch of :data:`BATCH` images gives the gradient by itself."""
-    gradients = torch.stack([gradient(model, *batches()) for _ in range(count)])
-    spread = gradients.var(0).double().sum().item()
-    return spread / (gradients.mean(0).double().square().sum().item() - spread / count)
+def minibatch_variance(model: nn.Module, batches: Batches, exact: Tensor, count: int = 32) -> float:
+    """The variance that drawing another batch gives the gradient by itself, over |g_exact|^2 of the batch in hand, so
+    that it stands beside the variance of the rounding as it is."""
+    images = len(batches()[0])
+    gradients = torch.stack([gradient(model, *batches(images)) for _ in range(count)])
+    return (gradients.var(0).double().sum() / exact.double().square().sum()).item()
 
 
 def study(name: str, data: Path, draws: int, steps: int) -> Iterator[dict[str, Any]]:
