@@ -2,10 +2,13 @@
 // here.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -95,18 +98,102 @@ int64_t quantize(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int6
   return exact;
 }
 
+bool streams(int64_t numel, int dtype) {
+  const int64_t size = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+  return numel * size >= kStreamFrom;
+}
+
 void dequantize(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size, int bits,
                 int dtype, uintptr_t out, int threads) {
   if (numel == 0) return;
-  const int64_t size = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
   const DequantizeArgs args{pointer<const uint8_t>(codes),
                             pointer<const uint16_t>(meta),
                             make_layout(numel, row_length, group_size, bits),
                             bits,
                             dtype,
                             pointer<void>(out),
-                            numel * size >= kStreamFrom};
+                            streams(numel, dtype)};
   run(args.at.n_groups, numel, threads, [&](int64_t first, int64_t last) { kernels->dequantize(args, first, last); });
+}
+
+// Neighbouring samples of one width. A kernel finds a group's codes from the group's number alone, as if all groups had
+// the width that it is called with; so it is given the address where group 0 would then lie.
+struct Run {
+  int64_t last;  // the group behind it
+  int bits;
+  Layout at;
+  uintptr_t codes;
+};
+
+std::vector<Run> runs_of(uintptr_t codes, int64_t numel, int64_t row_length, int64_t group_size, uintptr_t widths,
+                         int64_t samples) {
+  const uint8_t* width = pointer<const uint8_t>(widths);
+  const int64_t rows = numel / samples / row_length;
+  std::vector<Run> runs;
+  for (int64_t s = 0, end; s < samples; s = end) {
+    for (end = s + 1; end < samples && width[end] == width[s];) ++end;
+    const Layout at = make_layout(numel, row_length, group_size, width[s]);
+    runs.push_back({end * rows * at.groups_per_row, width[s], at, codes - (uintptr_t)(s * rows * at.row_bytes)});
+    codes += (uintptr_t)((end - s) * rows * at.row_bytes);
+  }
+  return runs;
+}
+
+// Calls body(run, first, last) for the part of each run that lies in [first, last).
+template <class Body>
+void over_runs(const std::vector<Run>& runs, int64_t first, int64_t last, const Body& body) {
+  auto run = std::upper_bound(runs.begin(), runs.end(), first, [](int64_t g, const Run& r) { return g < r.last; });
+  for (; first < last; first = run->last, ++run) body(*run, first, std::min(run->last, last));
+}
+
+int64_t quantize_mixed(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, uintptr_t widths,
+                       int64_t samples, int64_t seed, int64_t stream, uintptr_t codes, uintptr_t meta, int threads) {
+  if (numel == 0) return 0;
+  const std::vector<Run> runs = runs_of(codes, numel, row_length, group_size, widths, samples);
+  std::atomic<int64_t> exact{0};
+  run(runs.back().last, numel, threads, [&](int64_t first, int64_t last) {
+    over_runs(runs, first, last, [&](const Run& part, int64_t from, int64_t to) {
+      exact += kernels->quantize({pointer<const void>(x), dtype, part.at, part.bits, (uint64_t)seed, (uint64_t)stream,
+                                  pointer<uint8_t>(part.codes), pointer<uint32_t>(meta)},
+                                 from, to);
+    });
+  });
+  return exact;
+}
+
+void dequantize_mixed(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                      uintptr_t widths, int64_t samples, int dtype, uintptr_t out, int threads) {
+  if (numel == 0) return;
+  const std::vector<Run> runs = runs_of(codes, numel, row_length, group_size, widths, samples);
+  const bool streaming = streams(numel, dtype);
+  run(runs.back().last, numel, threads, [&](int64_t first, int64_t last) {
+    over_runs(runs, first, last, [&](const Run& part, int64_t from, int64_t to) {
+      kernels->dequantize({pointer<const uint8_t>(part.codes), pointer<const uint16_t>(meta), part.at, part.bits, dtype,
+                           pointer<void>(out), streaming},
+                          from, to);
+    });
+  });
+}
+
+// For each sample the sum of n * range^2 over its groups of n values, in their order: the same for any threads.
+void sample_spread(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, int64_t samples,
+                   uintptr_t out, int threads) {
+  if (numel == 0) return;
+  const Layout at = make_layout(numel, row_length, group_size, 1);
+  const std::unique_ptr<float[]> ranges(new float[(size_t)at.n_groups]);
+  const RangesArgs args{pointer<const void>(x), dtype, at, ranges.get()};
+  run(at.n_groups, numel, threads, [&](int64_t first, int64_t last) { kernels->ranges(args, first, last); });
+  const int64_t groups = at.n_groups / samples;
+  run(samples, at.n_groups, threads, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      double sum = 0;
+      for (int64_t g = s * groups; g < (s + 1) * groups; ++g) {
+        const int64_t n = (g + 1) % at.groups_per_row == 0 ? at.tail : at.group;
+        sum += (double)n * ((double)ranges[g] * (double)ranges[g]);
+      }
+      pointer<double>(out)[s] = sum;
+    }
+  });
 }
 
 void pack_mask(uintptr_t x, int dtype, int64_t numel, int predicate, double lo, double hi, uintptr_t codes,
@@ -179,6 +266,9 @@ PYBIND11_MODULE(_native_cpu, m) {
   });
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
+  m.def("quantize_mixed", &quantize_mixed);
+  m.def("dequantize_mixed", &dequantize_mixed);
+  m.def("sample_spread", &sample_spread);
   m.def("pack_mask", &pack_mask);
   m.def("unpack_mask", &unpack_mask);
   m.def("scale_by_mask", &scale_by_mask);

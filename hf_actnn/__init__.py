@@ -8,7 +8,7 @@ from typing import Any
 from hf_actnn import errors, nn
 from hf_actnn.codec import PackedTensor, quantize
 from hf_actnn.config import ActNNConfig
-from hf_actnn.convert import ConversionReport, convert, is_converted, report, revert
+from hf_actnn.convert import ConversionReport, controller, convert, is_converted, report, revert
 from hf_actnn.errors import ActNNError, ActNNWarning
 from hf_actnn.memory import MemoryReport, track_memory
 
@@ -27,6 +27,7 @@ __all__ = [
     "ConversionReport",
     "MemoryReport",
     "PackedTensor",
+    "controller",
     "convert",
     "errors",
     "is_converted",

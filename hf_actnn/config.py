@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,15 +13,15 @@ from hf_actnn.errors import ConfigError, NotAvailableError, message
 
 #: The paper's levels (Chen et al. 2021, table 1) as presets of fields. ``None`` for bits: nothing is compressed.
 LEVELS: dict[str, dict[str, Any]] = {
-    "L0": {"bits": None, "exact_norms": True},
-    "L1": {"bits": 4, "exact_norms": True},
-    "L2": {"bits": 4, "exact_norms": False},
+    "L0": {"bits": None, "exact_norms": True, "per_sample": False, "per_tensor": False},
+    "L1": {"bits": 4, "exact_norms": True, "per_sample": False, "per_tensor": False},
+    "L2": {"bits": 4, "exact_norms": False, "per_sample": False, "per_tensor": False},
+    "L2.5": {"bits": 4, "exact_norms": False, "per_sample": True, "per_tensor": False},
+    "L3": {"bits": 2, "exact_norms": False, "per_sample": True, "per_tensor": True},
 }
 
 #: Levels that have a meaning in the paper and none here yet, with what they wait for.
 PLANNED_LEVELS: dict[str, str] = {
-    "L2.5": "bits chosen per sample",
-    "L3": "bits chosen per sample and per kept tensor",
     "L4": "L3 and swapping to the host",
     "L5": "L4 and defragmentation",
 }
@@ -29,7 +30,13 @@ DEFAULT_LEVEL = "L2"
 MIN_BITS, MAX_BITS = 1, 8
 MAX_GROUP_SIZE = 4096
 
-Override = int | str
+#: Steps between two updates of adaptive bits, where the configuration names none.
+UPDATE_INTERVAL = 100
+#: In place of a number of bits: as few as the allowed variance permits.
+AUTO = "auto"
+MAX_ADDED_VARIANCE = 0.1
+
+Override = int | str | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +47,24 @@ class ActNNConfig:
 
     Args:
         level: ``"L0"`` keeps everything exactly, ``"L1"`` quantises to 4 bits and leaves what normalisations keep
-            exact, ``"L2"`` quantises that too. ``"L2.5"``, ``"L3"``, ``"L4"`` and ``"L5"`` raise
+            exact, ``"L2"`` quantises that too, ``"L2.5"`` chooses the bits of each sample, 4 on average, ``"L3"`` those
+            of each sample and each kept tensor, 2 on average. ``"L4"`` and ``"L5"`` raise
             :class:`~hf_actnn.errors.NotAvailableError`.
-        bits: bits per value, 1 to 8, in place of the level's.
+        bits: bits per value, 1 to 8, in place of the level's. Where bits are chosen it is their average, and may be a
+            fraction. ``"auto"``: as few as keep the added variance within ``max_added_variance``, chosen per sample and
+            per kept tensor whatever the level.
         group_size: the most values that share one minimum and step, 1 to 4096. A row (a token, or one sample of a
             convolution's activation) is cut into equal groups of at most this many.
         skip: patterns (``fnmatch``) on module paths; a match is left exact together with all beneath it.
-        overrides: pattern on module paths -> bits (1 to 8) or ``"exact"``. A pattern holds for what it matches and
-            all beneath it; of several that match, the last one holds.
+        overrides: pattern on module paths -> bits (1 to 8), ``"exact"``, or ``(fewest, most)`` bits where they are
+            chosen. A pattern holds for what it matches and all beneath it; of several that match, the last one holds.
         seed: of the stochastic rounding. Torch's own generators are never drawn from.
         min_numel: tensors with fewer values than this are kept exactly; their metadata would cost more than it saves.
         exact_norms: whether what normalisations keep stays exact; ``None`` takes the level's.
-        update_interval: steps between two updates of adaptive bits; not available yet, so anything but ``None`` raises.
+        update_interval: optimizer steps between two updates of adaptive bits; ``None`` is 100.
+        max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient, as a share of
+            the variance that drawing the mini-batch gives it; ``None`` is 0.1.
+        per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.
         swap: swapping to the host; not available yet, so anything but ``None`` raises.
 
     Raises:
@@ -60,7 +73,7 @@ class ActNNConfig:
     """
 
     level: str = DEFAULT_LEVEL
-    bits: int | None = None
+    bits: int | float | str | None = None
     group_size: int = 256
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
@@ -68,25 +81,24 @@ class ActNNConfig:
     min_numel: int = 1024
     exact_norms: bool | None = None
     update_interval: int | None = None
+    max_added_variance: float | None = None
+    per_sample: bool | None = None
+    per_tensor: bool | None = None
     swap: bool | None = None
 
     def __post_init__(self) -> None:
         _check_level(self.level)
         _check_unavailable(self)
-        if self.bits is not None:
-            _check_bits(self.bits, "bits")
+        for name in ("per_sample", "per_tensor", "exact_norms"):
+            _check_yes_or_no(name, getattr(self, name))
+        if self.bits is not None and self.bits != AUTO:
+            _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
+        if self.update_interval is not None:
+            _check_int("update_interval", self.update_interval, 1, 2**31)
+        _check_share(self)
         _check_int("group_size", self.group_size, 1, MAX_GROUP_SIZE)
         _check_int("seed", self.seed, 0, 2**64 - 1)
         _check_int("min_numel", self.min_numel, 0, 2**62)
-        if self.exact_norms is not None and not isinstance(self.exact_norms, bool):
-            raise ConfigError(
-                message(
-                    "`exact_norms` is not a yes or no",
-                    expected="True, False or None",
-                    received=repr(self.exact_norms),
-                    next_step="Leave it out to take the level's",
-                )
-            )
         if (
             isinstance(self.skip, str)
             or not isinstance(self.skip, Iterable)
@@ -111,16 +123,57 @@ class ActNNConfig:
                 )
             )
         for pattern, value in self.overrides.items():
-            if value != "exact":
-                _check_bits(value, f"overrides[{pattern!r}]", " or 'exact'")
-        object.__setattr__(self, "overrides", dict(self.overrides))
+            if isinstance(value, (list, tuple)):
+                _check_range(value, f"overrides[{pattern!r}]", self.is_adaptive)
+            elif value != "exact":
+                _check_bits(value, f"overrides[{pattern!r}]", also=" or 'exact'")
+        ranges = {key: tuple(value) if isinstance(value, list) else value for key, value in self.overrides.items()}
+        object.__setattr__(self, "overrides", ranges)
 
     # -- what the fields come to ------------------------------------------------------------------------------------
 
     @property
-    def effective_bits(self) -> int | None:
-        """Bits per value, or ``None`` where nothing is compressed."""
-        return self.bits if self.bits is not None else LEVELS[self.level]["bits"]
+    def effective_bits(self) -> float | None:
+        """Bits per value, on average where they are chosen, or ``None`` where nothing is compressed.
+
+        With ``bits="auto"`` those that a run starts with, L2's.
+        """
+        if self.bits == AUTO:
+            return LEVELS["L2"]["bits"]
+        return self.bits if self.bits is not None else LEVELS[self.level]["bits"]  # type: ignore[return-value]
+
+    @property
+    def chooses_per_sample(self) -> bool:
+        """Whether samples of one tensor may differ in bits."""
+        return self._choice("per_sample")
+
+    @property
+    def chooses_per_tensor(self) -> bool:
+        """Whether kept tensors may differ in bits."""
+        return self._choice("per_tensor")
+
+    def _choice(self, name: str) -> bool:
+        chosen = getattr(self, name)
+        if chosen is None:
+            chosen = self.bits == AUTO or LEVELS[self.level][name]
+        return bool(chosen)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether bits are chosen while training."""
+        return self.chooses_per_sample or self.chooses_per_tensor
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between two updates of adaptive bits."""
+        return self.update_interval or UPDATE_INTERVAL
+
+    @property
+    def allowed_variance(self) -> float | None:
+        """With ``bits="auto"``, the share of the mini-batch's variance that quantisation may add; else ``None``."""
+        if self.bits != AUTO:
+            return None
+        return MAX_ADDED_VARIANCE if self.max_added_variance is None else self.max_added_variance
 
     @property
     def effective_exact_norms(self) -> bool:
@@ -140,6 +193,9 @@ class ActNNConfig:
         """Plain values only, ready for JSON."""
         values = dataclasses.asdict(self)
         values["skip"] = list(self.skip)
+        values["overrides"] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in self.overrides.items()
+        }
         return values
 
     def to_json_string(self) -> str:
@@ -222,7 +278,7 @@ def _check_level(level: Any) -> None:
                 f"level {level!r} ({PLANNED_LEVELS[level]}) is not available yet",
                 expected=f"one of {', '.join(LEVELS)}, or bits=1 to 8",
                 received=repr(level),
-                next_step="Use 'L2', or bits=2 for two bits per value",
+                next_step="Use 'L3', which lacks the swapping alone",
             )
         )
     raise ConfigError(
@@ -236,21 +292,83 @@ def _check_level(level: Any) -> None:
 
 
 def _check_unavailable(config: ActNNConfig) -> None:
-    for name, what in (("update_interval", "adaptive bits are"), ("swap", "swapping to the host is")):
-        if getattr(config, name) is not None:
-            raise NotAvailableError(
-                message(
-                    f"`{name}` cannot be set: {what} not available yet",
-                    expected="None",
-                    received=repr(getattr(config, name)),
-                    next_step="Leave the field out",
-                )
+    if config.swap is not None:
+        raise NotAvailableError(
+            message(
+                "`swap` cannot be set: swapping to the host is not available yet",
+                expected="None",
+                received=repr(config.swap),
+                next_step="Leave the field out",
             )
+        )
 
 
-def _check_bits(bits: Any, where: str, also: str = "") -> None:
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if whole and MIN_BITS <= bits <= MAX_BITS:
+def _check_yes_or_no(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(
+            message(
+                f"`{name}` is not a yes or no",
+                expected="True, False or None",
+                received=repr(value),
+                next_step="Leave it out to take the level's",
+            )
+        )
+
+
+def _check_share(config: ActNNConfig) -> None:
+    share = config.max_added_variance
+    if share is None:
+        return
+    if config.bits != AUTO:
+        raise ConfigError(
+            message(
+                "`max_added_variance` says how many bits to spend, and so does `bits`",
+                expected='bits="auto" beside it',
+                received=f"bits={config.bits!r}, max_added_variance={share!r}",
+                next_step='Write bits="auto", or leave max_added_variance out',
+            )
+        )
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
+        raise ConfigError(
+            message(
+                "`max_added_variance` is out of range",
+                expected="a share above 0; 0.1 is a tenth of the mini-batch's own variance",
+                received=repr(share),
+                next_step="Leave it out to take 0.1",
+            )
+        )
+
+
+def _check_range(value: Any, where: str, adaptive: bool) -> None:
+    if not adaptive:
+        raise ConfigError(
+            message(
+                "a range of bits where bits are not chosen",
+                where=where,
+                expected="a number of bits, or a level that chooses them: L2.5, L3",
+                received=repr(value),
+                next_step="Give one number of bits, or level='L3'",
+            )
+        )
+    if len(value) != 2 or any(not isinstance(end, int) or isinstance(end, bool) for end in value):
+        low, high = 0, 0
+    else:
+        low, high = value
+    if not MIN_BITS <= low <= high <= MAX_BITS:
+        raise ConfigError(
+            message(
+                "a range of bits means nothing",
+                where=where,
+                expected=f"(fewest, most), whole numbers from {MIN_BITS} to {MAX_BITS}",
+                received=repr(value),
+                next_step="For example (2, 6)",
+            )
+        )
+
+
+def _check_bits(bits: Any, where: str, adaptive: bool = False, also: str = "") -> None:
+    number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    if number and MIN_BITS <= bits <= MAX_BITS and (adaptive or isinstance(bits, int)):
         return
     expected = f"a whole number of bits from {MIN_BITS} to {MAX_BITS}{also}"
     if isinstance(bits, float) and bits < MIN_BITS:
@@ -263,14 +381,14 @@ def _check_bits(bits: Any, where: str, also: str = "") -> None:
                 next_step="Ask for 1 bit or more",
             )
         )
-    if isinstance(bits, float) and bits <= MAX_BITS and bits != int(bits):
-        raise NotAvailableError(
+    if isinstance(bits, float) and bits <= MAX_BITS:
+        raise ConfigError(
             message(
-                "an average that is not a whole number of bits needs adaptive bits, which are not available yet",
+                "a fraction of a bit is an average, and here all values get the same bits",
                 where=where,
                 expected=expected,
                 received=repr(bits),
-                next_step="Round it",
+                next_step="Write level='L3', which chooses bits per kept tensor, or round it",
             )
         )
     raise ConfigError(

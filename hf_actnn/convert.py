@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import Member, join, leave, membership
 from hf_actnn.nn.registry import KINDS, kind_of
+from hf_actnn.precision.controller import Controller
 from hf_actnn.saving.policy import policies
 from hf_actnn.saving.session import Observation, Session
 
@@ -50,7 +51,7 @@ def convert(
                 next_step="Narrow the patterns, or use level 'L0'",
             )
         )
-    session = Session(resolved)
+    session = Session(resolved, adaptation=Controller(resolved))
     before = {path: (membership(module), type(module)) for path, module in modules.items()}
     try:
         for path, module in modules.items():
@@ -73,6 +74,35 @@ def convert(
             )
         ) from error
     return model
+
+
+def controller(model: nn.Module) -> Controller:
+    """The controller of a converted model, which chooses bits at the levels that do; from this call on it does.
+
+    Args:
+        model: a converted model, or what wraps it.
+
+    Raises:
+        ConversionError: the model is not converted, or its parts were converted one by one.
+    """
+    found: dict[int, Controller] = {}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        member = membership(module)
+        if member is not None and member.session.controller is not None:
+            found[id(member.session.controller)] = cast(Controller, member.session.controller)
+    if len(found) != 1:
+        raise ConversionError(
+            message(
+                "there is no controller" if not found else "the parts of this model have a controller each",
+                where=type(model).__name__,
+                expected="a model that convert() was called on as a whole",
+                received=f"{len(found)} parts that were converted by themselves" if found else "no converted model",
+                next_step="Call hf_actnn.convert(model) first",
+            )
+        )
+    (only,) = found.values()
+    only.armed = True
+    return only
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -18,6 +18,13 @@ struct QuantizeArgs {
   uint32_t* meta;  // [n_groups] pairs of bf16, the minimum in the low half
 };
 
+struct RangesArgs {
+  const void* x;
+  int dtype;
+  Layout at;
+  float* ranges;  // [n_groups], maximum - minimum; 0 for a group whose values no step serves
+};
+
 struct DequantizeArgs {
   const uint8_t* codes;
   const uint16_t* meta;
@@ -84,6 +91,7 @@ struct UnpackUintArgs {
 struct Kernels {
   const char* name;
   int64_t (*quantize)(const QuantizeArgs&, int64_t first, int64_t last);  // returns how many groups must be kept exact
+  void (*ranges)(const RangesArgs&, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
   void (*pack_mask)(const PackMaskArgs&, int64_t first, int64_t last);  // groups of 256 elements, here and below
   void (*unpack_mask)(const UnpackMaskArgs&, int64_t first, int64_t last);

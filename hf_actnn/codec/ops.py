@@ -132,7 +132,10 @@ def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> r
 def _check_dequantize(
     codes: Tensor, meta: Tensor, bits: int, row_length: int, group_size: int, numel: int, dtype: torch.dtype
 ) -> None:
-    at = plan(numel, row_length, bits, group_size)
+    _check_coded(codes, meta, plan(numel, row_length, bits, group_size), dtype)
+
+
+def _check_coded(codes: Tensor, meta: Tensor, at: reference.Layout, dtype: torch.dtype) -> None:
     _check_codes(codes, at.nbytes)
     if meta.dtype != torch.bfloat16 or meta.shape != (at.n_groups, 2) or not meta.is_contiguous():
         _fail(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_actnn.codec import ops, reference
+from hf_actnn.codec import mixed, ops, reference
 from hf_actnn.errors import CodecError, message
 
 
@@ -20,10 +20,13 @@ class Code(NamedTuple):
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor | int]]
     #: (codes, meta, bits, row_length, group_size, numel, dtype) -> flat
     dequantize: Callable[..., Tensor]
+    #: The same with widths ``[samples]`` in place of bits, where the code has such a thing.
+    quantize_mixed: Callable[..., tuple[Tensor, Tensor, Tensor | int]] | None = None
+    dequantize_mixed: Callable[..., Tensor] | None = None
 
 
 #: Codes by name. "uniform": equal steps between a group's minimum and maximum, as in ActNN.
-CODES: dict[str, Code] = {"uniform": Code(ops.quantize, ops.dequantize)}
+CODES: dict[str, Code] = {"uniform": Code(ops.quantize, ops.dequantize, mixed.quantize, mixed.dequantize)}
 
 
 class PackedTensor:
@@ -33,7 +36,8 @@ class PackedTensor:
         code: name in :data:`CODES`.
         codes: ``[nbytes]`` uint8, planes of each group in storage order.
         meta: ``[n_groups, 2]`` bf16, a group's minimum and step.
-        bits: width of a code.
+        bits: width of a code; with widths, their mean.
+        widths: None, or the width of each sample's codes: ``[samples]`` uint8 on the CPU.
         group_size: the most elements that share minimum and step.
         row_length: elements of a row, which no group straddles.
         shape, stride, dtype, device: of the tensor that comes back.
@@ -54,6 +58,7 @@ class PackedTensor:
         "row_length",
         "shape",
         "stride",
+        "widths",
     )
 
     def __init__(
@@ -61,7 +66,7 @@ class PackedTensor:
         codes: Tensor,
         meta: Tensor,
         *,
-        bits: int,
+        bits: int | float,
         group_size: int,
         row_length: int,
         shape: tuple[int, ...],
@@ -69,6 +74,7 @@ class PackedTensor:
         dtype: torch.dtype,
         patch: tuple[Tensor, Tensor] | None = None,
         code: str = "uniform",
+        widths: Tensor | None = None,
     ) -> None:
         self.code = code
         self.codes = codes
@@ -81,6 +87,7 @@ class PackedTensor:
         self.dtype = dtype
         self.device = codes.device
         self.patch = patch
+        self.widths = widths
 
     @property
     def numel(self) -> int:
@@ -92,8 +99,8 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Every byte held: codes, metadata and groups kept exact."""
-        held = self.codes.nbytes + self.meta.nbytes
+        """Every byte held: codes, metadata, widths and groups kept exact."""
+        held = self.codes.nbytes + self.meta.nbytes + (0 if self.widths is None else self.widths.nbytes)
         return held if self.patch is None else held + self.patch[0].nbytes + self.patch[1].nbytes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -103,9 +110,10 @@ class PackedTensor:
             dtype: floating dtype of the result; by default that of the tensor quantised.
         """
         dtype = self.dtype if dtype is None else dtype
-        flat = CODES[self.code].dequantize(
-            self.codes, self.meta, self.bits, self.row_length, self.group_size, self.numel, dtype
-        )
+        code = CODES[self.code]
+        back, bits = (code.dequantize, self.bits) if self.widths is None else (code.dequantize_mixed, self.widths)
+        assert back is not None  # quantize refuses widths otherwise
+        flat = back(self.codes, self.meta, bits, self.row_length, self.group_size, self.numel, dtype)
         if self.patch is not None:
             groups, values = self.patch
             flat[_positions(groups, self.numel, self.row_length, self.group_size)] = values.to(dtype)
@@ -114,8 +122,11 @@ class PackedTensor:
     def __repr__(self) -> str:
         exact = "" if self.patch is None else f", {len(self.patch[0])} groups exact"
         dtype = str(self.dtype).removeprefix("torch.")
+        bits = f"{self.bits} bits"
+        if self.widths is not None:
+            bits = f"{self.bits:.4g} bits on average over {self.widths.numel()} samples"
         return (
-            f"PackedTensor(shape={tuple(self.shape)}, {dtype}, {self.device}, {self.code} {self.bits} bits, "
+            f"PackedTensor(shape={tuple(self.shape)}, {dtype}, {self.device}, {self.code} {bits}, "
             f"groups of {self.group_size} in rows of {self.row_length}, {self.nbytes} bytes{exact})"
         )
 
@@ -142,6 +153,15 @@ def _dense(x: Tensor) -> Tensor:
             return x.clone()  # preserve_format: dense, dimensions in the same order
         expected *= size
     return x
+
+
+def flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """The values in storage order ``[numel]``, and the shape and strides that they then have. Copies only a tensor that
+    has gaps or overlaps."""
+    if x.is_contiguous():
+        return x.view(-1), x.shape, x.stride()
+    x = _dense(x)
+    return x.as_strided((x.numel(),), (1,), x.storage_offset()), x.shape, x.stride()
 
 
 def _count(exact: Tensor | int) -> int:
@@ -172,7 +192,7 @@ def default_row_length(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def quantize(
     x: Tensor,
-    bits: int,
+    bits: int | Tensor,
     group_size: int = 256,
     seed: int = 0,
     stream: int = 0,
@@ -183,7 +203,9 @@ def quantize(
 
     Args:
         x: floating point, any shape and strides. A tensor without gaps is read where it lies, in storage order.
-        bits: 1 to 8.
+        bits: 1 to 8, or widths: a uint8 tensor ``[samples]`` on the CPU with one such number for each of as many equal,
+            consecutive parts of the tensor in storage order, none of which cuts a row. What comes back is then, sample
+            by sample, what the call with that number gives.
         group_size: the most elements that share a minimum and a step, 1 to 4096. 256 costs 1/8 bit per element.
         seed: key of the dither, any integer (its low 64 bits count).
         stream: sequence under that key; give every tensor its own.
@@ -217,22 +239,36 @@ def quantize(
         )
     if x.requires_grad:
         x = x.detach()
-    contiguous = x.is_contiguous()
-    if not contiguous:
-        x = _dense(x)
-    shape, stride, numel = x.shape, x.stride(), x.numel()
+    flat, shape, stride = flatten(x)
     if row_length is None:
         row_length = default_row_length(shape, stride)
-    flat = x.view(-1) if contiguous else x.as_strided((numel,), (1,), x.storage_offset())
-    codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream)
+    widths = None
+    if isinstance(bits, Tensor):
+        to_codes = CODES[code].quantize_mixed
+        if to_codes is None:
+            raise CodecError(
+                message(
+                    "This code has one width for all samples",
+                    where="bits",
+                    expected="an integer from 1 to 8",
+                    received=f"a tensor of {bits.numel()} widths",
+                    next_step=f"Register {code!r} with quantize_mixed and dequantize_mixed, or pass an integer",
+                )
+            )
+        codes, meta, exact = to_codes(flat, bits, row_length, group_size, seed, stream)
+        widths = mixed.owned(bits)
+        width: int | float = sum(bits.tolist()) / bits.numel()
+    else:
+        codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream)
+        width = bits
     patch = None
     if _count(exact):
         groups = (meta[:, 1] == reference.EXACT_STEP).nonzero().view(-1)
-        patch = (groups, flat[_positions(groups, numel, row_length, group_size)])
+        patch = (groups, flat[_positions(groups, flat.numel(), row_length, group_size)])
     return PackedTensor(
         codes,
         meta,
-        bits=bits,
+        bits=width,
         group_size=group_size,
         row_length=row_length,
         shape=shape,
@@ -240,10 +276,14 @@ def quantize(
         dtype=x.dtype,
         patch=patch,
         code=code,
+        widths=widths,
     )
 
 
-def packed_nbytes(numel: int, row_length: int, bits: int, group_size: int = 256) -> int:
-    """Bytes that :func:`quantize` keeps for a tensor, codes and metadata."""
+def packed_nbytes(numel: int, row_length: int, bits: int | Tensor, group_size: int = 256) -> int:
+    """Bytes that :func:`quantize` keeps for a tensor: codes, metadata and, where ``bits`` are widths, these."""
+    if isinstance(bits, Tensor):
+        at = mixed.plan(numel, row_length, bits, group_size)
+        return at.nbytes + 4 * at.n_groups + bits.numel()
     at = ops.plan(numel, row_length, bits, group_size)
     return at.nbytes + 4 * at.n_groups

@@ -10,6 +10,7 @@ What differs from the paper is said where it is done.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -307,6 +308,96 @@ def dequantize(
     if dtype == torch.float16:
         out = out.clamp(-65504.0, 65504.0)  # leaves nan as it is
     return _narrow(out, dtype)
+
+
+def sample_nbytes(sample_length: int, row_length: int, group_size: int) -> list[int]:
+    """Bytes of a sample's codes by their width; the first entry, for 0 bits, stands for none."""
+    return [0] + [layout(sample_length, row_length, bits, group_size).nbytes for bits in sorted(PLANES)]
+
+
+def _by_width(widths: Tensor, sizes: list[int], device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each width that occurs, its samples ``[n]`` and the places of their codes in the buffer ``[n, size]``."""
+    size = torch.tensor(sizes)[widths.long()]
+    start = size.cumsum(0) - size
+    for bits in sorted(set(widths.tolist())):
+        samples = (widths == bits).nonzero().view(-1)
+        # Moved before they are spread out: one number per sample goes to the device, not one per byte.
+        starts, within = start[samples].to(device), torch.arange(sizes[bits], device=device)
+        yield bits, samples.to(device), starts.unsqueeze(-1) + within
+
+
+def quantize_mixed(
+    x: Tensor, widths: Tensor, row_length: int, group_size: int, seed: int, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize` with a width for each of ``S`` equal, consecutive samples.
+
+    Args:
+        x: ``[numel]`` floating point; ``numel / S`` is a multiple of ``row_length``.
+        widths: ``[S]`` uint8 on the CPU, 1 to 8.
+        row_length: as for :func:`quantize`, and so all that follows.
+        group_size: the most elements that share a minimum and a step.
+        seed: key of the dither's generator.
+        stream: which of the key's sequences.
+
+    Returns:
+        As :func:`quantize` does. A sample's codes and metadata are those of the uniform call with its width; codes
+        follow each other without gaps.
+    """
+    n, device = widths.numel(), x.device
+    at = layout(x.numel(), row_length, 1, group_size)
+    if at.n_groups == 0:
+        return quantize(x, 1, row_length, group_size, seed, stream)
+    sizes = sample_nbytes(x.numel() // n, row_length, group_size)
+    u = dither(at.n_groups, at.group, seed, stream, device).view(n, -1, at.group)
+    nbytes = sum(sizes[bits] for bits in widths.tolist())
+    codes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    meta = torch.empty(n, at.n_groups // n, 2, dtype=torch.bfloat16, device=device)
+    status = torch.zeros(1, dtype=torch.int32, device=device)
+    for bits, samples, places in _by_width(widths, sizes, device):
+        values, dithers = x.view(n, -1)[samples].view(-1), u[samples].view(-1, at.group)
+        part, part_meta, exact = quantize_with(values, dithers, bits, row_length, group_size)
+        codes[places] = part.view(places.shape)
+        meta[samples] = part_meta.view(len(samples), -1, 2)
+        status += exact
+    return codes, meta.view(-1, 2), status
+
+
+def dequantize_mixed(
+    codes: Tensor, meta: Tensor, widths: Tensor, row_length: int, group_size: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """:func:`dequantize` of what :func:`quantize_mixed` returns: ``[numel]`` of ``dtype``."""
+    n = widths.numel()
+    out = torch.empty(n, numel // n, dtype=dtype, device=codes.device)
+    if numel == 0:
+        return out.view(-1)
+    sizes = sample_nbytes(numel // n, row_length, group_size)
+    for bits, samples, places in _by_width(widths, sizes, codes.device):
+        part, part_meta = codes[places].view(-1), meta.view(n, -1, 2)[samples].view(-1, 2)
+        values = dequantize(part, part_meta, bits, row_length, group_size, len(samples) * (numel // n), dtype)
+        out[samples] = values.view(len(samples), -1)
+    return out.view(-1)
+
+
+def sample_spread(x: Tensor, samples: int, row_length: int, group_size: int) -> Tensor:
+    """For each of ``samples`` equal parts of the flat tensor ``x`` the sum over its groups of the number of elements
+    times the square of their range: ``[samples]`` float64. Groups that no step serves count as 0.
+
+    Ranges are differences of fp32 values, rounded to nearest; squares and sums are taken in double, group by group.
+    """
+    at = layout(x.numel(), row_length, 1, group_size)
+    total = torch.zeros(samples, dtype=torch.float64, device=x.device)
+    if at.n_groups == 0:
+        return total
+    rows = x.to(torch.float32).view(at.n_rows, row_length)
+    body = (at.groups_per_row - 1) * at.group
+    for start, count, size in ((0, at.groups_per_row - 1, at.group), (body, 1, at.tail)):
+        if count == 0:
+            continue
+        groups = rows[:, start : start + count * size].unflatten(1, (count, size))
+        lo, hi = groups.amin(-1), groups.amax(-1)  # nan if there is one, which then fails both comparisons
+        span = torch.where((lo > -EXACT_FROM) & (hi < EXACT_FROM), hi - lo, 0.0).to(torch.float64)
+        total += (size * (span * span)).view(samples, -1).sum(1)
+    return total
 
 
 def predicate(x: Tensor, name: str, lo: float, hi: float) -> Tensor:

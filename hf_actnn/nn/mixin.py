@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,10 @@ from hf_actnn.saving.session import Session
 
 #: Where a module keeps its membership; not a parameter, buffer or submodule, so state_dict does not see it.
 ATTRIBUTE = "_actnn"
+
+
+#: Keyword by which a training loop says which samples of the data set a batch holds.
+SAMPLE_ID = "sample_id"
 
 
 class Member(NamedTuple):
@@ -38,6 +44,8 @@ class Compressed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().__call__  # type: ignore[misc]
         member: Member | None = self.__dict__.get(ATTRIBUTE)
+        if SAMPLE_ID in kwargs:
+            kwargs = _without_ids(self, member, kwargs)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         current = scope.current()
@@ -69,6 +77,20 @@ class Compressed:
             return reduced
         # The made class has no importable name of its own: name the original, and make the counterpart when loading.
         return (_new, (made, *reduced[1][1:]), *reduced[2:])
+
+
+@lru_cache(maxsize=256)
+def _takes_ids(forward: Any) -> bool:
+    return SAMPLE_ID in inspect.signature(forward).parameters
+
+
+def _without_ids(module: Any, member: Member | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Hand the samples' numbers to whom chooses bits; the model gets them only if it has a parameter of that name."""
+    if member is not None and member.session.adaptation is not None and module.training and torch.is_grad_enabled():
+        member.session.adaptation.identify(kwargs[SAMPLE_ID])
+    if _takes_ids(type(module).forward):
+        return kwargs
+    return {key: value for key, value in kwargs.items() if key != SAMPLE_ID}
 
 
 _COMPILED = message(

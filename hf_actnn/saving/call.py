@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from hf_actnn.saving.kept import (
     fills_its_memory,
     is_dense,
 )
+from hf_actnn.saving.tape import Item, samples_in_order
 
 if TYPE_CHECKING:
     from hf_actnn.saving.rules import Rule
@@ -297,18 +298,22 @@ class Call:
         length = row_length(shape, stride, rows)
         if length < within:
             length = max(length, length_in_row(shape, stride, within))
-        if codec.packed_nbytes(numel, length, policy.bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
+        bits: int | Tensor = policy.uniform
+        if codec.packed_nbytes(numel, length, bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
             return Exact(tensor, where=self.where)
-        return Quantized(
-            codec.quantize(
-                tensor,
-                policy.bits,
-                policy.group_size,
-                seed=self.scope.seed,
-                stream=self.scope.next_stream(),
-                row_length=length,
-            )
+        scope, item, samples = self.scope, "", 1
+        if scope.adaptation is not None:
+            item = scope.item(self)
+            samples = samples_in_order(tensor, scope.samples, length)
+            if not policy.is_fixed:
+                spread = partial(codec.sample_spread, tensor, samples, length, policy.group_size)
+                bits = scope.adaptation.widths(item, samples, policy, spread)
+        packed = codec.quantize(
+            tensor, bits, policy.group_size, seed=scope.seed, stream=scope.next_stream(), row_length=length
         )
+        if scope.tape is not None:
+            scope.tape.add(Item(item, packed, tensor, samples, policy.low, policy.high))
+        return Quantized(packed, item)
 
     def data_argument(self, slot: Slot, argument: Any, rows: str | None = None) -> Kept:
         """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""

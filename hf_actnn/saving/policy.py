@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hf_actnn.config import ActNNConfig
+from hf_actnn.config import MAX_BITS, MIN_BITS, ActNNConfig
 from hf_actnn.errors import ConfigError, message
 
 
@@ -15,16 +15,29 @@ class Policy(NamedTuple):
     """How the tensors saved beneath a module path are kept.
 
     Attributes:
-        bits: bits per value; ``None`` keeps everything exactly.
+        bits: bits per value, where they are chosen the average asked for; ``None`` keeps everything exactly.
         exact_norms: whether the inputs of normalisations stay exact.
         reason: why nothing is compressed, for the report; empty where something is.
+        low, high: the fewest and the most bits that may be chosen; both equal ``bits`` where they are not.
     """
 
-    bits: int | None
+    bits: float | None
     exact_norms: bool
     group_size: int
     min_numel: int
     reason: str = ""
+    low: int = 1
+    high: int = 8
+
+    @property
+    def uniform(self) -> int:
+        """The whole number of bits that stays within the average."""
+        assert self.bits is not None
+        return min(max(int(self.bits), self.low), self.high)
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.low == self.high
 
 
 def _covers(pattern: str, path: str) -> bool:
@@ -58,13 +71,21 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
     made = {}
     for path in paths:
         bits, reason = config.effective_bits, ""
+        low, high = (MIN_BITS, MAX_BITS) if config.is_adaptive or bits is None else (int(bits), int(bits))
         if bits is None:
             reason = f"level {config.level} compresses nothing"
         for pattern, value in config.overrides.items():
             if _covers(pattern, path):
-                bits, reason = (None, f"override {pattern!r}") if value == "exact" else (int(value), "")
+                if value == "exact":
+                    bits, reason = None, f"override {pattern!r}"
+                elif isinstance(value, tuple):
+                    low, high = value
+                    bits, reason = min(max(config.effective_bits or low, low), high), ""
+                else:
+                    bits, reason = int(value), ""
+                    low = high = int(value)
         for pattern in config.skip:
             if _covers(pattern, path):
                 bits, reason = None, f"skip {pattern!r}"
-        made[path] = Policy(bits, config.effective_exact_norms, config.group_size, config.min_numel, reason)
+        made[path] = Policy(bits, config.effective_exact_norms, config.group_size, config.min_numel, reason, low, high)
     return made

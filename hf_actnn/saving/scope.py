@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
 from hf_actnn.saving.call import Call, Slot, exact, tensors_in, written_by
 from hf_actnn.saving.identity import Registry
-from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward
+from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.tape import Tape, batch_size, seed_of
 
 if TYPE_CHECKING:
-    from hf_actnn.saving.session import Session
+    from hf_actnn.saving.session import Adaptation, Session
 
 _thread = threading.local()
 _DATA = vars(torch._C.TensorBase)["data"]
@@ -70,6 +72,11 @@ class Scope:
         self._observers = observers()
         self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
         self._notes: list[tuple[str, str, str, str, int]] = []
+        #: Who chooses bits, if anyone does; the batch it chooses for; what is measured, on a collecting step.
+        self.adaptation = session.adaptation
+        self.samples = 1
+        self.tape: Tape | None = None
+        self._packed: dict[tuple[str, str], int] = {}
         session.opened()
 
     def next_stream(self) -> int:
@@ -83,6 +90,8 @@ class Scope:
         self.places.append(place)
         _thread.scope = self
         try:
+            if self.adaptation is not None:
+                return self._adapting(self.adaptation, forward, args, kwargs)
             with self._hooks, self._mode:
                 return forward(*args, **kwargs)
         finally:
@@ -91,9 +100,32 @@ class Scope:
             self.session.observed(self._notes)
             self._close()
 
+    def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        self.samples = batch_size(args, kwargs)
+        if adaptation.begin(self.samples):
+            self.tape = Tape(self.samples, seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
+        with self._hooks, self._mode:
+            out = forward(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if self.tape is not None:
+            self.tape.listen(outputs)
+            adaptation.recorded(self.tape)
+        adaptation.end(outputs, self.samples)
+        return out
+
+    def item(self, call: Call) -> str:
+        """Name of the tensor that is about to be quantised, the same in every step: where, by what, and the how
+        manieth there."""
+        place = call.path, call.name
+        number = self._packed.get(place, 0)
+        self._packed[place] = number + 1
+        name = f"{call.path}:{call.name}" if call.path else f":{call.name}"
+        return f"{name}#{number}" if number else name
+
     def _close(self) -> None:
         """Let go of what refers back here: a cycle would hold every code until the collector runs."""
         del self._hooks, self._mode, self.registry, self._first
+        self.tape = None
         codec.settle()
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
@@ -271,7 +303,7 @@ class _Rebuilt(threading.local):
     value: Tensor | None = None
 
     def get(self, slot: Slot) -> Tensor:
-        if not slot.shared:
+        if not slot.shared or probe.values is not None:
             return slot.get()
         if self.kept is slot.kept and self.value is not None:
             return self.value
@@ -300,6 +332,8 @@ def _unpack(slot: Slot) -> Tensor:
 
 
 def _given_back(slot: Slot) -> Tensor:
+    if probe.read is not None:
+        probe.read.append(slot)
     if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
         return _rebuilt.get(slot)
     with torch.no_grad():

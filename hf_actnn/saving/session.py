@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch import Tensor
 from hf_actnn.config import ActNNConfig
 from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Kept, View
+
+if TYPE_CHECKING:
+    from hf_actnn.saving.policy import Policy
+    from hf_actnn.saving.tape import Tape
 
 _MASK = 2**64 - 1
 
@@ -39,6 +44,37 @@ class Observation(NamedTuple):
     nbytes: int
 
 
+class Adaptation(Protocol):
+    """Who chooses bits while training; `hf_actnn.precision.Controller` is one."""
+
+    steps: int
+    adaptive: bool
+    wants_minibatch: bool
+
+    def next_forward(self) -> int:
+        """Number of a training forward pass."""
+        ...
+
+    def identify(self, ids: Any) -> None:
+        """Which samples of the data set the next forward pass sees, ``[N]``."""
+        ...
+
+    def begin(self, samples: int) -> bool:
+        """A training forward pass begins; whether it collects."""
+        ...
+
+    def widths(self, key: str, samples: int, policy: Policy, spread: Callable[[], Tensor]) -> int | Tensor:
+        """Bits of a tensor, or of each of its samples, ``[S]`` uint8. ``spread`` gives ``[S]``: how far the values of a
+        sample's groups lie apart, squared and summed up."""
+        ...
+
+    def recorded(self, tape: Tape) -> None: ...
+
+    def end(self, outputs: list[Tensor], samples: int) -> None:
+        """The forward pass ends with these differentiable outputs."""
+        ...
+
+
 class Session:
     """Configuration, random counters and the last observation of a converted model.
 
@@ -46,13 +82,16 @@ class Session:
 
     Args:
         config: of the model.
+        adaptation: chooses bits, where the configuration says that they are chosen.
         number: tells sessions of one seed apart. 0 for every model that is converted, so that a seed gives the same run
             again; layers made one by one count up, or all layers of one model would round alike.
     """
 
-    def __init__(self, config: ActNNConfig, number: int = 0) -> None:
+    def __init__(self, config: ActNNConfig, number: int = 0, adaptation: Adaptation | None = None) -> None:
         self.config = config
         self.number = number
+        self.adaptation = adaptation if adaptation is None or adaptation.adaptive else None
+        self.controller = adaptation
         self._steps = itertools.count()
         self._notes: list[tuple[str, str, str, str, int]] = []
         self._lent: dict[int, list[weakref.ref[Exact]]] = {}
@@ -65,7 +104,9 @@ class Session:
         return _mix(_mix(self.config.seed) ^ rank ^ self.number << 32)
 
     def next_step(self) -> int:
-        return next(self._steps) & 0xFFFFFFFF
+        """Number of a training forward pass. A controller counts them where there is one: its state is saved."""
+        step = next(self._steps) if self.controller is None else self.controller.next_forward()
+        return step & 0xFFFFFFFF
 
     # -- tensors that recipes refer to and autograd did not save ------------------------------------------------------
 
@@ -113,13 +154,10 @@ class Session:
         return [Observation(*key, *count) for key, count in counts.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "number": self.number, "step": self._peek()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"], state["number"])  # type: ignore[misc]
-        self._steps = itertools.count(state["step"])
-
-    def _peek(self) -> int:
         step = next(self._steps)
         self._steps = itertools.count(step)
-        return step
+        return {"config": self.config, "number": self.number, "step": step, "controller": self.controller}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"], state["number"], state["controller"])  # type: ignore[misc]
+        self._steps = itertools.count(state["step"])

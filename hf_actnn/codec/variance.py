@@ -1,0 +1,121 @@
+"""What coding a tensor costs in variance: what to expect of a sample before it is coded, and what it came to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_actnn.codec import mixed, ops, reference
+from hf_actnn.codec.packed import PackedTensor, default_row_length, flatten
+from hf_actnn.errors import CodecError, message
+
+#: Elements whose rounding is worked out at a time: a few temporaries of float64, which stay in a cache.
+_CHUNK = 1 << 18
+
+
+def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_size: int = 256) -> Tensor:
+    """How much variance each sample's groups would give its codes, but for the width: the sum of
+    ``n * (maximum - minimum)^2`` over groups of ``n`` elements.
+
+    Rounding at random from steps of ``range / (2^bits - 1)`` has a variance of about ``1/6`` of the step's square per
+    element, so a sample's is near ``spread / (6 (2^bits - 1)^2)`` where its values are spread evenly over a step.
+
+    Args:
+        x: floating point, as in :func:`hf_actnn.codec.quantize`.
+        samples: equal parts that ``x`` consists of in storage order.
+        row_length: as in :func:`hf_actnn.codec.quantize`.
+        group_size: as in :func:`hf_actnn.codec.quantize`.
+
+    Returns:
+        ``[samples]`` float64 on the device of ``x``. Groups without a step, those with nan, inf or a magnitude from
+        2^126 on, count as 0.
+    """
+    if x.requires_grad:
+        x = x.detach()
+    flat, shape, stride = flatten(x)
+    if row_length is None:
+        row_length = default_row_length(shape, stride)
+    ops._check_flat(flat, "x", ops.FLOATS)
+    ops.plan(flat.numel(), row_length, 1, group_size)
+    mixed.check_samples(flat.numel(), samples, row_length, "samples")
+    kernels = ops._direct(flat)
+    if kernels is None:
+        return reference.sample_spread(flat, samples, row_length, group_size)
+    out = torch.zeros(samples, dtype=torch.float64)
+    kernels.sample_spread(
+        flat.data_ptr(),
+        ops._CODE[flat.dtype],
+        flat.numel(),
+        row_length,
+        group_size,
+        samples,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = None) -> Tensor:
+    """The variance that coding ``x`` as ``packed`` has over the dither, summed over the elements of each sample.
+
+    An element at the fraction ``f`` of a step rounds up with probability ``f``: its variance is ``step^2 f (1 - f)``.
+
+    Args:
+        x: what was quantised, in any strides.
+        packed: what :func:`hf_actnn.codec.quantize` made of it, in its uniform code.
+        samples: equal parts of whole rows, in the storage order of ``packed``; by default one per width, or one.
+
+    Returns:
+        ``[samples]`` float64 on the device of ``x``. Groups that are kept exact, not finite or constant count as 0.
+    """
+    if packed.code != "uniform" or x.shape != packed.shape or x.dtype not in ops.FLOATS:
+        raise CodecError(
+            message(
+                "This is not what was quantised",
+                where="x",
+                expected=f"a floating-point tensor of shape {tuple(packed.shape)}, and the code 'uniform'",
+                received=f"{x.dtype} of shape {tuple(x.shape)}, and the code {packed.code!r}",
+                next_step="Pass the tensor that quantize was called with",
+            )
+        )
+    if samples is None:
+        samples = 1 if packed.widths is None else packed.widths.numel()
+    numel, length = packed.numel, packed.row_length
+    mixed.check_samples(numel, samples, length, "samples")
+    total = torch.zeros(samples, dtype=torch.float64, device=x.device)
+    if numel == 0:
+        return total
+    x = x.detach()
+    flat, _, stride = flatten(x)
+    if stride != packed.stride:
+        flat = torch.empty_strided(packed.shape, packed.stride, dtype=x.dtype, device=x.device).copy_(x)
+        flat = flat.as_strided((numel,), (1,))
+    at = reference.layout(numel, length, 1, packed.group_size)
+    rows, k = at.n_rows // samples, at.groups_per_row
+    meta = packed.meta.view(samples, rows, k, 2)
+    base = flat.storage_offset()
+    for first, count, size in ((0, k - 1, at.group), (k - 1, 1, at.tail)):
+        if count == 0:
+            continue
+        groups = flat.as_strided(
+            (samples, rows, count, size), (rows * length, length, at.group, 1), base + first * at.group
+        )
+        # Whole samples at a time, or whole rows of one, or groups of one row: whichever fits.
+        by_sample = max(1, _CHUNK // (rows * length))
+        by_row, by_group = max(1, _CHUNK // length), max(1, _CHUNK // size)
+        for s in range(0, samples, by_sample):
+            for r in range(0, rows, by_row):
+                for g in range(0, count, by_group):
+                    part = groups[s : s + by_sample, r : r + by_row, g : g + by_group]
+                    last = min(g + by_group, count)
+                    scale = meta[s : s + by_sample, r : r + by_row, first + g : first + last].to(torch.float64)
+                    total[s : s + by_sample] += _variance(part, *scale.unbind(-1)).sum((1, 2))
+    return total
+
+
+def _variance(x: Tensor, minimum: Tensor, step: Tensor) -> Tensor:
+    """Summed over the last dimension of ``x`` ``[..., G]``, for metadata ``[...]`` float64."""
+    coded = step > 0  # not 0, nan, or the mark of an exact group
+    t = x.to(torch.float32).to(torch.float64).sub_(minimum.unsqueeze(-1)).div_(step.unsqueeze(-1))
+    t.frac_()
+    return torch.where(coded, t.addcmul_(t, t, value=-1).sum(-1) * step * step, 0.0)

@@ -1,0 +1,288 @@
+"""When to collect, when to solve, and how many bits each kept tensor and each sample gets until the next time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import ActNNWarning, ConfigError, message
+from hf_actnn.precision import sensitivity
+from hf_actnn.precision.samples import SampleTable, assign
+from hf_actnn.precision.sensitivity import Kept, Reading, harmlessness
+from hf_actnn.precision.solver import solve, solve_for_target
+
+#: Weight of the newest reading in the moving averages.
+NEWEST = 0.5
+#: Micro-batches of one step that are collected from.
+MOST_TAPES = 16
+#: The least cost per byte an item is given, relative to that of all together, so that a tensor whose gradient happened
+#: to be zero is not left without bits.
+LEAST_COST = 1e-3
+#: Forward passes without a call of `step` after which its absence is reported.
+FORGOTTEN = 200
+_VERSION = 1
+
+
+class Controller:
+    """Chooses bits while a model trains; `hf_actnn.controller(model)` gives a model's.
+
+    Call :meth:`step` once per optimizer step, after the last backward pass of the step; `ActNNCallback` does. On one
+    step in every ``update_interval`` the backward pass is measured, and bits are solved for anew. Before the first
+    update, and without a controller, every tensor gets the average.
+
+    Attributes:
+        history: one entry per update: ``step``, ``average_bits``, ``bytes_per_sample`` of codes without metadata,
+            ``added_variance`` of the gradient by quantisation as a share of that by the drawing of the mini-batch (nan
+            where that was not measured), ``relative_variance``: the same relative to the squared response of the
+            parameters to a gradient of random signs.
+        steps: calls of :meth:`step` so far.
+    """
+
+    def __init__(self, config: ActNNConfig) -> None:
+        self.config = config
+        self.adaptive = config.is_adaptive and config.effective_bits is not None
+        self.wants_minibatch = True
+        self.armed = False
+        self.steps = 0
+        self.history: list[dict[str, float]] = []
+        self.table = SampleTable()
+        self._forwards = 0
+        self._since_step = 0
+        self._warned = False
+        self._due = True
+        self._tapes: list[Any] = []
+        self._kept: dict[str, Kept] = {}
+        self._minibatch = math.nan
+        self._plan: dict[str, float] = {}
+
+    # -- what the user calls ------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One optimizer step is complete: its backward passes have run.
+
+        In a distributed run every process must call it, in every step: on an update they exchange what they measured,
+        and then all hold the same bits.
+        """
+        self.steps += 1
+        self._since_step = 0
+        self.table.settle()
+        if not self.adaptive or not self.armed:
+            return
+        if self._due:
+            readings = [sensitivity.read(tape) for tape in self._tapes]
+            self._tapes = []
+            reading = sensitivity.merge(_of_all_processes(readings))
+            if reading is None or not reading.is_finite or reading.scale <= 0:
+                return  # nothing was seen, or it overflowed and the optimizer skips the step too: the next one collects
+            self._learn(reading)
+            self._solve()
+        self._due = self._is_due(self.steps)
+
+    def bits(self) -> dict[str, float]:
+        """Average bits of each kept tensor, by name: module path, operation and, from the second of its kind on, a
+        number. Before the first update the dictionary is empty: every tensor gets the configuration's."""
+        return dict(self._plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later bits and later rounding depend on: plain numbers, strings, lists and dictionaries."""
+        return {
+            "version": _VERSION,
+            "setting": _setting(self.config),
+            "steps": self.steps,
+            "forwards": self._forwards,
+            "due": self._due,
+            "minibatch": self._minibatch,
+            "kept": {key: list(one) for key, one in self._kept.items()},
+            "plan": dict(self._plan),
+            "history": [dict(entry) for entry in self.history],
+            "table": self.table.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        A state of other settings (level, bits, seed) gives a warning and is not taken over, for its bits mean something
+        else; likewise an empty one, of a checkpoint from before conversion. Bits are then chosen anew.
+
+        Raises:
+            ConfigError: this is no state of a controller.
+        """
+        if not isinstance(state, Mapping) or (state and not {"version", "setting", "steps", "forwards"} <= set(state)):
+            raise ConfigError(
+                message(
+                    "this is not the state of a controller",
+                    where="load_state_dict",
+                    expected="what Controller.state_dict() returned",
+                    received=", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__,
+                    next_step="Load the entry of the checkpoint that holds the controller",
+                )
+            )
+        if not state or state["version"] != _VERSION or state["setting"] != _setting(self.config):
+            warnings.warn(
+                message(
+                    "the checkpoint's bits are not taken over; they are chosen anew from the next step on",
+                    where="Controller.load_state_dict",
+                    expected=f"a state of {_setting(self.config)}",
+                    received=f"a state of {state['setting']}" if state else "a checkpoint without one",
+                    next_step="Nothing needs to be done; to go on as before, use the configuration the run began with",
+                ),
+                ActNNWarning,
+                stacklevel=2,
+            )
+            return
+        self.steps, self._forwards = int(state["steps"]), int(state["forwards"])
+        self._due = bool(state["due"])
+        self._minibatch = float(state["minibatch"])
+        self._kept = {
+            key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi))
+            for key, (c, v, n, p, lo, hi) in state["kept"].items()
+        }
+        self._plan = {key: float(bits) for key, bits in state["plan"].items()}
+        self.history = [dict(entry) for entry in state["history"]]
+        self.table.load(state["table"])
+        self._tapes = []
+
+    # -- what a forward pass asks -------------------------------------------------------------------------------------
+
+    def next_forward(self) -> int:
+        """Number of a training forward pass: where its random streams begin."""
+        self._forwards += 1
+        return self._forwards - 1
+
+    def identify(self, ids: Any) -> None:
+        self.table.identify(ids)
+
+    def begin(self, samples: int) -> bool:
+        self._since_step += 1
+        if not self.armed or (self.steps == 0 and self._since_step > FORGOTTEN):
+            self._say_forgotten()
+            return False
+        return self._due and len(self._tapes) < MOST_TAPES
+
+    def widths(self, key: str, samples: int, policy: Any, spread: Callable[[], Tensor]) -> int | Tensor:
+        average = self._plan.get(key)
+        if average is None:
+            average = float(policy.bits)
+        average = min(max(average, policy.low), policy.high)
+        if samples <= 1 or not (self.config.chooses_per_sample or average % 1):
+            return int(average)
+        if self.config.chooses_per_sample:
+            weights = spread()
+            factors = self.table.factors(samples)
+            if factors is not None:
+                weights = weights * factors
+        else:
+            weights = torch.ones(samples, dtype=torch.float64)
+        return assign(weights, average, policy.low, policy.high)
+
+    def recorded(self, tape: Any) -> None:
+        self._tapes.append(tape)
+
+    def end(self, outputs: list[Tensor], samples: int) -> None:
+        self.table.watch(outputs, samples)
+
+    # -- the way round ------------------------------------------------------------------------------------------------
+
+    def _is_due(self, step: int) -> bool:
+        """Every interval, and twice before the first one is over: gradients change most in the first steps."""
+        interval = self.config.interval
+        return step % interval == 0 or (step < interval and step in (interval // 10, interval // 3))
+
+    def _learn(self, reading: Reading) -> None:
+        """Moving averages of costs, relative to the scale of their step."""
+        for key, one in reading.kept.items():
+            cost, old = one.cost / reading.scale, self._kept.get(key)
+            if old is not None:
+                cost = NEWEST * cost + (1 - NEWEST) * old.cost
+            self._kept[key] = one._replace(cost=cost, variance=one.variance / reading.scale)
+        if math.isfinite(reading.minibatch) and reading.minibatch > 0:
+            share = reading.minibatch / reading.scale
+            old_share = self._minibatch
+            self._minibatch = NEWEST * share + (1 - NEWEST) * old_share if math.isfinite(old_share) else share
+
+    def _solve(self) -> None:
+        """Bits for every part of every kept tensor; a tensor's average over its parts is the plan."""
+        keys = [key for key, one in self._kept.items() if one.low < one.high]
+        fixed = [one for one in self._kept.values() if one.low == one.high]
+        costs, weights, low, high, owner = [], [], [], [], []
+        for at, key in enumerate(keys):
+            one = self._kept[key]
+            shares = one.parts if self.config.chooses_per_sample else (1.0,)
+            for share in shares:
+                costs.append(one.cost * share / len(shares))
+                weights.append(one.numel / 8 / len(shares))
+                low.append(one.low)
+                high.append(one.high)
+                owner.append(at)
+        average = float(self.config.effective_bits or 0)
+        added = sum(one.cost * float(harmlessness(torch.tensor(one.low))) for one in fixed)
+        if keys:
+            cost, weight = torch.tensor(costs, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+            least, most = torch.tensor(low), torch.tensor(high)
+            floored = torch.maximum(cost, LEAST_COST * cost.sum() / weight.sum() * weight)
+            asked = average * torch.ones_like(weight)
+            budget = float((weight * asked.clamp(least, most)).sum())
+            if not self.config.chooses_per_tensor:
+                chosen = asked.clamp(least, most)
+            elif self.config.allowed_variance is None or not math.isfinite(self._minibatch):
+                chosen = solve(floored, weight, budget, least, most).double()
+            else:
+                target = self.config.allowed_variance * self._minibatch - added
+                chosen = solve_for_target(floored, weight, max(target, 0.0), least, most).double()
+            places = torch.tensor(owner)
+            count = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, places, torch.ones_like(weight))
+            means = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, places, chosen) / count
+            self._plan = dict(zip(keys, means.tolist(), strict=True))
+            added += float((cost * harmlessness(chosen)).sum())
+        self._plan.update({key: float(one.low) for key, one in self._kept.items() if one.low == one.high})
+        size = sum(one.numel for one in self._kept.values()) / 8
+        held = sum(self._kept[key].numel / 8 * bits for key, bits in self._plan.items())
+        self.history.append(
+            {
+                "step": self.steps,
+                "average_bits": held / size if size else 0.0,
+                "bytes_per_sample": held,
+                "added_variance": added / self._minibatch if self._minibatch > 0 else math.nan,
+                "relative_variance": added,
+            }
+        )
+
+    def _say_forgotten(self) -> None:
+        if self._warned or self._since_step <= FORGOTTEN or self.steps:
+            return
+        self._warned = True
+        warnings.warn(
+            message(
+                "bits do not adapt: nothing has called the controller's step()",
+                where=f"{self._since_step} training forward passes at {_setting(self.config)}",
+                expected="hf_actnn.controller(model).step() after each backward pass of an optimizer step",
+                received="no call",
+                next_step="Add the call, or use ActNNCallback in a Trainer; the average bits are used meanwhile",
+            ),
+            ActNNWarning,
+            stacklevel=2,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tapes": []}  # they belong to a graph that is neither copied nor pickled
+
+
+def _setting(config: ActNNConfig) -> str:
+    parts = [f"level={config.level}"] + ([f"bits={config.bits}"] if config.bits is not None else [])
+    return ", ".join([*parts, f"seed={config.seed}"])
+
+
+def _of_all_processes(readings: list[Reading]) -> list[Reading]:
+    """The readings of all processes, in the order of their ranks: the same list everywhere."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return readings
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, readings)
+    return [reading for of_rank in gathered for reading in of_rank]

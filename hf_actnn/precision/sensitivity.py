@@ -1,0 +1,185 @@
+"""From what a backward pass showed to sensitivities: the variance of the whole gradient that each kept tensor causes.
+
+Chen et al. 2021, section 4.1, split the variance of the gradient by layer (law of total variance): the rounding of one
+layer's context changes the gradients of its own parameters, and the gradient that goes on to all layers before it. How
+much of the second part arrives in parameters is what `amplification` answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+#: Parts that a batch's samples are sorted into by the spread of their values: what a solver tells apart.
+PARTS = 8
+
+
+class Kept(NamedTuple):
+    """One kept tensor as a reading shows it.
+
+    Attributes:
+        cost: `C` in `variance = C h(b)`, `h(b) = 1 / (2^b - 1)^2`, all samples together, in units of the reading.
+        variance: what it adds at the bits it has.
+        numel: values per sample of the batch.
+        parts: `[P]`, relative spread of the samples in ascending order, the mean of each part, itself with mean one.
+        low, high: bits that may be chosen.
+    """
+
+    cost: float
+    variance: float
+    numel: float
+    parts: tuple[float, ...]
+    low: int
+    high: int
+
+
+class Reading(NamedTuple):
+    """What one step showed.
+
+    Attributes:
+        kept: by name.
+        scale: squared response of all parameters to a gradient of random signs: what everything is measured against, so
+            that the scale of a loss does not count.
+        minibatch: variance of the gradient over the drawing of the batch, in the same units; nan if not measured.
+    """
+
+    kept: dict[str, Kept]
+    scale: float
+    minibatch: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.scale) and all(math.isfinite(one.cost) for one in self.kept.values())
+
+
+def harmlessness(bits: torch.Tensor) -> torch.Tensor:
+    """`h(b) = 1 / (2^b - 1)^2`: the variance of rounding to `b` bits, relative to one bit's."""
+    return (torch.exp2(bits.double()) - 1).square().reciprocal()
+
+
+def amplification(
+    following: Sequence[Sequence[int]],
+    out: Sequence[float],
+    ins: Sequence[Sequence[float]],
+    parameters: Sequence[float],
+) -> list[float]:
+    """How much squared change of parameters' gradients a unit of squared noise on a node's incoming gradient causes.
+
+    Noise that is independent from value to value passes a linear map with its squared entries. So with `e` the squared
+    size of the gradient arriving at a node, `e_j` that of the node's response for input `j` to a gradient of the same
+    sizes and random signs, and `p` that of its parameters,
+
+        a(node) = (sum_j a(node that input j goes to) e_j + p) / e
+
+    from the first operation of the forward pass to the last. Equal to the squared sizes of the derivatives of an
+    activation with respect to all parameters before it, as far as these are independent from value to value.
+
+    Args:
+        following: for each node, in an order in which every node comes after those it sends gradients to, the nodes its
+            inputs' gradients go to; negative for none.
+        out: `e` of each node; 0 where the pass did not come.
+        ins: `e_j`.
+        parameters: `p`.
+
+    Returns:
+        `a` of each node.
+    """
+    found: list[float] = []
+    for at, into in enumerate(following):
+        total = parameters[at]
+        for j, where in enumerate(into):
+            if where >= 0:
+                total += found[where] * ins[at][j]
+        found.append(total / out[at] if out[at] > 0 else 0.0)
+    return found
+
+
+def parts(relative: torch.Tensor) -> tuple[float, ...]:
+    """`[S]` non-negative -> the means of at most `PARTS` parts of the sorted values, with mean one."""
+    count = min(PARTS, len(relative))
+    total = float(relative.sum())
+    if count <= 1 or not math.isfinite(total) or total <= 0:
+        return (1.0,) * max(count, 1)
+    ordered = relative.sort().values / total
+    means = [float(part.mean()) for part in ordered.tensor_split(count)]
+    middle = sum(means) / count
+    return tuple(mean / middle for mean in means)
+
+
+def read(tape: Any) -> Reading:
+    """The sensitivities that a `hf_actnn.saving.tape.Tape` holds once its backward pass has run."""
+    values = _numbers(tape)
+    out = [values(node.out) for node in tape.nodes]
+    ins = [[values(one) for one in node.ins] for node in tape.nodes]
+    parameters = [values(node.parameters) for node in tape.nodes]
+    factors = amplification([node.following for node in tape.nodes], out, ins, parameters)
+    variance = dict.fromkeys(tape.items, 0.0)
+    for harm in tape.harms:
+        variance[harm.key] += values(harm.direct) + sum(factors[into] * values(moved) for into, moved in harm.carried)
+    kept = {}
+    for key, item in tape.items.items():
+        # What the variance of each sample would be at one bit; at its bits it is h times that.
+        spread = item.variance / harmlessness(item.bits)
+        total = float(item.variance.sum())
+        cost = variance[key] * float(spread.sum()) / total if total > 0 else 0.0
+        size = item.numel * len(item.variance) / tape.samples
+        kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high)
+    return Reading(kept, sum(parameters), _minibatch(tape, values, parameters))
+
+
+def merge(readings: Sequence[Reading]) -> Reading | None:
+    """Several readings of one step, of micro-batches or of processes, as one: their gradients are summed up, and the
+    noise of each is its own, so variances add."""
+    readings = [reading for reading in readings if reading.kept]
+    if len(readings) <= 1:
+        return readings[0] if readings else None
+    kept: dict[str, Kept] = {}
+    for reading in readings:
+        for key, one in reading.kept.items():
+            other = kept.get(key)
+            if other is not None:
+                same = len(other.parts) == len(one.parts)
+                mixed = tuple(a + b for a, b in zip(other.parts, one.parts, strict=True)) if same else other.parts
+                middle = sum(mixed) / len(mixed)
+                one = one._replace(
+                    cost=one.cost + other.cost,
+                    variance=one.variance + other.variance,
+                    numel=max(one.numel, other.numel),
+                    parts=tuple(part / middle for part in mixed),
+                )
+            kept[key] = one
+    minibatch = [reading.minibatch for reading in readings if math.isfinite(reading.minibatch)]
+    share = len(readings) / len(minibatch) if minibatch else math.nan
+    return Reading(kept, sum(reading.scale for reading in readings), sum(minibatch) * share if minibatch else math.nan)
+
+
+def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
+    """`N / (N - 1) (sum_n |g_n|^2 - |sum_n g_n|^2 / N)`, `g_n` the part of sample `n`: without bias for samples drawn
+    independently. What could not be measured is taken to be in proportion to `parameters`."""
+    first = second = seen = 0.0
+    for node, response in zip(tape.nodes, parameters, strict=True):
+        if node.second is not None:
+            first, second, seen = first + values(node.first), second + values(node.second), seen + response
+    if not seen or tape.samples < 2:
+        return math.nan
+    count = tape.samples
+    return count / (count - 1) * (second - first / count) * sum(parameters) / seen
+
+
+def _numbers(tape: Any) -> Any:
+    """All sums of a tape with one transfer: a function from a sum to its value."""
+    sums = []
+    for node in tape.nodes:
+        sums += [node.out, *node.ins, node.parameters, node.first, node.second]
+    for harm in tape.harms:
+        sums += [harm.direct, *(moved for _, moved in harm.carried)]
+    present = [one for one in sums if one is not None]
+    if not present:
+        return lambda one: 0.0
+    device = max((one.device for one in present), key=lambda device: device.type != "cpu")
+    numbers = torch.stack([one.to(device, torch.float64) for one in present]).tolist()
+    found = {id(one): number for one, number in zip(present, numbers, strict=True)}
+    return lambda one: 0.0 if one is None else found[id(one)]

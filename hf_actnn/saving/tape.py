@@ -1,0 +1,311 @@
+"""What a backward pass shows of the gradient while it runs: whom quantisation harms, and how far the harm is carried.
+
+On the one step in many that collects, every node of the autograd graph gets a hook. Where a node read quantised tensors
+or made gradients of parameters, the hook runs that node's own backward formula again, on the spot:
+
+* with one of the quantised tensors disturbed by noise of the size that its rounding has. How far the results move is
+  the variance that this tensor adds here: exactly so for gradients of parameters, while what moves in gradients of
+  activations goes on through the rest of the pass;
+* with random signs on the incoming gradient, which shows how much of a disturbance comes through this node, and how
+  much of it ends in gradients of parameters;
+* with one random sign per sample, which shows how far the gradients of samples differ.
+
+So there is one law for every operation, with or without a rule, and no formula per operation that could be wrong or
+missing. Nothing outlives its node but a few sums: `hf_actnn.precision.sensitivity` makes sensitivities of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_actnn import codec
+from hf_actnn.saving.kept import Quantized, probe
+
+#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
+_SIGNS = 65521
+#: Where the gradient passes a node unchanged in size; nothing is measured there.
+LEAF, NOTHING = -1, -2
+#: Their Jacobian has one entry per row, so any signs come through as the gradient itself does.
+_DIAGONAL = (
+    *("Add", "Sub", "Neg", "Mul", "Div", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid"),
+    *("Tanh", "Hardtanh", "Hardswish", "Hardsigmoid", "LeakyRelu", "Clamp", "Dropout", "NativeDropout", "Pow", "Exp"),
+    *("View", "UnsafeView", "Reshape", "Permute", "Transpose", "T", "Expand", "Unsqueeze", "Squeeze", "Slice", "Cat"),
+    *("Select", "Split", "Unbind", "Clone", "ToCopy", "Alias", "AsStrided", "Stack", "Roll", "MaxPool", "Index"),
+)
+
+
+class Item:
+    """A quantised tensor on a collecting step: how its rounding errs, sample by sample.
+
+    Attributes:
+        key: name of the tensor, the same in every step.
+        numel: values of one sample.
+        bits: ``[S]`` float64, bits of each sample.
+        variance: ``[S]`` float64, the exact variance of the rounding, summed over a sample's values.
+        low, high: bits that may be chosen.
+    """
+
+    __slots__ = ("key", "numel", "bits", "variance", "low", "high", "row_length", "group_size")
+
+    def __init__(self, key: str, packed: codec.PackedTensor, tensor: Tensor, samples: int, low: int, high: int) -> None:
+        self.key, self.low, self.high = key, low, high
+        self.numel = tensor.numel() // samples
+        self.row_length, self.group_size = packed.row_length, packed.group_size
+        if packed.widths is None:
+            self.bits = torch.full((samples,), float(packed.bits), dtype=torch.float64)
+        else:
+            self.bits = packed.widths.double()
+        self.variance = codec.rounding_variance(tensor, packed, samples=samples)
+
+
+class Node:
+    """Sums of squares at one node of the graph; None where the backward pass did not come."""
+
+    __slots__ = ("following", "out", "ins", "parameters", "first", "second", "replayable", "diagonal")
+
+    def __init__(self, following: list[int], replayable: bool, diagonal: bool) -> None:
+        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING.
+        self.following = following
+        self.replayable, self.diagonal = replayable, diagonal
+        self.out: Tensor | None = None
+        self.ins: list[Tensor | None] = [None] * len(following)
+        #: Response of parameters to random signs; their gradients here; the same with one sign per sample.
+        self.parameters: Tensor | None = None
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+
+
+class Harm(NamedTuple):
+    """What one item's rounding does at one node: squared change of the parameters' gradients, and of the others."""
+
+    key: str
+    node: int
+    direct: Tensor
+    carried: list[tuple[int, Tensor]]
+
+
+class Tape:
+    """Filled during one forward pass and its backward pass.
+
+    Args:
+        samples: of the batch.
+        seed: of the signs.
+        minibatch: whether to measure how far the samples' gradients differ.
+    """
+
+    def __init__(self, samples: int, seed: int, minibatch: bool) -> None:
+        self.samples, self.minibatch = samples, minibatch
+        self.items: dict[str, Item] = {}
+        self.nodes: list[Node] = []
+        self.harms: list[Harm] = []
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator).mul_(2).sub_(1).float()
+        self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def add(self, item: Item) -> None:
+        self.items[item.key] = item
+
+    # -- the graph ----------------------------------------------------------------------------------------------------
+
+    def listen(self, outputs: Iterable[Tensor]) -> None:
+        """Hook every node that the backward pass from these tensors can reach."""
+        index: dict[Any, int] = {}
+        order: list[Any] = []
+        stack: list[tuple[Any, bool]] = [(out.grad_fn, False) for out in outputs if out.grad_fn is not None]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                order.append(node)
+            elif node not in index:
+                index[node] = len(index)
+                stack.append((node, True))
+                stack.extend((into, False) for into, _ in node.next_functions if into is not None and into not in index)
+        place = {node: at for at, node in enumerate(order)}
+        for at, node in enumerate(order):
+            following = []
+            for into, _ in node.next_functions:
+                if into is None:
+                    following.append(NOTHING)
+                elif hasattr(into, "variable"):
+                    following.append(LEAF if isinstance(into.variable, torch.nn.Parameter) else NOTHING)
+                else:
+                    following.append(place[into])
+            name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            # A function written in Python may do anything in its backward, a checkpoint even run one of its own.
+            replayable = type(node).__module__ == "torch.autograd" or not isinstance(
+                node, torch.autograd.function.BackwardCFunction
+            )
+            if name == "CopySlices" or hasattr(node, "variable"):
+                replayable = False
+            self.nodes.append(Node(following, replayable, name in _DIAGONAL))
+            if not hasattr(node, "variable"):
+                node.register_prehook(_begin)
+                node.register_hook(_Hook(self, at))
+
+    def measure(self, at: int, grad_inputs: tuple, grad_outputs: tuple) -> None:
+        """After a node has run: what it did with the gradient, and what else it would have done."""
+        read, probe.read = probe.read, None
+        if torch.is_grad_enabled():
+            return  # create_graph: what is measured must not become a part of the graph
+        node = self.nodes[at]
+        node.out = _plus(node.out, _energy(grad_outputs))
+        leaves = [j for j, into in enumerate(node.following) if into == LEAF and grad_inputs[j] is not None]
+        others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]
+        harmful: dict[int, tuple[Quantized, str]] = {}
+        for slot in read or ():
+            for kept in slot.kept.leaves():
+                if isinstance(kept, Quantized) and kept.item in self.items:
+                    harmful.setdefault(id(kept), (kept, kept.item))
+        again = torch._C._current_autograd_node()
+        if not node.replayable or not (leaves or (harmful and not node.diagonal)):
+            for j in others:
+                node.ins[j] = _plus(node.ins[j], _energy((grad_inputs[j],)))
+        else:
+            white = _as(again(*[self._signed(grad) for grad in grad_outputs]), grad_inputs)
+            for j in others:
+                node.ins[j] = _plus(node.ins[j], _energy((white[j],)))
+            if leaves:
+                node.parameters = _plus(node.parameters, _energy([white[j] for j in leaves]))
+            del white
+        if self.minibatch and leaves and node.replayable and self._splits(grad_outputs):
+            by_sample = _as(again(*[self._signed(grad, self.samples) for grad in grad_outputs]), grad_inputs)
+            node.second = _plus(node.second, _energy([by_sample[j] for j in leaves]))
+            node.first = _plus(node.first, _energy([grad_inputs[j] for j in leaves]))
+            del by_sample
+        if not node.replayable:
+            return
+        for kept, key in harmful.values():
+            with probe.disturbing(kept, self._noise(kept, self.items[key])):
+                moved = _as(again(*grad_outputs), grad_inputs)
+            direct = _energy([moved[j] - grad_inputs[j] for j in leaves])
+            carried = [(node.following[j], _energy((moved[j] - grad_inputs[j],))) for j in others]
+            self.harms.append(Harm(key, at, direct, carried))
+            del moved
+
+    # -- randomness --------------------------------------------------------------------------------------------------
+
+    def _random(self, count: int, like: Tensor) -> Tensor:
+        """``[count]`` random signs."""
+        where = like.device, like.dtype
+        signs = self._by_device.get(where)
+        if signs is None:
+            signs = self._by_device[where] = self._signs.to(*where)
+        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
+        signs = signs.roll(-start)
+        return signs.repeat(-(-count // _SIGNS))[:count] if count > _SIGNS else signs[:count]
+
+    def _signed(self, grad: Tensor | None, samples: int = 0) -> Tensor | None:
+        if grad is None:
+            return None
+        if samples:
+            signs = self._random(samples, grad)
+            return (grad.reshape(samples, -1) * signs[:, None]).view(grad.shape)
+        return grad * self._random(grad.numel(), grad).view(grad.shape)
+
+    def _splits(self, grads: tuple) -> bool:
+        return all(grad is None or (grad.ndim > 0 and grad.shape[0] % self.samples == 0) for grad in grads)
+
+    def _noise(self, kept: Quantized, item: Item) -> Tensor:
+        """Noise of the variance that the rounding has: per group by its step, per sample by what was measured."""
+        packed = kept.packed
+        steps = _steps(packed)
+        flat = steps.as_strided((steps.numel(),), (1,))
+        by_sample = flat.view(len(item.variance), -1)
+        assumed = by_sample.square().sum(1, dtype=torch.float64)
+        scale = torch.where(assumed > 0, item.variance.to(assumed.device) / assumed, 0.0).sqrt()
+        by_sample.mul_(scale.to(flat.dtype)[:, None])
+        flat.mul_(self._random(flat.numel(), flat))
+        return steps
+
+
+def _steps(packed: codec.PackedTensor) -> Tensor:
+    """The step of each value's group, in the tensor's shape and strides; 0 where the group has none."""
+    twin = copy.copy(packed)
+    step = packed.meta[:, 1]
+    usable = (step > 0) & step.isfinite()
+    twin.meta = torch.stack([torch.zeros_like(step), torch.where(usable, step, 0.0)], 1)
+    twin.codes = torch.full_like(packed.codes, 255)  # the largest code everywhere
+    twin.patch = None
+    steps = twin.dequantize(torch.float64 if packed.dtype == torch.float64 else torch.float32)
+    flat = steps.as_strided((steps.numel(),), (1,))
+    if packed.widths is None:
+        flat.div_(2**packed.bits - 1)
+    else:
+        top = (torch.exp2(packed.widths.to(flat.dtype)) - 1).to(flat.device)
+        flat.view(len(top), -1).div_(top[:, None])
+    return steps
+
+
+class _Hook:
+    """Runs after one node. It refers to the tape and not to the node, which would never be freed."""
+
+    __slots__ = ("tape", "at")
+
+    def __init__(self, tape: Tape, at: int) -> None:
+        self.tape, self.at = tape, at
+
+    def __call__(self, grad_inputs: tuple, grad_outputs: tuple) -> None:
+        self.tape.measure(self.at, grad_inputs, grad_outputs)
+
+
+def _begin(grad_outputs: tuple) -> None:
+    probe.read = []
+
+
+def _plus(before: Tensor | None, more: Tensor) -> Tensor:
+    return more if before is None else before + more
+
+
+def _energy(tensors: Iterable[Tensor | None]) -> Tensor:
+    """The sum of all squares, as a tensor without dimensions."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) for tensor in tensors if tensor is not None]
+    if not norms:
+        return torch.zeros(())
+    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _as(results: Any, like: tuple) -> list[Tensor | None]:
+    """Gradients in the shapes that autograd brings them to after a node: summed over what was broadcast."""
+    results = results if isinstance(results, tuple) else (results,)
+    return [
+        None
+        if result is None or expected is None
+        else (result if result.shape == expected.shape else result.sum_to_size(expected.shape))
+        for result, expected in zip(results, like, strict=True)
+    ]
+
+
+def samples_in_order(tensor: Tensor, samples: int, row_length: int) -> int:
+    """``samples`` if a tensor's values in storage order are theirs one after the other, as far as its shape tells; else
+    1: the tensor is then treated as one sample."""
+    if samples <= 1 or tensor.ndim == 0:
+        return 1
+    outermost = max(range(tensor.ndim), key=lambda dim: (tensor.shape[dim] > 1, tensor.stride(dim), -dim))
+    if tensor.shape[outermost] % samples or (tensor.numel() // samples) % row_length:
+        return 1
+    return samples
+
+
+def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Samples in a call: the length of the first tensor that has one."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor) and value[0].ndim > 0:
+            return len(value) if value[0].ndim == 3 else value[0].shape[0]
+    return 1
+
+
+def seed_of(key: int, step: int) -> int:
+    """Of the signs of one step."""
+    return math.floor(key ^ (step * 0x9E3779B97F4A7C15)) % 2**63
