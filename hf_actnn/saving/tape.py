@@ -29,8 +29,10 @@ from hf_actnn.saving.kept import Quantized, probe
 
 #: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
 _SIGNS = 65521
-#: Where the gradient passes a node unchanged in size; nothing is measured there.
+#: Where a gradient goes that goes to no node: to a parameter, or nowhere.
 LEAF, NOTHING = -1, -2
+#: Nodes that noise is followed through before it counts as independent from value to value.
+FOLLOWED = 1
 #: Their Jacobian has one entry per row, so any signs come through as the gradient itself does.
 _DIAGONAL = (
     *("Add", "Sub", "Neg", "Mul", "Div", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid"),
@@ -67,11 +69,11 @@ class Item:
 class Node:
     """Sums of squares at one node of the graph; None where the backward pass did not come."""
 
-    __slots__ = ("following", "out", "ins", "parameters", "first", "second", "replayable", "diagonal")
+    __slots__ = ("following", "entries", "out", "ins", "parameters", "first", "second", "replayable", "diagonal")
 
-    def __init__(self, following: list[int], replayable: bool, diagonal: bool) -> None:
-        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING.
-        self.following = following
+    def __init__(self, following: list[int], entries: list[int], replayable: bool, diagonal: bool) -> None:
+        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and as which of its outputs'.
+        self.following, self.entries = following, entries
         self.replayable, self.diagonal = replayable, diagonal
         self.out: Tensor | None = None
         self.ins: list[Tensor | None] = [None] * len(following)
@@ -104,6 +106,8 @@ class Tape:
         self.items: dict[str, Item] = {}
         self.nodes: list[Node] = []
         self.harms: list[Harm] = []
+        #: Noise on its way to a node: (item, which of the node's outputs, noise, nodes it may still be followed through).
+        self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator).mul_(2).sub_(1).float()
         self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -126,8 +130,8 @@ class Tape:
                 index[node] = len(index)
                 stack.append((node, True))
                 stack.extend((into, False) for into, _ in node.next_functions if into is not None and into not in index)
-        place = {node: at for at, node in enumerate(order)}
-        for at, node in enumerate(order):
+        place: dict[Any, int] = {}
+        for node in order:  # those nearer to the leaves come first
             following = []
             for into, _ in node.next_functions:
                 if into is None:
@@ -136,17 +140,22 @@ class Tape:
                     following.append(LEAF if isinstance(into.variable, torch.nn.Parameter) else NOTHING)
                 else:
                     following.append(place[into])
+            if hasattr(node, "variable"):
+                continue
+            if following and all(into == LEAF for into in following):
+                # A transposed, cast or standardised weight: what goes in there goes to parameters.
+                place[node] = LEAF if not _reads_data(node) else len(self.nodes)
+            else:
+                place[node] = len(self.nodes)
+            if place[node] == LEAF:
+                continue
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
             # A function written in Python may do anything in its backward, a checkpoint even run one of its own.
-            replayable = type(node).__module__ == "torch.autograd" or not isinstance(
-                node, torch.autograd.function.BackwardCFunction
-            )
-            if name == "CopySlices" or hasattr(node, "variable"):
-                replayable = False
-            self.nodes.append(Node(following, replayable, name in _DIAGONAL))
-            if not hasattr(node, "variable"):
-                node.register_prehook(_begin)
-                node.register_hook(_Hook(self, at))
+            replayable = name != "CopySlices" and not isinstance(node, torch.autograd.function.BackwardCFunction)
+            node.register_prehook(_begin)
+            node.register_hook(_Hook(self, len(self.nodes)))
+            entries = [entry for _, entry in node.next_functions]
+            self.nodes.append(Node(following, entries, replayable, name in _DIAGONAL))
 
     def measure(self, at: int, grad_inputs: tuple, grad_outputs: tuple) -> None:
         """After a node has run: what it did with the gradient, and what else it would have done."""
@@ -179,14 +188,36 @@ class Tape:
             node.first = _plus(node.first, _energy([grad_inputs[j] for j in leaves]))
             del by_sample
         if not node.replayable:
-            return
+            return  # nothing comes here to be followed either
         for kept, key in harmful.values():
             with probe.disturbing(kept, self._noise(kept, self.items[key])):
                 moved = _as(again(*grad_outputs), grad_inputs)
-            direct = _energy([moved[j] - grad_inputs[j] for j in leaves])
-            carried = [(node.following[j], _energy((moved[j] - grad_inputs[j],))) for j in others]
-            self.harms.append(Harm(key, at, direct, carried))
+            self._harm(key, at, [_minus(moved[j], grad_inputs[j]) for j in range(len(moved))], leaves, others, FOLLOWED)
             del moved
+        for key, entry, noise, further in self._coming.pop(at, ()):
+            alone = [noise if place == entry else None for place in range(len(grad_outputs))]
+            self._harm(key, at, _as(again(*alone), grad_inputs), leaves, others, further)
+            del alone, noise
+
+    def _harm(
+        self, key: str, at: int, moved: list[Tensor | None], leaves: list[int], others: list[int], further: int
+    ) -> None:
+        """Note how far an item's noise moved the gradients that a node gives.
+
+        What goes on as noise is followed through the next node: a normalisation's is in part a multiple of what it
+        normalised, and the convolution before it answers to that many times as strongly as to independent noise.
+        """
+        node = self.nodes[at]
+        carried = []
+        for j in others:
+            noise, into = moved[j], node.following[j]
+            if noise is None:
+                continue
+            if further > 0 and self.nodes[into].replayable and node.out is not None:
+                self._coming.setdefault(into, []).append((key, node.entries[j], noise, further - 1))
+            else:
+                carried.append((into, _energy((noise,))))
+        self.harms.append(Harm(key, at, _energy([moved[j] for j in leaves]), carried))
 
     # -- randomness --------------------------------------------------------------------------------------------------
 
@@ -256,6 +287,16 @@ class _Hook:
 
 def _begin(grad_outputs: tuple) -> None:
     probe.read = []
+
+
+def _minus(moved: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    return None if moved is None or grad is None else moved - grad
+
+
+def _reads_data(node: Any) -> bool:
+    """Whether a node whose gradients all go to parameters works on data that needs no gradient itself: it would have
+    saved them."""
+    return any(name.startswith("_raw_saved") for name in dir(node)) and len(node.next_functions) > 1
 
 
 def _plus(before: Tensor | None, more: Tensor) -> Tensor:
