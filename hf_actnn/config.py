@@ -31,7 +31,7 @@ MIN_BITS, MAX_BITS = 1, 8
 MAX_GROUP_SIZE = 4096
 
 #: Steps between two updates of adaptive bits, where the configuration names none.
-UPDATE_INTERVAL = 100
+UPDATE_INTERVAL = 200
 #: In place of a number of bits: as few as the allowed variance permits.
 AUTO = "auto"
 MAX_ADDED_VARIANCE = 0.1
@@ -61,7 +61,7 @@ class ActNNConfig:
         seed: of the stochastic rounding. Torch's own generators are never drawn from.
         min_numel: tensors with fewer values than this are kept exactly; their metadata would cost more than it saves.
         exact_norms: whether what normalisations keep stays exact; ``None`` takes the level's.
-        update_interval: optimizer steps between two updates of adaptive bits; ``None`` is 100.
+        update_interval: optimizer steps between two updates of adaptive bits; ``None`` is 200.
         max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient, as a share of
             the variance that drawing the mini-batch gives it; ``None`` is 0.1.
         per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.

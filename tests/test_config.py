@@ -34,10 +34,8 @@ def test_levels_are_presets(fields, bits, exact_norms):
 
 
 BAD = {
-    "unknown level": ({"level": "L7"}, ConfigError, ["unknown level", "L0, L1, L2", "'L7'", "bits=2"]),
+    "unknown level": ({"level": "L7"}, ConfigError, ["unknown level", "L0, L1, L2, L2.5, L3", "'L7'", "bits=2"]),
     "level that is no text": ({"level": 2}, ConfigError, ["unknown level", "Received 2", "bits=2"]),
-    "L2.5": ({"level": "L2.5"}, NotAvailableError, ["'L2.5'", "per sample", "not available yet", "Use 'L2'"]),
-    "L3": ({"level": "L3"}, NotAvailableError, ["'L3'", "not available yet", "Use 'L2'"]),
     "L4": ({"level": "L4"}, NotAvailableError, ["'L4'", "swapping", "not available yet"]),
     "L5": ({"level": "L5"}, NotAvailableError, ["'L5'", "defragmentation", "not available yet"]),
     "0 bits": ({"bits": 0}, ConfigError, ["at bits", "from 1 to 8", "Received 0", "the safe one"]),
@@ -46,7 +44,26 @@ BAD = {
     "bits as text": ({"bits": "4"}, ConfigError, ["from 1 to 8", "'4'"]),
     "bits as truth": ({"bits": True}, ConfigError, ["from 1 to 8", "True"]),
     "bits not a number": ({"bits": float("nan")}, ConfigError, ["from 1 to 8", "nan"]),
-    "2.5 bits": ({"bits": 2.5}, NotAvailableError, ["adaptive", "not available yet", "2.5", "Round it"]),
+    "2.5 bits": ({"level": "L2", "bits": 2.5}, ConfigError, ["is an average", "2.5", "level='L3'", "round it"]),
+    "auto with a typing error": ({"bits": "Auto"}, ConfigError, ["from 1 to 8 or 'auto'", "'Auto'"]),
+    "9.5 bits on average": ({"level": "L3", "bits": 9.5}, ConfigError, ["from 1 to 8", "9.5"]),
+    "a target beside bits": (
+        {"bits": 2, "max_added_variance": 0.1},
+        ConfigError,
+        ["`max_added_variance`", 'bits="auto" beside it', "bits=2"],
+    ),
+    "a target of nothing": ({"bits": "auto", "max_added_variance": 0}, ConfigError, ["out of range", "above 0", "0.1"]),
+    "a range at a fixed level": (
+        {"level": "L2", "overrides": {"a": (2, 6)}},
+        ConfigError,
+        ["overrides['a']", "not chosen", "(2, 6)", "level='L3'"],
+    ),
+    "a range the wrong way": (
+        {"level": "L3", "overrides": {"a": (6, 2)}},
+        ConfigError,
+        ["overrides['a']", "(fewest, most)", "(6, 2)"],
+    ),
+    "per_sample": ({"per_sample": 1}, ConfigError, ["`per_sample`", "True, False or None", "Received 1"]),
     "half a bit": ({"bits": 0.5}, ConfigError, ["no allocation can meet", "at least one bit", "0.5", "1 bit or more"]),
     "override out of range": ({"overrides": {"a.*": 9}}, ConfigError, ["overrides['a.*']", "or 'exact'", "Received 9"]),
     "override of a word": ({"overrides": {"a": "full"}}, ConfigError, ["overrides['a']", "or 'exact'", "'full'"]),
@@ -61,7 +78,7 @@ BAD = {
     "negative seed": ({"seed": -1}, ConfigError, ["`seed`", "Received -1"]),
     "negative min_numel": ({"min_numel": -1}, ConfigError, ["`min_numel`", "Received -1"]),
     "exact_norms": ({"exact_norms": 1}, ConfigError, ["`exact_norms`", "True, False or None", "Received 1"]),
-    "adaptive interval": ({"update_interval": 10}, NotAvailableError, ["`update_interval`", "not available yet", "10"]),
+    "no interval": ({"update_interval": 0}, ConfigError, ["`update_interval`", "from 1", "Received 0"]),
     "swap": ({"swap": True}, NotAvailableError, ["`swap`", "not available yet", "True"]),
 }
 

@@ -43,10 +43,10 @@ def compiled_in_place() -> nn.Module:
 
 REFUSED = {
     "unknown level": (small, {"config": "L9"}, ConfigError, ["unknown level", "L0, L1, L2", "'L9'"]),
-    "planned level": (small, {"config": "L3"}, NotAvailableError, ["'L3'", "not available yet", "'L2'"]),
+    "planned level": (small, {"config": "L4"}, NotAvailableError, ["'L4'", "not available yet", "'L3'"]),
     "no bits": (small, {"bits": 0}, ConfigError, ["from 1 to 8", "Received 0"]),
     "too many bits": (small, {"bits": 9}, ConfigError, ["from 1 to 8", "Received 9"]),
-    "fractional bits": (small, {"bits": 2.5}, NotAvailableError, ["not available yet", "2.5"]),
+    "fractional bits": (small, {"config": "L2", "bits": 2.5}, ConfigError, ["is an average", "2.5"]),
     "impossible budget": (small, {"bits": 0.5}, ConfigError, ["no allocation can meet", "0.5"]),
     "unknown field": (small, {"bit": 2}, ConfigError, ["'bit'", "keyword arguments", "bits"]),
     "unknown key": (small, {"config": {"levle": "L1"}}, ConfigError, ["'levle'", "level", "spelling"]),

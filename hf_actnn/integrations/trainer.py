@@ -7,6 +7,7 @@ what it measured to the Trainer's logs. The flag and the mixin only decide wheth
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -15,16 +16,19 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hf_actnn.config import DEFAULT_LEVEL, ActNNConfig
-from hf_actnn.convert import convert
+from hf_actnn.convert import controller, convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
 from hf_actnn.memory import MemoryReport
+from hf_actnn.nn.mixin import SAMPLE_ID
+from hf_actnn.precision.controller import Controller
 from hf_actnn.saving.scope import observers
 
 
-class ActNNCallback(TrainerCallback):
-    """Trains a Trainer's model with compressed activations: `Trainer(..., callbacks=[ActNNCallback("L2")])`.
+class ActNNCallback(TrainerCallback, ExportableState):
+    """Trains a Trainer's model with compressed activations: `Trainer(..., callbacks=[ActNNCallback("L3")])`.
 
     The Trainer's model is converted in place when the Trainer is made. A model that appears later (from `model_init`,
     in each trial of a hyper-parameter search), or that of a Trainer that gets the callback through `add_callback`, is
@@ -36,11 +40,21 @@ class ActNNCallback(TrainerCallback):
     * `actnn_ratio`: bytes autograd would have kept for the backward pass over the bytes that are kept,
     * `actnn_bytes_per_sample`: bytes kept, per sample of the batch.
 
+    At the levels that choose bits (L2.5, L3, `bits="auto"`) the callback drives the model's controller, once per
+    optimizer step, and the logs carry
+
+    * `actnn_bits`: bits per quantised value, on average,
+    * `actnn_added_variance`: the variance that quantisation adds to the gradient, as a share of the mini-batch's own.
+
+    The controller's state travels in the Trainer's checkpoints, so that a resumed run goes on with the same bits and
+    the same rounding. Resuming from a checkpoint that has none, or one of another configuration, gives a warning.
+
     They reach `state.log_history` and every callback that comes later in the Trainer's list, the progress bar included.
     Reporting tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
 
     Args:
-        config: a level ("L0", "L1", "L2"), an `ActNNConfig`, a dict of its fields, or the path of a JSON file.
+        config: a level ("L0", "L1", "L2", "L2.5", "L3"), an `ActNNConfig`, a dict of its fields, or the path of a JSON
+            file.
 
     Raises:
         ConfigError: a configuration that means nothing.
@@ -50,7 +64,15 @@ class ActNNCallback(TrainerCallback):
     def __init__(self, config: ActNNConfig | str | dict[str, Any] = DEFAULT_LEVEL) -> None:
         self.config = ActNNConfig.resolve(config)
         self.figures: dict[str, float] = {}
+        #: What a checkpoint held of the controller, when the Trainer makes the callback anew from it.
+        self.saved: dict[str, Any] | None = None
+        self._controller: Controller | None = None
         self._probe = ExitStack()
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint: the configuration, and the controller's state once there is a model."""
+        saved = self._controller.state_dict() if self._controller is not None else self.saved
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"saved": saved}}
 
     def apply(self, args: TrainingArguments, model: nn.Module) -> None:
         """Convert the model inside whatever wraps it.
@@ -69,12 +91,17 @@ class ActNNCallback(TrainerCallback):
                     next_step="Train without torch_compile, or without compressed activations",
                 )
             )
-        convert(extract_model_from_parallel(model), self.config)
+        self._controller = controller(convert(extract_model_from_parallel(model), self.config))
 
     def add_figures(self, logs: dict[str, Any]) -> None:
         """Add what was measured to a training log; evaluation logs and the closing summary stay as they are."""
         if "loss" in logs:
             logs.update(self.figures)
+            if self._controller is not None and self._controller.history:
+                newest = self._controller.history[-1]
+                logs["actnn_bits"] = newest["average_bits"]
+                if math.isfinite(newest["added_variance"]):
+                    logs["actnn_added_variance"] = newest["added_variance"]
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Convert before the Trainer makes the optimizer and wraps the model."""
@@ -88,7 +115,29 @@ class ActNNCallback(TrainerCallback):
         Parameters stay the same objects: an optimizer or a distributed wrapper that holds them is not disturbed.
         """
         self.apply(args, kwargs["model"])
+        self._resume(state)
         self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+
+    def _resume(self, state: TrainerState) -> None:
+        """Hand the controller what the checkpoint holds, whether or not the Trainer restored the callback from it."""
+        name = type(self).__name__
+        entry = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, dict) else None
+        if isinstance(entry, list):
+            entry = entry[0] if entry else None
+        found = self.saved or ((entry or {}).get("attributes") or {}).get("saved")
+        if state.global_step > 0 and self._controller is not None:
+            self._controller.load_state_dict(found or {})
+        self.saved = None
+        if isinstance(state.stateful_callbacks, dict):
+            # The Trainer takes for granted, when it saves, that every callback was there before.
+            state.stateful_callbacks[name] = self.state()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All backward passes of the step have run: the controller's turn."""
+        if self._controller is not None:
+            self._controller.step()
 
     def on_log(
         self,
@@ -157,7 +206,8 @@ class ActNNTrainingArguments(TrainingArguments):
     """TrainingArguments with a flag for compressed activations; `HfArgumentParser` then takes `--actnn L2`.
 
     Args:
-        actnn: the level, "L0", "L1" or "L2". Nothing is compressed while this and `actnn_config` are None.
+        actnn: the level, "L0", "L1", "L2", "L2.5" or "L3". Nothing is compressed while this and `actnn_config` are
+            None.
         actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn`
             replaces the one in here.
 
@@ -172,7 +222,8 @@ class ActNNTrainingArguments(TrainingArguments):
     actnn: str | None = field(
         default=None,
         metadata={
-            "help": "Keep activations for backward in few bits: L0, L1 or L2. Off unless this or actnn_config is given."
+            "help": "Keep activations for backward in few bits: L0, L1, L2, L2.5 or L3. "
+            "Off unless this or actnn_config is given."
         },
     )
     actnn_config: dict | str | None = field(
@@ -255,6 +306,13 @@ class ActNNTrainerMixin(_Behind):
         """
         self._follow_arguments()
         return super().create_optimizer(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Let a column `sample_id` through to the converted model, which takes it off before its forward pass."""
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        if columns is not None and SAMPLE_ID not in columns and config_of(self.args) is not None:
+            columns.append(SAMPLE_ID)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the measured figures, so that reporting tools see them as well."""

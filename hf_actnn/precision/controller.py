@@ -20,7 +20,7 @@ from hf_actnn.precision.solver import solve, solve_for_target
 #: Weight of the newest reading in the moving averages.
 NEWEST = 0.5
 #: Micro-batches of one step that are collected from.
-MOST_TAPES = 16
+MOST_TAPES = 4
 #: The least cost per byte an item is given, relative to that of all together, so that a tensor whose gradient happened
 #: to be zero is not left without bits.
 LEAST_COST = 1e-3
@@ -123,6 +123,8 @@ class Controller:
                     next_step="Load the entry of the checkpoint that holds the controller",
                 )
             )
+        if not state and not self.adaptive:
+            return
         if not state or state["version"] != _VERSION or state["setting"] != _setting(self.config):
             warnings.warn(
                 message(

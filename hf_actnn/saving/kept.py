@@ -128,7 +128,10 @@ class Exact(Kept):
 
 
 class Quantized(Kept):
-    """A randomly quantised code of the tensor; its expectation is the tensor. ``item``: its name where bits are chosen."""
+    """A randomly quantised code of the tensor; its expectation is the tensor.
+
+    ``item`` is its name where bits are chosen.
+    """
 
     __slots__ = ("packed", "item")
     kind = "quantized"

@@ -72,7 +72,8 @@ class Node:
     __slots__ = ("following", "entries", "out", "ins", "parameters", "first", "second", "replayable", "diagonal")
 
     def __init__(self, following: list[int], entries: list[int], replayable: bool, diagonal: bool) -> None:
-        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and as which of its outputs'.
+        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and which of that node's
+        #: outputs it belongs to.
         self.following, self.entries = following, entries
         self.replayable, self.diagonal = replayable, diagonal
         self.out: Tensor | None = None
@@ -106,7 +107,7 @@ class Tape:
         self.items: dict[str, Item] = {}
         self.nodes: list[Node] = []
         self.harms: list[Harm] = []
-        #: Noise on its way to a node: (item, which of the node's outputs, noise, nodes it may still be followed through).
+        #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
         self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
         self._signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator).mul_(2).sub_(1).float()
