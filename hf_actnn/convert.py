@@ -177,7 +177,7 @@ class Row(NamedTuple):
         module: path; the root's is empty.
         kind: of the module, or the name of the operation whose saves were observed.
         kept: how its saves are kept.
-        bits: bits per value where they are coded.
+        bits: bits per value where they are coded, on average where they are chosen.
         saves: how many in the last training forward pass; 0 before there was one.
         nbytes: their bytes before compression, a tensor that several operations save counted for each.
         reason: why they are exact.
@@ -186,7 +186,7 @@ class Row(NamedTuple):
     module: str
     kind: str
     kept: str
-    bits: int | None
+    bits: float | None
     saves: int
     nbytes: int
     reason: str
@@ -218,7 +218,7 @@ class ConversionReport:
                     row.module or "(model)",
                     row.kind,
                     row.kept,
-                    "" if row.bits is None else str(row.bits),
+                    "" if row.bits is None else f"{row.bits:.3g}",
                     str(row.saves or ""),
                     f"{row.nbytes / 1e6:.3f}" if row.saves else "",
                     row.reason,
@@ -257,14 +257,14 @@ def report(model: nn.Module) -> ConversionReport:
         )
     # Parts may have been converted one by one: each has a session, and counts its paths from its own root.
     roots: dict[int, tuple[Session, str]] = {}
-    bits: dict[tuple[int, str], int | None] = {}
+    bits: dict[tuple[int, str], float | None] = {}
     for path, (_, found) in members.items():
         root = path.removesuffix(found.path).rstrip(".") if path.endswith(found.path) else path
         roots.setdefault(id(found.session), (found.session, root))
         bits[id(found.session), found.path] = found.policy.bits
     config = next(iter(members.values()))[1].session.config
     rows = [
-        _observed_row(note, root, bits.get((key, note.path)))
+        _observed_row(note, root, _bits_of(session, note, bits.get((key, note.path))))
         for key, (session, root) in roots.items()
         for note in session.last
     ]
@@ -285,7 +285,15 @@ def report(model: nn.Module) -> ConversionReport:
     return ConversionReport(rows, config, observed)
 
 
-def _observed_row(note: Observation, root: str, bits: int | None) -> Row:
+def _bits_of(session: Session, note: Observation, asked: float | None) -> float | None:
+    """The bits chosen for what an operation made codes of, by their names in the controller; those asked for before."""
+    plan = cast(Controller, session.controller).bits() if session.controller is not None else {}
+    first = f"{note.path}:{note.function}"
+    chosen = [value for key, value in plan.items() if key == first or key.startswith(first + "#")]
+    return sum(chosen) / len(chosen) if chosen else asked
+
+
+def _observed_row(note: Observation, root: str, bits: float | None) -> Row:
     return Row(
         ".".join(part for part in (root, note.path) if part),
         note.function,

@@ -121,16 +121,17 @@ class ActNNCallback(TrainerCallback, ExportableState):
     def _resume(self, state: TrainerState) -> None:
         """Hand the controller what the checkpoint holds, whether or not the Trainer restored the callback from it."""
         name = type(self).__name__
-        entry = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, dict) else None
+        known: Any = state.stateful_callbacks
+        entry = known.get(name) if isinstance(known, dict) else None
         if isinstance(entry, list):
             entry = entry[0] if entry else None
         found = self.saved or ((entry or {}).get("attributes") or {}).get("saved")
         if state.global_step > 0 and self._controller is not None:
             self._controller.load_state_dict(found or {})
         self.saved = None
-        if isinstance(state.stateful_callbacks, dict):
+        if isinstance(known, dict):
             # The Trainer takes for granted, when it saves, that every callback was there before.
-            state.stateful_callbacks[name] = self.state()
+            known[name] = self.state()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from hf_actnn import codec
@@ -172,12 +173,19 @@ class Tape:
             for kept in slot.kept.leaves():
                 if isinstance(kept, Quantized) and kept.item in self.items:
                     harmful.setdefault(id(kept), (kept, kept.item))
-        again = torch._C._current_autograd_node()
-        if not node.replayable or not (leaves or (harmful and not node.diagonal)):
+        again: Any = torch._C._current_autograd_node()
+        white = None
+        if node.replayable and (leaves or (harmful and not node.diagonal)):
+            try:
+                white = _as(again(*[self._signed(grad) for grad in grad_outputs]), grad_inputs)
+            except torch.utils.checkpoint.CheckpointError:
+                node.replayable = False  # what a checkpoint recomputes, it gives back once
+        if white is None:
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((grad_inputs[j],)))
+            if leaves and not node.replayable:
+                node.parameters = _plus(node.parameters, _energy([grad_inputs[j] for j in leaves]))
         else:
-            white = _as(again(*[self._signed(grad) for grad in grad_outputs]), grad_inputs)
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((white[j],)))
             if leaves:
@@ -189,7 +197,9 @@ class Tape:
             node.first = _plus(node.first, _energy([grad_inputs[j] for j in leaves]))
             del by_sample
         if not node.replayable:
-            return  # nothing comes here to be followed either
+            for key, _, noise, _ in self._coming.pop(at, ()):
+                self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
+            return
         for kept, key in harmful.values():
             with probe.disturbing(kept, self._noise(kept, self.items[key])):
                 moved = _as(again(*grad_outputs), grad_inputs)
@@ -197,8 +207,13 @@ class Tape:
             del moved
         for key, entry, noise, further in self._coming.pop(at, ()):
             alone = [noise if place == entry else None for place in range(len(grad_outputs))]
-            self._harm(key, at, _as(again(*alone), grad_inputs), leaves, others, further)
-            del alone, noise
+            try:
+                moved = _as(again(*alone), grad_inputs)
+            except torch.utils.checkpoint.CheckpointError:
+                self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
+                continue
+            self._harm(key, at, moved, leaves, others, further)
+            del alone, noise, moved
 
     def _harm(
         self, key: str, at: int, moved: list[Tensor | None], leaves: list[int], others: list[int], further: int

@@ -1,0 +1,539 @@
+"""What a collecting step says of the gradient's variance: against the closed forms, and against many draws of the
+whole gradient; and that the gradient of a linear network has no bias."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hf_actnn
+from hf_actnn import codec
+from hf_actnn.precision import sensitivity, variance
+from hf_actnn.precision.sensitivity import Reading, amplification
+
+#: Of a prediction for one operation, and for a whole network.
+LAYER, NETWORK = 0.05, 0.15
+#: Tapes that a prediction for one operation is averaged over.
+STEPS = 48
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().train()
+
+
+def gradient(model: nn.Module, run: Callable[[nn.Module], None]) -> Tensor:
+    """All gradients in one float64 vector."""
+    model.zero_grad()
+    run(model)
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def collect(model: nn.Module, run: Callable[[nn.Module], None], bits: int, seed: int = 0, **settings):
+    """The tapes of one step of a model that was not converted before; it is converted when this returns."""
+    hf_actnn.convert(model, level="L3", bits=bits, per_sample=False, min_numel=64, seed=seed, **settings)
+    controller = hf_actnn.controller(model)  # from here on it collects
+    model.zero_grad()
+    run(model)
+    return controller._tapes
+
+
+def read(model: nn.Module, run: Callable[[nn.Module], None], bits: int, seed: int = 0, **settings) -> Reading:
+    """What one step shows; the model is left as it was."""
+    reading = sensitivity.merge([sensitivity.read(tape) for tape in collect(model, run, bits, seed, **settings)])
+    hf_actnn.revert(model)
+    assert reading is not None
+    return reading
+
+
+def predict(model: nn.Module, run: Callable[[nn.Module], None], bits: int, steps: int) -> dict[str, float]:
+    """Variance by kept tensor, the mean over several steps: each looks at one draw of signs."""
+    found: dict[str, float] = defaultdict(float)
+    for seed in range(steps):
+        for key, one in read(model, run, bits, seed).kept.items():
+            found[key] += one.variance / steps
+    return dict(found)
+
+
+def draws(model: nn.Module, run: Callable[[nn.Module], None], bits: int, count: int) -> tuple[Tensor, Tensor]:
+    """The gradient without quantisation `[P]`, and errors of gradients with it `[count, P]`."""
+    exact = gradient(model, run)
+    hf_actnn.convert(model, level="L2", bits=bits, min_numel=64, seed=1)
+    errors = torch.stack([gradient(model, run) - exact for _ in range(count)])
+    hf_actnn.revert(model)
+    return exact, errors
+
+
+def measured(errors: Tensor) -> tuple[float, float]:
+    """Mean squared size, and its standard error relative to it."""
+    squared = errors.square().sum(1)
+    mean = squared.mean().item()
+    return mean, squared.std().item() / math.sqrt(len(squared)) / mean
+
+
+# -- one operation: the tape against the closed forms -----------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """Adds a parameter to every value: its gradient is that of the activation, which thus counts in the total."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+class Product(nn.Module):
+    """Of the first 16 rows and the transposed other ones."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.left, self.right = Shift(shape[0], 16, shape[2]), Shift(shape[0], shape[1] - 16, shape[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.left(x[:, :16]), self.right(x[:, 16:]).mT)
+
+
+def weighted(x: Tensor, grad: Tensor) -> Callable[[nn.Module], None]:
+    return lambda model: (model(x) * grad).sum().backward()
+
+
+def compare(model: nn.Module, x: Tensor, bits: int, form: Callable[..., Tensor], kept: Tensor | None = None) -> None:
+    """`form(grad, v)` against the mean prediction of the only tensor that is kept, `x` unless given."""
+    kept = x if kept is None else kept
+    with torch.no_grad():
+        grad = normal(*model(x).shape, seed=9)
+    run = weighted(x, grad)
+    (tape,) = collect(model, run, bits)
+    hf_actnn.revert(model)
+    ((key, item),) = tape.items.items()
+    packed = hf_actnn.quantize(kept, bits, item.group_size, row_length=item.row_length)
+    expected = float(form(grad, variance.exact(kept, packed)))
+    found = predict(model, run, bits, STEPS)
+    assert list(found) == [key]
+    assert found[key] == pytest.approx(expected, rel=LAYER)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(32,), (4, 10)], ids=str)
+def test_linear(bits, bias, shape):
+    compare(seeded(lambda: nn.Sequential(nn.Linear(64, 48, bias))), normal(*shape, 64), bits, variance.linear)
+
+
+CONVOLUTIONS: dict[str, tuple] = {
+    "1d": (nn.Conv1d, (20,), {"kernel_size": 3, "padding": 1}),
+    "1d transposed": (nn.ConvTranspose1d, (12,), {"kernel_size": 4, "stride": 2, "padding": 1}),
+    "2d": (nn.Conv2d, (9, 8), {"kernel_size": 3, "padding": 1}),
+    "2d stride": (nn.Conv2d, (9, 8), {"kernel_size": 3, "stride": 2}),
+    "2d dilation": (nn.Conv2d, (9, 9), {"kernel_size": 3, "padding": 2, "dilation": 2}),
+    "2d groups": (nn.Conv2d, (8, 8), {"kernel_size": 3, "padding": 1, "groups": 4}),
+    "2d depthwise": (nn.Conv2d, (8, 8), {"kernel_size": 5, "padding": 2, "groups": 16}),
+    "2d transposed": (nn.ConvTranspose2d, (6, 5), {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}),
+    "3d": (nn.Conv3d, (4, 5, 4), {"kernel_size": 3, "padding": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name):
+    kind, size, settings = CONVOLUTIONS[name]
+    model = seeded(lambda: nn.Sequential(kind(16, 16, **settings)))
+    transposed = "transposed" in name
+    compare(
+        model,
+        normal(8, 16, *size),
+        2,
+        lambda grad, v: variance.convolution(grad, v, **settings, transposed=transposed),
+    )
+
+
+def second_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.double().requires_grad_()
+    (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(first.sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", ["GELU", "SiLU", "Tanh"])
+def test_elementwise(name):
+    x = normal(32, 128)
+    activation = getattr(nn, name)()
+    kept, second = x, second_derivative(activation, x)
+    if name == "Tanh":  # keeps its result
+        kept = x.tanh()
+        second = -2 * kept
+    model = nn.Sequential(Shift(32, 128), activation)
+    compare(model, x, 6, lambda grad, v: variance.elementwise(grad, second, v), kept)
+
+
+def test_layer_norm():
+    x = normal(32, 128) + 0.5
+    model = seeded(lambda: nn.Sequential(Shift(32, 128), nn.LayerNorm(128)))
+    nn.init.normal_(model[1].weight, 1.0, 0.3)
+    _, mean, rstd = torch.native_layer_norm(x, (128,), None, None, 1e-5)
+    compare(
+        model,
+        x,
+        4,
+        lambda grad, v: variance.total(variance.layer_norm(grad, (x - mean) * rstd, rstd, model[1].weight, v)),
+    )
+
+
+@pytest.mark.parametrize("size", [(), (6, 6)], ids=str)
+def test_batch_norm(size):
+    channels = 24 if size else 256  # most of the variance is that of as many numbers, the weight's gradient
+    x = normal(32, channels, *size) + 0.5
+    kind = nn.BatchNorm2d if size else nn.BatchNorm1d
+    model = seeded(lambda: nn.Sequential(Shift(*x.shape), kind(channels)))
+    nn.init.normal_(model[1].weight, 1.0, 0.3)
+    others = [dim for dim in range(x.ndim) if dim != 1]
+    rstd = (x.var(others, correction=0) + 1e-5).rsqrt()
+    h = (x - x.mean(others, keepdim=True)) * rstd.view(-1, *[1] * len(size))
+    compare(model, x, 4, lambda grad, v: variance.total(variance.batch_norm(grad, h, rstd, model[1].weight, v)))
+
+
+def test_softmax():
+    x = normal(32, 64)
+    p = x.softmax(-1)
+    model = nn.Sequential(Shift(32, 64), nn.Softmax(-1))
+    compare(model, x, 6, lambda grad, v: variance.softmax(grad, p, v), p)
+
+
+def test_matmul():
+    x = normal(4, 40, 32)
+    grad = normal(4, 16, 24, seed=2)
+    left, right = (variance.exact(part, hf_actnn.quantize(part, 3)) for part in (x[:, :16], x[:, 16:]))
+    found = predict(Product(4, 40, 32), weighted(x, grad), 3, STEPS)
+    assert len(found) == 2
+    expected = variance.matmul(grad, left, right.mT)
+    assert sorted(found.values()) == pytest.approx(sorted(map(float, expected)), rel=LAYER)
+
+
+def test_a_shared_tensor_carries_the_sum():
+    """Three layers that read one tensor, which is kept once."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, width) for width in (32, 48, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+    compare(
+        seeded(Branches),
+        normal(32, 64),
+        2,
+        lambda grad, v: variance.total(variance.linear(part, v) for part in grad.split([32, 48, 16], -1)),
+    )
+
+
+# -- whole networks: the sum of predictions against many draws --------------------------------------------------------
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 10))
+
+
+def convolutional() -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after, stride in ((8, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean(1))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "mlp": (mlp, (32, 32), 2000),
+    "convolutional": (convolutional, (8, 8, 10, 10), 400),
+    "transformer": (Transformer, (8, 16, 32), 500),
+}
+
+
+def classify(x: Tensor) -> Callable[[nn.Module], None]:
+    labels = torch.randint(0, 10, (len(x),), generator=torch.Generator().manual_seed(5))
+    return lambda model: F.cross_entropy(model(x), labels).backward()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name):
+    build, shape, count = NETWORKS[name]
+    model, run = seeded(build), classify(normal(*shape))
+    mean, error = measured(draws(model, run, 4, count)[1])
+    assert error < 0.03, "too few draws to tell"
+    assert sum(predict(model, run, 4, steps=6).values()) == pytest.approx(mean, rel=NETWORK)
+
+
+# -- no bias ----------------------------------------------------------------------------------------------------------
+
+
+def whitened(errors: Tensor) -> tuple[float, float]:
+    """Whether errors `[D, P]` have the mean zero: the pooled statistic and the largest of single entries, both in
+    standard deviations of what they are if so.
+
+    The pooled one is `D |mean|^2 / tr(S)`, `S` the covariance, with the mean one and, for many independent directions,
+    the variance `2 tr(S^2) / tr(S)^2`. Entries are correlated: `tr(S^2)` takes account of it. It is read off the Gram
+    matrix of the draws, less what their finite number adds to it.
+    """
+    count = len(errors)
+    mean = errors.mean(0)
+    centred = errors - mean
+    trace = float(centred.square().sum()) / (count - 1)
+    gram = centred @ centred.T / (count - 1)
+    squares = float(gram.square().sum()) - trace**2 / count
+    pooled = count * float(mean.square().sum()) / trace
+    spread = centred.square().sum(0).div(count - 1).sqrt()
+    seen = spread > 1e-6 * spread.max()
+    single = mean[seen].abs() / (spread[seen] / math.sqrt(count))
+    return (pooled - 1) / math.sqrt(2 * squares / trace**2), float(single.max())
+
+
+def linear_network() -> tuple[nn.Module, Callable[[nn.Module], None]]:
+    model = seeded(lambda: nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 16)))
+    target = normal(32, 16, seed=3)
+    # The gradient is that of an exact output: linear in every tensor that is kept.
+    return model, lambda model: F.mse_loss(model(normal(32, 32)), target).backward()
+
+
+def no_bias(errors: Tensor) -> bool:
+    """Pooled within 4 standard deviations; no entry beyond what one in ten thousand such vectors has."""
+    pooled, single = whitened(errors)
+    limit = float(torch.special.ndtri(torch.tensor(1 - 1e-4 / (2 * errors.shape[1]), dtype=torch.float64)))
+    return abs(pooled) < 4 and single < limit
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_gradient_of_a_linear_network_has_no_bias(bits):
+    model, run = linear_network()
+    exact, errors = draws(model, run, bits, 2000)
+    assert no_bias(errors)
+    assert errors.square().sum(1).mean() > 1e-3 * exact.square().sum()  # there is something to be without bias
+
+
+def test_a_planted_bias_is_noticed(monkeypatch):
+    true = codec.quantize
+
+    def biased(x: Tensor, *args, **kwargs):
+        step = variance.bound(true(x, *args, **kwargs)).mul(4).sqrt()
+        return true(x + 0.05 * step.to(x.dtype), *args, **kwargs)
+
+    monkeypatch.setattr(codec, "quantize", biased)
+    model, run = linear_network()
+    _, errors = draws(model, run, 2, 2000)
+    assert not no_bias(errors)
+    assert whitened(errors)[0] > 10
+
+
+# -- the recursion ----------------------------------------------------------------------------------------------------
+
+
+def test_amplification_by_hand():
+    """A parameter's node, two that go on to it, and one that goes to both of them; plus one the pass never reached."""
+    following = [[-1, -2], [0, -1], [0], [1, 2], [3]]
+    out = [4.0, 2.0, 5.0, 10.0, 0.0]
+    ins = [[0.0, 0.0], [6.0, 0.0], [1.0], [3.0, 20.0], [7.0]]
+    parameters = [8.0, 1.0, 0.0, 0.0, 0.0]
+    first = 8 / 4
+    left, right = (first * 6 + 1) / 2, first * 1 / 5
+    top = (left * 3 + right * 20) / 10
+    assert amplification(following, out, ins, parameters) == pytest.approx([first, left, right, top, 0.0])
+
+
+def test_amplification_of_linear_maps_is_the_squared_derivative():
+    """Two linear layers: the noise of a gradient ends in both weights, `|x|^2` and `|W|^2 |x'|^2` times on average."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 96, False), nn.Linear(96, 32, False)))
+    x, grad = normal(16, 64), normal(16, 32, seed=1)
+    factors = []
+    for seed in range(48):
+        (tape,) = collect(model, weighted(x, grad), 8, seed)
+        values = sensitivity._numbers(tape)
+        columns = [node.following for node in tape.nodes], [values(node.out) for node in tape.nodes]
+        ins = [[values(one) for one in node.ins] for node in tape.nodes]
+        factors.append(amplification(*columns, ins, [values(node.parameters) for node in tape.nodes])[-1])
+        hf_actnn.revert(model)
+    noise = normal(200, 16, 32, seed=2) * grad.abs()  # of the sizes of the gradient
+    with torch.no_grad():
+        hidden = model[0](x)
+        first = torch.einsum("dno,oh,ni->dhi", noise, model[1].weight, x)
+        second = torch.einsum("dno,nh->doh", noise, hidden)
+        expected = (first.square().sum() + second.square().sum()) / noise.square().sum()
+    assert sum(factors) / len(factors) == pytest.approx(float(expected), rel=LAYER)
+
+
+# -- the mini-batch ---------------------------------------------------------------------------------------------------
+
+
+def test_the_variance_of_the_mini_batch():
+    """Batches drawn with replacement from 64 samples."""
+    data, labels = normal(64, 32), torch.randint(0, 10, (64,), generator=torch.Generator().manual_seed(1))
+    model = seeded(lambda: nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 10)))
+    generator = torch.Generator().manual_seed(2)
+
+    def run(model: nn.Module) -> None:
+        chosen = torch.randint(0, 64, (16,), generator=generator)
+        F.cross_entropy(model(data[chosen]), labels[chosen]).backward()
+
+    gradients = torch.stack([gradient(model, run) for _ in range(2000)])
+    mean, error = measured(gradients - gradients.mean(0))
+    assert error < 0.03
+    readings = [read(model, run, 8, seed) for seed in range(200)]
+    assert sum(one.minibatch for one in readings) / 200 == pytest.approx(mean, rel=NETWORK)
+
+
+# -- ways to train ----------------------------------------------------------------------------------------------------
+
+
+def agrees(
+    model: nn.Module, run: Callable[[nn.Module], None], bits: int = 4, count: int = 400, steps: int = 12
+) -> None:
+    mean, error = measured(draws(model, run, bits, count)[1])
+    assert error < 0.03
+    assert sum(predict(model, run, bits, steps).values()) == pytest.approx(mean, rel=NETWORK)
+
+
+def test_a_frozen_layer():
+    model = seeded(mlp)
+    model[0].requires_grad_(False)
+    run = classify(normal(32, 32))
+    agrees(model, run)
+    reading = read(model, run, 4)
+    assert reading.is_finite
+    assert "0:linear" not in reading.kept
+    model.requires_grad_(False)[4].requires_grad_(True)
+    agrees(model, run)
+
+
+class Twice(nn.Module):
+    """Calls a layer twice, and another one only if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.extra, self.head = nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 10)
+        self.skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.layer(x))
+        x = F.gelu(self.layer(x))
+        return self.head(x if self.skip else x + F.gelu(self.extra(x)))
+
+
+def test_a_layer_called_twice():
+    """Both calls end in one gradient, where their covariance counts too."""
+    model, run = seeded(Twice), classify(normal(32, 48))
+    agrees(model, run)
+    assert {key for key in read(model, run, 4).kept if key.startswith("layer")} == {"layer:linear"}
+
+
+def test_a_layer_skipped():
+    model, run = seeded(Twice), classify(normal(32, 48))
+    used = read(model, run, 4)
+    model.skip = True
+    skipped = read(model, run, 4)
+    assert skipped.is_finite
+    assert skipped.scale > 0
+    assert len(skipped.kept) < len(used.kept)
+    agrees(model, run)
+
+
+def test_accumulated_gradients_add_up():
+    """Two micro-batches of one step: their readings merged are the sum, and that is the variance of the sum."""
+    model, halves = seeded(mlp), [classify(normal(16, 32, seed=seed)) for seed in (1, 2)]
+
+    def both(model: nn.Module) -> None:
+        for half in halves:
+            half(model)
+
+    tapes = collect(model, both, 4)
+    hf_actnn.revert(model)
+    assert len(tapes) == 2
+    readings = [sensitivity.read(tape) for tape in tapes]
+    merged = sensitivity.merge(readings)
+    assert merged is not None
+    assert merged.scale == sum(one.scale for one in readings)
+    assert merged.minibatch == pytest.approx(sum(one.minibatch for one in readings))
+    for key, one in merged.kept.items():
+        assert one.variance == pytest.approx(sum(reading.kept[key].variance for reading in readings))
+        assert one.cost == pytest.approx(sum(reading.kept[key].cost for reading in readings))
+    agrees(model, both)
+
+
+def test_two_backward_passes_of_one_graph():
+    """`retain_graph`: what the second pass shows is added to what the first one did. Both read the same codes, so that
+    the truth is up to twice that."""
+    model, x = seeded(mlp), normal(32, 32)
+
+    def run(model: nn.Module, passes: int) -> None:
+        loss = model(x).square().mean()
+        for at in range(passes):
+            loss.backward(retain_graph=at + 1 < passes)
+
+    once, twice = (read(model, lambda model, n=n: run(model, n), 4) for n in (1, 2))
+    assert twice.is_finite
+    assert twice.kept.keys() == once.kept.keys()
+    assert twice.scale == pytest.approx(2 * once.scale, rel=0.5)
+    for key, one in once.kept.items():
+        assert one.variance < twice.kept[key].variance < 4.5 * one.variance
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(48, 48), Twice(), nn.Linear(10, 10)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.stem(x))
+        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.head(F.gelu(x))
+
+
+@pytest.mark.parametrize(
+    "reentrant",
+    [
+        False,
+        True,
+    ],
+    ids=["non-reentrant", "reentrant"],
+)
+def test_checkpointed_blocks(reentrant):
+    x = normal(32, 48).requires_grad_()
+    model, run = seeded(lambda: Checkpointed(reentrant)), classify(x)
+    without = gradient(model, run)
+    reading = read(model, run, 4)
+    assert reading.is_finite
+    assert reading.scale > 0
+    assert any(key.startswith(("stem", "head", ":gelu")) for key in reading.kept)
+    assert all(one.variance >= 0 for one in reading.kept.values())
+    tapes = collect(model, run, 4)
+    found = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert tapes
+    assert (found - without).norm() < 0.2 * without.norm()
