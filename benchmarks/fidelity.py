@@ -38,6 +38,8 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache" / "fidelity"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
 BATCH = 32
 BITS = (2, 3, 4, 6, 8)
+ADAPTIVE_BITS = (2, 3, 4)
+AT_ORIGINAL = "L3, the original's bytes"
 
 
 # -- models and data ---------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def relative_variance(
     held = 0
     with WAYS[way]():
         for draw in range(draws):
-            hf_actnn.convert(model, bits=bits, seed=1000 + draw)
+            hf_actnn.convert(model, "L2", bits=bits, seed=1000 + draw)
             if draw == 0:
                 with hf_actnn.track_memory(model) as memory:
                     found = gradient(model, *batch)
@@ -343,10 +345,48 @@ def relative_variance(
     }
 
 
-def minibatch_variance(model: nn.Module, batches: Batches, exact: Tensor, count: int = 32) -> float:
+def adaptive_variance(
+    model: nn.Module,
+    batches: Batches,
+    batch: tuple[Tensor, Tensor],
+    exact: Tensor,
+    bits: float,
+    draws: int,
+    way: str = "L3",
+) -> dict[str, Any]:
+    """The same of bits chosen per tensor and sample, after three updates on other batches than the one measured."""
+    scale = exact.double().square().sum().item()
+    hf_actnn.convert(model, "L3", bits=bits, update_interval=1)
+    controller = hf_actnn.controller(model)
+    for _ in range(3):
+        gradient(model, *batches(len(batch[0])))
+        controller.step()
+    controller.armed = False  # no more updates
+    with hf_actnn.track_memory(model) as memory:
+        gradient(model, *batch)
+    errors: list[float] = []
+    total = torch.zeros_like(exact, dtype=torch.float64)
+    for _ in range(draws):
+        error = (gradient(model, *batch) - exact).double()
+        errors.append(error.square().sum().item() / scale)
+        total += error
+    hf_actnn.revert(model)
+    mean = statistics.mean(errors)
+    of_mean = (total / draws).square().sum().item() / scale
+    return {
+        "bits": bits,
+        "way": way,
+        "draws": draws,
+        "variance": mean,
+        "standard_error": statistics.stdev(errors) / math.sqrt(draws),
+        "squared_bias": (draws * of_mean - mean) / (draws - 1),
+        "bytes": memory.saved_bytes,
+    }
+
+
+def minibatch_variance(model: nn.Module, batches: Batches, exact: Tensor, images: int, count: int = 32) -> float:
     """The variance that drawing another batch gives the gradient by itself, over |g_exact|^2 of the batch in hand, so
     that it stands beside the variance of the rounding as it is."""
-    images = len(batches()[0])
     gradients = torch.stack([gradient(model, *batches(images)) for _ in range(count)])
     return (gradients.var(0).double().sum() / exact.double().square().sum()).item()
 
@@ -354,16 +394,34 @@ def minibatch_variance(model: nn.Module, batches: Batches, exact: Tensor, count:
 def study(name: str, data: Path, draws: int, steps: int) -> Iterator[dict[str, Any]]:
     """The rows of one model, as they are finished."""
     images, labels = read(data, "train", 20000)
-    model, score = trained(name, images, labels, read(data, "test", 2000), steps)
-    batch = Batches(images, labels, seed=7)()
+    model = trained(name, images, labels, steps)
+    score = accuracy(model, *read(data, "test", 2000))
+    batch = Batches(images, labels, seed=7)(MODELS[name].images)
     exact = gradient(model, *batch)
-    noise = minibatch_variance(model, Batches(images, labels, seed=8))
-    about = {"model": name, "steps": steps, "accuracy": score, "minibatch_variance": noise}
+    noise = minibatch_variance(model, Batches(images, labels, seed=8), exact, MODELS[name].images)
+    held: dict[tuple[int, str], int] = {}
+    about = {
+        "model": name,
+        "images": MODELS[name].images,
+        "steps": steps,
+        "accuracy": score,
+        "minibatch_variance": noise,
+    }
     for bits in BITS:
         for way in ("once", "separately", "straddling", "original"):
             if way != "once" and bits not in (2, 4):
                 continue
-            yield {**about, **relative_variance(model, batch, exact, bits, way, draws)}
+            row = relative_variance(model, batch, exact, bits, way, draws)
+            held[bits, way] = row["bytes"]
+            yield {**about, **row}
+        if bits in ADAPTIVE_BITS:
+            others = Batches(images, labels, seed=9)
+            yield {**about, **adaptive_variance(model, others, batch, exact, bits, draws)}
+    # What the original's bytes at 2 bits buy.
+    a_bit = held[3, "once"] - held[2, "once"]
+    average = math.floor(100 * (2 + (held[2, "original"] - held[2, "once"]) / a_bit)) / 100
+    others = Batches(images, labels, seed=9)
+    yield {**about, **adaptive_variance(model, others, batch, exact, min(average, 8.0), draws, AT_ORIGINAL)}
 
 
 def short_trainings(name: str, data: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
@@ -374,10 +432,10 @@ def short_trainings(name: str, data: Path, steps: int, seeds: int) -> Iterator[d
         for bits in (None, 4, 2):
             torch.manual_seed(seed)
             random.seed(seed)
-            model = MODELS[name]()
+            model = MODELS[name].build()
             if bits is not None:
-                hf_actnn.convert(model, bits=bits, seed=seed)
-            losses = train(model, Batches(images, labels, seed=seed), steps, 1e-3 if name == "resnet18" else 5e-4)
+                hf_actnn.convert(model, "L2", bits=bits, seed=seed)
+            losses = train(model, Batches(images, labels, seed=seed), steps, MODELS[name].rate)
             yield {
                 "model": name,
                 "seed": seed,
@@ -391,8 +449,8 @@ def short_trainings(name: str, data: Path, steps: int, seeds: int) -> Iterator[d
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def _row(rows: list[dict[str, Any]], model: str, bits: int, way: str) -> dict[str, Any] | None:
-    return next((r for r in rows if (r["model"], r["bits"], r["way"]) == (model, bits, way)), None)
+def _row(rows: list[dict[str, Any]], model: str, bits: int | None, way: str) -> dict[str, Any] | None:
+    return next((r for r in rows if r["model"] == model and r["way"] == way and bits in (None, r["bits"])), None)
 
 
 def _ratio(row: dict[str, Any], of: dict[str, Any]) -> tuple[float, float]:
@@ -410,13 +468,18 @@ low bits. Written by `python benchmarks/fidelity.py --data path/to/cifar10` from
 
 * *Variance*: the mean of |g - g exact|^2 over |g exact|^2 over independent draws of the rounding, all parameters as one
   vector, beside its standard error. *Mini-batch*: what drawing another batch of the same size does to the gradient.
-* *once*: hf_actnn as it is, each tensor kept once and outputs rebuilt. *separately*: every save with a code of its own.
-  *straddling*: as *once*, but in groups of 256 over the whole tensor instead of within rows. *original*: both.
+* *once*: levels L1 and L2 as they are, the same bits for all, each tensor kept once and outputs rebuilt. *separately*:
+  every save with a code of its own. *straddling*: as *once*, but in groups of 256 over the whole tensor instead of
+  within rows. *original*: both. *L3*: kept as *once*, with bits per kept tensor and sample that were chosen on three
+  other batches.
 """
-_COMPARED = (
-    (4, "separately", "Kept once against every save by itself, at 4 bits"),
-    (2, "straddling", "Within rows against straddling groups, at 2 bits"),
-    (2, "original", "As it is against the original's way, at 2 bits"),
+#: (bits, way) of ours and of the other, and what the comparison is called.
+_COMPARED: tuple[tuple[int | None, str, int, str, str], ...] = (
+    (4, "once", 4, "separately", "Kept once against every save by itself, at 4 bits"),
+    (2, "once", 2, "straddling", "Within rows against straddling groups, at 2 bits"),
+    (2, "once", 2, "original", "The same bits for all against the original's way, at 2 bits"),
+    *((bits, "L3", bits, "once", f"Chosen bits against the same for all, {bits} on average") for bits in ADAPTIVE_BITS),
+    (None, AT_ORIGINAL, 2, "original", "Chosen bits against the original's way at 2 bits, given its bytes"),
 )
 #: Of the mini-batch's own variance: what is added below it is taken for harmless.
 HARMLESS = 0.1
@@ -430,9 +493,9 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
         mine = [row for row in rows if row["model"] == model]
         first = mine[0]
         yield from (
-            f"## {model}",
+            f"## {MODELS[model].title}",
             "",
-            f"{first['steps']} steps, test accuracy {100 * first['accuracy']:.1f} %, batch of {BATCH}, "
+            f"{first['steps']} steps, test accuracy {100 * first['accuracy']:.1f} %, batch of {first['images']}, "
             f"{first['draws']} draws; mini-batch variance {first['minibatch_variance']:.2f}.",
             "",
             "| bits | kept | variance | of the mini-batch's | squared bias | bytes per image |",
@@ -443,22 +506,26 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"| {row['bits']} | {row['way']} | {row['variance']:.4g} ± {row['standard_error']:.1g} | "
                 f"{share:.2g} % | "
-                f"{max(row['squared_bias'], 0):.1g} | {row['bytes'] / BATCH / 1000:.1f} kB |"
+                f"{max(row['squared_bias'], 0):.1g} | {row['bytes'] / row['images'] / 1000:.1f} kB |"
             )
         yield ""
-        for bits, way, what in _COMPARED:
-            ours, other = _row(rows, model, bits, "once"), _row(rows, model, bits, way)
+        for bits, way, their_bits, their_way, what in _COMPARED:
+            ours, other = _row(rows, model, bits, way), _row(rows, model, their_bits, their_way)
             if ours and other:
                 ratio, error = _ratio(ours, other)
                 held = ours["bytes"] / other["bytes"]
-                yield f"* {what}: {ratio:.3g} ± {error:.1g} of the variance, {held:.2f} of the bytes."
-        harmless = [
-            row["bits"]
-            for row in mine
-            if row["way"] == "once" and row["variance"] < HARMLESS * row["minibatch_variance"]
-        ]
-        if harmless:
-            yield f"* The narrowest width that adds less than a tenth of the mini-batch's variance: {min(harmless)}."
+                yield f"* {what}: {ratio:.3g} ± {error:.1g} of the variance, {held:.3g} of the bytes."
+        for way, what in (("once", "the same for all"), ("L3", "chosen")):
+            harmless = [
+                row["bits"]
+                for row in mine
+                if row["way"] == way and row["variance"] < HARMLESS * row["minibatch_variance"]
+            ]
+            if harmless:
+                yield (
+                    f"* The fewest bits measured that add less than a tenth of the mini-batch's variance, {what}: "
+                    f"{min(harmless)}."
+                )
         yield ""
     if results["trainings"]:
         yield from (

@@ -10,6 +10,7 @@ from hf_actnn.codec import PackedTensor, quantize
 from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import ConversionReport, controller, convert, is_converted, report, revert
 from hf_actnn.errors import ActNNError, ActNNWarning
+from hf_actnn.fidelity import VarianceReport, variance_report
 from hf_actnn.memory import MemoryReport, track_memory
 
 __version__ = "0.1.0.dev0"
@@ -27,6 +28,7 @@ __all__ = [
     "ConversionReport",
     "MemoryReport",
     "PackedTensor",
+    "VarianceReport",
     "controller",
     "convert",
     "errors",
@@ -36,6 +38,7 @@ __all__ = [
     "report",
     "revert",
     "track_memory",
+    "variance_report",
 ]
 
 

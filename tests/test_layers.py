@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hf_actnn"
 # From the top down. A part may import the parts of lower layers; within a layer only itself, or what BESIDE allows.
 LAYERS = [
     {"cli", "integrations"},
-    {"convert", "memory"},
+    {"convert", "fidelity", "memory"},
     {"nn"},
     {"saving", "precision"},
     {"codec"},

@@ -169,6 +169,9 @@ class Controller:
             return False
         return self._due and len(self._tapes) < MOST_TAPES
 
+    def keeps(self, key: str) -> bool:
+        return False
+
     def widths(self, key: str, samples: int, policy: Any, spread: Callable[[], Tensor]) -> int | Tensor:
         average = self._plan.get(key)
         if average is None:

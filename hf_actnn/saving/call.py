@@ -304,6 +304,8 @@ class Call:
         scope, item, samples = self.scope, "", 1
         if scope.adaptation is not None:
             item = scope.item(self)
+            if scope.adaptation.keeps(item):
+                return Exact(tensor, where=self.where)
             samples = samples_in_order(tensor, scope.samples, length)
             if not policy.is_fixed:
                 spread = partial(codec.sample_spread, tensor, samples, length, policy.group_size)

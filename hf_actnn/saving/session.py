@@ -63,6 +63,10 @@ class Adaptation(Protocol):
         """A training forward pass begins; whether it collects."""
         ...
 
+    def keeps(self, key: str) -> bool:
+        """Whether a tensor stays exact after all."""
+        ...
+
     def widths(self, key: str, samples: int, policy: Policy, spread: Callable[[], Tensor]) -> int | Tensor:
         """Bits of a tensor, or of each of its samples, ``[S]`` uint8. ``spread`` gives ``[S]``: how far the values of a
         sample's groups lie apart, squared and summed up."""
@@ -93,7 +97,7 @@ class Session:
         self.adaptation = adaptation if adaptation is None or adaptation.adaptive else None
         self.controller = adaptation
         self._steps = itertools.count()
-        self._notes: list[tuple[str, str, str, str, int]] = []
+        self.notes: list[tuple[str, str, str, str, int]] = []
         self._lent: dict[int, list[weakref.ref[Exact]]] = {}
         self._until_cleaning = CLEAN_EVERY
 
@@ -141,13 +145,13 @@ class Session:
 
     def observed(self, notes: list[tuple[str, str, str, str, int]]) -> None:
         """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save."""
-        self._notes = notes
+        self.notes = notes
 
     @property
     def last(self) -> list[Observation]:
         """The last training forward pass, saves of one kind counted together."""
         counts: dict[tuple[str, str, str, str], list[int]] = {}
-        for *key, nbytes in self._notes:
+        for *key, nbytes in self.notes:
             count = counts.setdefault(tuple(key), [0, 0])  # type: ignore[arg-type]
             count[0] += 1
             count[1] += nbytes
