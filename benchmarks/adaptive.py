@@ -131,7 +131,7 @@ def mean_iou(model: nn.Module, images: Tensor, masks: Tensor) -> float:
 
 TASKS: dict[str, Task] = {
     "resnet": Task(
-        "ResNet on CIFAR-10", small_resnet, read_cifar, classify, fidelity.accuracy, "accuracy", 64, 400, 2e-3
+        "ResNet on CIFAR-10", small_resnet, read_cifar, classify, fidelity.accuracy, "accuracy", 64, 300, 2e-3
     ),
     "vit": Task(
         "ViT, width 192, on CIFAR-10",

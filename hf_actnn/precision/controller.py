@@ -17,15 +17,15 @@ from hf_actnn.precision.samples import SampleTable, assign
 from hf_actnn.precision.sensitivity import Kept, Reading, harmlessness
 from hf_actnn.precision.solver import solve, solve_for_target
 
-#: Weight of the newest reading in the moving averages.
-NEWEST = 0.5
+#: Least weight of the newest reading in the moving averages: the last few count.
+NEWEST = 0.25
 #: Micro-batches of one step that are collected from.
 MOST_TAPES = 4
 #: The least cost per byte an item is given, relative to that of all together, so that a tensor whose gradient happened
 #: to be zero is not left without bits.
 LEAST_COST = 1e-3
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.75
+AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 200
 _VERSION = 1
@@ -61,6 +61,7 @@ class Controller:
         self._tapes: list[Any] = []
         self._kept: dict[str, Kept] = {}
         self._minibatch = math.nan
+        self._readings = 0
         self._plan: dict[str, float] = {}
 
     # -- what the user calls ------------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class Controller:
             "forwards": self._forwards,
             "due": self._due,
             "minibatch": self._minibatch,
+            "readings": self._readings,
             "kept": {key: list(one) for key, one in self._kept.items()},
             "plan": dict(self._plan),
             "history": [dict(entry) for entry in self.history],
@@ -142,7 +144,7 @@ class Controller:
             return
         self.steps, self._forwards = int(state["steps"]), int(state["forwards"])
         self._due = bool(state["due"])
-        self._minibatch = float(state["minibatch"])
+        self._minibatch, self._readings = float(state["minibatch"]), int(state["readings"])
         self._kept = {
             key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi))
             for key, (c, v, n, p, lo, hi) in state["kept"].items()
@@ -202,16 +204,24 @@ class Controller:
         return step % interval == 0 or (step < interval and step in (interval // 10, interval // 3))
 
     def _learn(self, reading: Reading) -> None:
-        """Moving averages of costs, relative to the scale of their step."""
+        """Moving averages of costs, relative to the scale of their step.
+
+        They begin as plain means, from the second reading on: the first is taken at the weights that training starts
+        from, which say little about what comes. The mini-batch's variance is averaged as a logarithm. Its readings
+        scatter upwards, by a batch with one outlier, and too high a value would let too much noise in.
+        """
+        newest = max(1 / max(self._readings, 1), NEWEST)
+        self._readings += 1
         for key, one in reading.kept.items():
             cost, old = one.cost / reading.scale, self._kept.get(key)
             if old is not None:
-                cost = NEWEST * cost + (1 - NEWEST) * old.cost
+                cost = newest * cost + (1 - newest) * old.cost
             self._kept[key] = one._replace(cost=cost, variance=one.variance / reading.scale)
         if math.isfinite(reading.minibatch) and reading.minibatch > 0:
-            share = reading.minibatch / reading.scale
-            old_share = self._minibatch
-            self._minibatch = NEWEST * share + (1 - NEWEST) * old_share if math.isfinite(old_share) else share
+            share, old_share = reading.minibatch / reading.scale, self._minibatch
+            if math.isfinite(old_share):
+                share = math.exp(newest * math.log(share) + (1 - newest) * math.log(old_share))
+            self._minibatch = share
 
     def _solve(self) -> None:
         """Bits for every part of every kept tensor; a tensor's average over its parts is the plan."""

@@ -163,23 +163,28 @@ def merge(readings: Sequence[Reading]) -> Reading | None:
 
 
 def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
-    """`N / (N - 1) (sum_n |g_n|^2 - |sum_n g_n|^2 / N)`, `g_n` the part of sample `n`: without bias for samples drawn
-    independently. What could not be measured is taken to be in proportion to `parameters`."""
-    first = second = seen = 0.0
+    """`V = E |sum_n r_n g_n|^2`, `g_n` the part of sample `n` and `r` random signs of which half are negative.
+
+    With `N` even that is `N / (N - 1) (sum_n |g_n|^2 - |sum_n g_n|^2 / N)`, the variance of the gradient over the
+    drawing of the batch, without bias for samples drawn independently; with `N` odd one sign is 0, and the factor is
+    missing.
+    What could not be measured is taken to be in proportion to `parameters`.
+    """
+    apart = seen = 0.0
     for node, response in zip(tape.nodes, parameters, strict=True):
-        if node.second is not None:
-            first, second, seen = first + values(node.first), second + values(node.second), seen + response
+        if node.apart is not None:
+            apart, seen = apart + values(node.apart), seen + response
     if not seen or tape.samples < 2:
         return math.nan
     count = tape.samples
-    return count / (count - 1) * (second - first / count) * sum(parameters) / seen
+    return apart * (count / (count - 1) if count % 2 else 1.0) * sum(parameters) / seen
 
 
 def _numbers(tape: Any) -> Any:
     """All sums of a tape with one transfer: a function from a sum to its value."""
     sums = []
     for node in tape.nodes:
-        sums += [node.out, *node.ins, node.parameters, node.first, node.second]
+        sums += [node.out, *node.ins, node.parameters, node.apart]
     for harm in tape.harms:
         sums += [harm.direct, *(moved for _, moved in harm.carried)]
     present = [one for one in sums if one is not None]

@@ -8,7 +8,7 @@ or made gradients of parameters, the hook runs that node's own backward formula 
   activations goes on through the rest of the pass;
 * with random signs on the incoming gradient, which shows how much of a disturbance comes through this node, and how
   much of it ends in gradients of parameters;
-* with one random sign per sample, which shows how far the gradients of samples differ.
+* with one random sign per sample, half of them negative, which shows how far the gradients of samples differ.
 
 So there is one law for every operation, with or without a rule, and no formula per operation that could be wrong or
 missing. Nothing outlives its node but a few sums: `hf_actnn.precision.sensitivity` makes sensitivities of them.
@@ -70,7 +70,7 @@ class Item:
 class Node:
     """Sums of squares at one node of the graph; None where the backward pass did not come."""
 
-    __slots__ = ("following", "entries", "out", "ins", "parameters", "first", "second", "replayable", "diagonal")
+    __slots__ = ("following", "entries", "out", "ins", "parameters", "apart", "replayable", "diagonal")
 
     def __init__(self, following: list[int], entries: list[int], replayable: bool, diagonal: bool) -> None:
         #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and which of that node's
@@ -79,10 +79,9 @@ class Node:
         self.replayable, self.diagonal = replayable, diagonal
         self.out: Tensor | None = None
         self.ins: list[Tensor | None] = [None] * len(following)
-        #: Response of parameters to random signs; their gradients here; the same with one sign per sample.
+        #: Response of parameters to random signs for each value; and to one for each sample, half of them negative.
         self.parameters: Tensor | None = None
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
+        self.apart: Tensor | None = None
 
 
 class Harm(NamedTuple):
@@ -193,8 +192,7 @@ class Tape:
             del white
         if self.minibatch and leaves and node.replayable and self._splits(grad_outputs):
             by_sample = _as(again(*[self._signed(grad, self.samples) for grad in grad_outputs]), grad_inputs)
-            node.second = _plus(node.second, _energy([by_sample[j] for j in leaves]))
-            node.first = _plus(node.first, _energy([grad_inputs[j] for j in leaves]))
+            node.apart = _plus(node.apart, _energy([by_sample[j] for j in leaves]))
             del by_sample
         if not node.replayable:
             for key, _, noise, _ in self._coming.pop(at, ()):
@@ -251,7 +249,11 @@ class Tape:
         if grad is None:
             return None
         if samples:
-            signs = self._random(samples, grad)
+            # As many of each as can be: what all samples have in common cancels out, and with it most of the scatter.
+            signs = torch.ones(samples)
+            signs[: samples // 2] = -1
+            signs[samples // 2 * 2 :] = 0
+            signs = signs[torch.randperm(samples, generator=self._generator)].to(grad)
             return (grad.reshape(samples, -1) * signs[:, None]).view(grad.shape)
         return grad * self._random(grad.numel(), grad).view(grad.shape)
 

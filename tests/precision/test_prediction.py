@@ -21,7 +21,7 @@ from hf_actnn.precision.sensitivity import Reading, amplification
 #: Of a prediction for one operation, and for a whole network.
 LAYER, NETWORK = 0.05, 0.15
 #: Tapes that a prediction for one operation is averaged over.
-STEPS = 48
+STEPS = 150
 
 
 @pytest.fixture(autouse=True)
