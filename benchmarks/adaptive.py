@@ -33,7 +33,7 @@ import hf_actnn
 INTERVAL = 40
 #: Batches whose exact gradients give the mini-batch's variance; of them, those that quantisation is measured on, and
 #: how often each.
-BATCHES, MEASURED, DRAWS = 24, 6, 4
+BATCHES, MEASURED, DRAWS = 40, 12, 2
 Batches = Callable[[], tuple[Tensor, Tensor]]
 
 

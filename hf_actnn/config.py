@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_actnn.errors import ConfigError, NotAvailableError, message
 
@@ -26,7 +26,6 @@ PLANNED_LEVELS: dict[str, str] = {
     "L5": "L4 and defragmentation",
 }
 
-DEFAULT_LEVEL = "L2"
 MIN_BITS, MAX_BITS = 1, 8
 MAX_GROUP_SIZE = 4096
 
@@ -43,7 +42,8 @@ Override = int | str | tuple[int, int]
 class ActNNConfig:
     """How activations are kept for the backward pass.
 
-    A level is a fixed set of fields; naming a field beside it replaces that field alone.
+    A level is a fixed set of fields; naming a field beside it replaces that field alone. ``ActNNConfig()``, without
+    either, is ``level="L3", bits="auto"``; a whole number of bits without a level is that number everywhere, at L2.
 
     Args:
         level: ``"L0"`` keeps everything exactly, ``"L1"`` quantises to 4 bits and leaves what normalisations keep
@@ -72,7 +72,7 @@ class ActNNConfig:
         NotAvailableError: a level or field that is planned and not there yet.
     """
 
-    level: str = DEFAULT_LEVEL
+    level: str = ""
     bits: int | float | str | None = None
     group_size: int = 256
     skip: tuple[str, ...] = ()
@@ -85,8 +85,18 @@ class ActNNConfig:
     per_sample: bool | None = None
     per_tensor: bool | None = None
     swap: bool | None = None
+    _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
+        #: Fields that nobody named: they follow from the others again when those are replaced.
+        object.__setattr__(self, "_implied", set())
+        if not self.level:
+            self._implied.add("level")
+            whole = isinstance(self.bits, int) and self.bits is not None
+            object.__setattr__(self, "level", "L2" if whole else "L3")
+            if self.bits is None and self.per_tensor is None and self.per_sample is None:
+                object.__setattr__(self, "bits", AUTO)
+                self._implied.add("bits")
         _check_level(self.level)
         _check_unavailable(self)
         for name in ("per_sample", "per_tensor", "exact_norms"):
@@ -187,6 +197,8 @@ class ActNNConfig:
     def replace(self, **fields: Any) -> ActNNConfig:
         """A copy with some fields replaced, checked like a new one."""
         _check_keys(fields, "the keyword arguments")
+        if fields.keys() & {"level", "bits", "per_sample", "per_tensor"}:
+            fields = {**{name: {"level": "", "bits": None}[name] for name in self._implied}, **fields}
         return dataclasses.replace(self, **fields)
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def convert(
 
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.
-        config: an :class:`ActNNConfig`, a level (``"L2"``, the default), a mapping of fields or a path of JSON.
+        config: an :class:`ActNNConfig`, a level such as ``"L3"``, a mapping of fields or a path of JSON. Without it, as
+            few bits as keep the added variance within a tenth of the mini-batch's own (``bits="auto"``); that needs
+            :func:`controller`, and until its first step is L2.
         **overrides: fields of the configuration to replace, for example ``bits=2``.
 
     Raises:
@@ -36,9 +38,11 @@ def convert(
         ConversionError: something that cannot be converted. The model is then as it was.
     """
     _check_model(model)
-    resolved = ActNNConfig.resolve(config)
-    if overrides:
-        resolved = resolved.replace(**overrides)
+    if config is None:
+        resolved = ActNNConfig.from_dict(overrides, where="the keyword arguments")
+    else:
+        resolved = ActNNConfig.resolve(config)
+        resolved = resolved.replace(**overrides) if overrides else resolved
     modules = dict(_convertible(model))
     found = policies(resolved, modules)
     if resolved.effective_bits is not None and all(policy.bits is None for policy in found.values()):

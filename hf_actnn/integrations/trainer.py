@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_actnn.config import DEFAULT_LEVEL, ActNNConfig
+from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import controller, convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
 from hf_actnn.memory import MemoryReport
@@ -61,7 +61,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
         NotAvailableError: a level that is planned but not there yet.
     """
 
-    def __init__(self, config: ActNNConfig | str | dict[str, Any] = DEFAULT_LEVEL) -> None:
+    def __init__(self, config: ActNNConfig | str | dict[str, Any] | None = None) -> None:
         self.config = ActNNConfig.resolve(config)
         self.figures: dict[str, float] = {}
         #: What a checkpoint held of the controller, when the Trainer makes the callback anew from it.

@@ -18,7 +18,7 @@ from hf_actnn.precision.sensitivity import Kept, Reading, harmlessness
 from hf_actnn.precision.solver import solve, solve_for_target
 
 #: Least weight of the newest reading in the moving averages: the last few count.
-NEWEST = 0.25
+NEWEST = 0.35
 #: Micro-batches of one step that are collected from.
 MOST_TAPES = 4
 #: The least cost per byte an item is given, relative to that of all together, so that a tensor whose gradient happened
@@ -177,6 +177,8 @@ class Controller:
     def widths(self, key: str, samples: int, policy: Any, spread: Callable[[], Tensor]) -> int | Tensor:
         average = self._plan.get(key)
         if average is None:
+            if self.config.chooses_per_tensor:
+                return int(policy.uniform)  # nothing is known yet, and the first step must be no worse than uniform
             average = float(policy.bits)
         average = min(max(average, policy.low), policy.high)
         if samples <= 1 or not (self.config.chooses_per_sample or average % 1):

@@ -158,7 +158,9 @@ def test_the_gradient_varies_less_than_at_uniform_bits(settings):
 def test_updates_come_once_per_interval_and_twice_early_on(interval, updates, monkeypatch):
     made = []
     monkeypatch.setattr(scope, "Tape", lambda *args, make=scope.Tape: made.append(1) or make(*args))
-    model, controller = adaptive(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), update_interval=interval)
+    model, controller = adaptive(
+        nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), update_interval=interval
+    )
     seen: dict[int, int] = {}
     for step in range(1, 13):
         before, count = controller.bits(), len(made)
@@ -326,7 +328,9 @@ def test_nothing_to_train_at_all():
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="tensors that are kept no longer stay in the budget for good and lend out theirs")
+@pytest.mark.xfail(
+    strict=True, reason="tensors that are kept no longer stay in the budget for good and lend out theirs"
+)
 def test_layers_that_are_frozen_later_leave_the_budget():
     """Linear probing first, or last: what is not kept any more has no bits to give away."""
     model, controller = adaptive(bits=2)
@@ -459,7 +463,7 @@ def test_converting_again_begins_anew():
     assert new.bits() and len(new.history) == 1 and old.bits() == kept
 
 
-# -- a target in place of an average ------------------------------------------------------------------------------------
+# -- a target in place of an average ----------------------------------------------------------------------------------
 
 
 def test_auto_meets_the_target_and_spends_less_for_a_larger_one():
@@ -488,7 +492,7 @@ def test_auto_begins_with_four_bits():
     assert all(int(widths(packed, 16).sum()) == 64 for packed in found.values())
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def test_there_is_a_controller_only_where_there_is_a_converted_model():
@@ -570,7 +574,7 @@ def test_levels_that_choose_nothing_have_a_controller_that_counts(level):
     assert controller._tapes == []
 
 
-# -- state --------------------------------------------------------------------------------------------------------------
+# -- state ------------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> bool:
@@ -598,7 +602,9 @@ def test_state_is_plain_and_goes_on_as_before(settings):
     assert len(controller.history) > len(state["history"])  # what was handed out did not grow with it
 
 
-@pytest.mark.xfail(strict=True, reason="the order of tensors is that of the state's keys: sums differ in the last place")
+@pytest.mark.xfail(
+    strict=True, reason="the order of tensors is that of the state's keys: sums differ in the last place"
+)
 def test_state_does_not_depend_on_the_order_of_keys():
     """As the Trainer writes its state."""
     model, controller = adaptive()
@@ -661,7 +667,9 @@ def test_garbage_is_no_state(garbage):
     assert json.dumps(controller.state_dict()) == before
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a state without some of its entries raises KeyError, half loaded")
+@pytest.mark.xfail(
+    strict=True, raises=KeyError, reason="a state without some of its entries raises KeyError, half loaded"
+)
 @pytest.mark.parametrize("missing", ["due", "kept", "plan", "table"])
 def test_half_a_state_is_no_state(missing):
     model, controller = adaptive()

@@ -69,8 +69,8 @@ def test_the_mean_is_the_average_rounded_down(samples, average):
 @pytest.mark.parametrize("average", [0, 1, 1.99, 2, 6, 7, 100])
 def test_an_average_out_of_the_range_is_the_end_of_it(average):
     bits = whole(assign(torch.rand(6), average, 2, 6), 6)
-    assert 2 <= bits.min() and bits.max() <= 6
-    assert bits.double().mean() == min(max(int(average), 2), 6) or average % 1
+    assert bits.min() >= 2 and bits.max() <= 6
+    assert bits.double().mean() == min(max(int(average), 2), 6)
 
 
 def test_equal_weights_get_bits_that_differ_by_one_at_most():
@@ -107,11 +107,10 @@ def test_the_weights_are_not_written_to():
     weights = torch.tensor([1.0, 0.0, math.nan, 2.0])
     before = weights.clone()
     assign(weights, 2.5, 1, 8)
-    assert torch.equal(weights, before) or weights.isnan().equal(before.isnan())
-    assert torch.equal(weights.nan_to_num(), before.nan_to_num())
+    torch.testing.assert_close(weights, before, rtol=0, atol=0, equal_nan=True)
 
 
-# -- sample_id reaches whom it is for -----------------------------------------------------------------------------------
+# -- sample_id reaches whom it is for ---------------------------------------------------------------------------------
 
 
 class Wary(nn.Module):
