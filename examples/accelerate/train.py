@@ -1,4 +1,4 @@
-"""A training loop of one's own under `accelerate launch`; compressed activations take one line, before `prepare`.
+"""A training loop of one's own under `accelerate launch`; compressed activations take a line before `prepare`, and one per step.
 
 accelerate launch --cpu examples/accelerate/train.py --level L2
 """
@@ -64,8 +64,10 @@ def main() -> None:
     classes = int(train.tensors[1].max()) + 1
     model = timm.create_model(options.model, num_classes=classes)
 
+    controller = None
     if options.level != "none":
-        hf_actnn.convert(model, options.level)  # the one line; before prepare
+        hf_actnn.convert(model, options.level)  # before prepare
+        controller = hf_actnn.controller(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.05)
     loader = DataLoader(train, batch_size=options.batch_size, shuffle=True, drop_last=True)
@@ -83,6 +85,8 @@ def main() -> None:
             else:
                 loss = F.cross_entropy(model(pixels), labels)
             accelerator.backward(loss)
+            if controller is not None:
+                controller.step()  # where the level chooses bits, it does so here
             optimizer.step()
             optimizer.zero_grad()
 

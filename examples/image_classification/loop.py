@@ -1,6 +1,6 @@
 """Trains an image classifier in a loop of its own, alone or under `accelerate launch`; see README.md.
 
-Compressed activations take one line, before `prepare`.
+Compressed activations take a line before `prepare`, and one per step.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def main() -> None:
     set_transforms(data, data_arguments, image, label)
     model = make_model(model_arguments, data["train"].features[label].names, data_arguments.image_size)
 
+    controller = None
     if options.level != "none":
-        hf_actnn.convert(model, options.level)  # the one line; before prepare
+        hf_actnn.convert(model, options.level)  # before prepare
+        controller = hf_actnn.controller(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     loader = DataLoader(data["train"], batch_size=options.batch_size, shuffle=True, drop_last=True)
@@ -65,6 +67,8 @@ def main() -> None:
             else:
                 loss = model(**batch).loss
             accelerator.backward(loss)
+            if controller is not None:
+                controller.step()  # where the level chooses bits, it does so here
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Trains an object detector in a loop of its own, alone or under `accelerate launch`; see README.md.
 
-Compressed activations take one line, before `prepare`.
+Compressed activations take a line before `prepare`, and one per step.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def main() -> None:
     model = make_model(model_arguments, labels, *size)
     sigmoid = scores_by_sigmoid(model)
 
+    controller = None
     if options.level != "none":
-        hf_actnn.convert(model, options.level)  # the one line; before prepare
+        hf_actnn.convert(model, options.level)  # before prepare
+        controller = hf_actnn.controller(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     loader = DataLoader(data["train"], options.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
@@ -69,6 +71,8 @@ def main() -> None:
             else:
                 loss = model(**batch).loss
             accelerator.backward(loss)
+            if controller is not None:
+                controller.step()  # where the level chooses bits, it does so here
             accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
             optimizer.step()
             schedule.step()

@@ -1,6 +1,6 @@
 """Trains a semantic segmentation model in a loop of its own, alone or under `accelerate launch`; see README.md.
 
-Compressed activations take one line, before `prepare`.
+Compressed activations take a line before `prepare`, and one per step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main() -> None:
     set_transforms(data, data_arguments)
     model = make_model(model_arguments, labels)
 
+    controller = None
     if options.level != "none":
-        hf_actnn.convert(model, options.level)  # the one line; before prepare
+        hf_actnn.convert(model, options.level)  # before prepare
+        controller = hf_actnn.controller(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     loader = DataLoader(data["train"], batch_size=options.batch_size, shuffle=True, drop_last=True)
@@ -66,6 +68,8 @@ def main() -> None:
             else:
                 loss = model(**batch).loss
             accelerator.backward(loss)
+            if controller is not None:
+                controller.step()  # where the level chooses bits, it does so here
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -44,9 +44,10 @@ def assert_same_run(left: tuple[nn.Module, Controller], right: tuple[nn.Module, 
 # -- before the first update ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_first_step_is_the_uniform_one(bits):
-    model, controller = adaptive(bits=bits, per_sample=False, seed=5)
+def test_the_first_step_is_the_uniform_one(bits, per_sample):
+    model, controller = adaptive(bits=bits, per_sample=per_sample, seed=5)
     uniform = hf_actnn.convert(net(), level="L2", bits=bits, min_numel=64, seed=5)
     assert controller.bits() == {} and controller.history == []
     assert torch.equal(backward(model), backward(uniform))  # it measures, and disturbs nothing
@@ -57,11 +58,12 @@ def test_the_first_step_is_the_uniform_one(bits):
 @pytest.mark.parametrize("count", [16, 7, 2])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_before_the_first_update_every_tensor_has_the_average(average, count):
+    """In whole bits: those that there is a choice of are chosen from what is known, and nothing is."""
     model, _ = adaptive(bits=average)
     found = codes(lambda: model(batch(count)[0]))
     assert len(found) == 5
     for packed in found.values():
-        assert int(widths(packed, count).sum()) == int(average * count)
+        assert widths(packed, count).tolist() == [int(average)] * count
 
 
 def test_a_controller_nobody_asks_for_chooses_per_sample_alone():

@@ -26,9 +26,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_the_first_step_has_no_all_zero_sensitivities():
+@pytest.mark.parametrize("level", ["L2.5", "L3"])
+def test_the_first_step_has_no_all_zero_sensitivities(level):
     """Of 128 samples 109 got 1 bit and 18 got 8: before anything is known, samples that are alike get alike bits."""
-    model, _ = adaptive(bits=2)
+    model, _ = adaptive(level=level, bits=2)
     found = codes(lambda: backward(model, 128))
     assert len(found) == 5
     for key, packed in found.items():
