@@ -3,8 +3,8 @@
     python benchmarks/adaptation.py [--models resnet50 vit_b16 convnext_t] [--rounds 5]
 
 The contenders take turns in every round; medians. `share` is what it comes to on average at the default interval: the
-more of a collecting step and its update, once in so many steps, and the more of all others. Peaks of the resident set of
-a process that makes ordinary steps, and of one that collects as well, stand beside it.
+more of a collecting step and its update, once in so many steps, and the more of all others. Peaks of the resident set
+of a process that makes ordinary steps, and of one that collects as well, stand beside it.
 """
 
 from __future__ import annotations

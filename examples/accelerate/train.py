@@ -1,4 +1,6 @@
-"""A training loop of one's own under `accelerate launch`; compressed activations take a line before `prepare`, and one per step.
+"""A training loop of one's own under `accelerate launch`.
+
+Compressed activations take a line before `prepare`, and one per step.
 
 accelerate launch --cpu examples/accelerate/train.py --level L2
 """
