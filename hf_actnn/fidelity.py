@@ -246,6 +246,9 @@ class _Watch:
             bits = float(item.bits.mean())
             self.sizes[key] = bits, item.numel * len(item.bits) * bits / 8
 
+    def failed(self) -> None:
+        pass
+
     def end(self, outputs: list[Tensor], samples: int) -> None:
         pass
 

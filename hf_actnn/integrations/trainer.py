@@ -276,10 +276,10 @@ class ActNNTrainerMixin(_Behind):
     def _follow_arguments(self) -> None:
         """Make the callbacks and the model agree with the arguments as they are now."""
         config = config_of(self.args)
-        passed = next(
-            (cb for cb in self.callback_handler.callbacks if isinstance(cb, ActNNCallback) and cb is not self._actnn),
-            None,
-        )
+        found = [cb for cb in self.callback_handler.callbacks if isinstance(cb, ActNNCallback)]
+        if self._actnn is not None and self._actnn not in found:
+            self._actnn = found[0] if found else None  # made anew by the Trainer, from a checkpoint
+        passed = next((cb for cb in found if cb is not self._actnn), None)
         if passed is not None and config is not None and passed.config != config:
             raise ConfigError(
                 message(
@@ -312,7 +312,8 @@ class ActNNTrainerMixin(_Behind):
         """Let a column `sample_id` through to the converted model, which takes it off before its forward pass."""
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns
-        if columns is not None and SAMPLE_ID not in columns and config_of(self.args) is not None:
+        compresses = any(isinstance(callback, ActNNCallback) for callback in self.callback_handler.callbacks)
+        if columns is not None and SAMPLE_ID not in columns and compresses:
             columns.append(SAMPLE_ID)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

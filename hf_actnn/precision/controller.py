@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,41 @@ AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 200
 _VERSION = 1
+
+
+class _Items:
+    """What the solver tells apart: parts of kept tensors.
+
+    Attributes:
+        costs, weights, low, high: ``[I]``; weights are bytes per bit and sample of the batch.
+    """
+
+    def __init__(self, kept: Sequence[Kept], per_sample: bool) -> None:
+        shares = [one.parts if per_sample else (1.0,) for one in kept]
+        rows = [(one, share, len(parts)) for one, parts in zip(kept, shares, strict=True) for share in parts]
+        real = torch.float64
+        self.costs = torch.tensor([one.cost * share / count for one, share, count in rows], dtype=real)
+        self.weights = torch.tensor([one.numel / 8 / count for one, _, count in rows], dtype=real)
+        self.low = torch.tensor([one.low for one, _, _ in rows])
+        self.high = torch.tensor([one.high for one, _, _ in rows])
+        self._counts = torch.tensor([len(parts) for parts in shares])
+        self._sizes = torch.tensor([one.sizes for one in kept], dtype=real)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        owners = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
+        return torch.zeros(len(self._counts), dtype=torch.float64).index_add_(0, owners, values)
+
+    def means(self, bits: Tensor) -> Tensor:
+        """Average bits of each tensor."""
+        return self._sums(bits) / self._counts
+
+    def nbytes(self, bits: Tensor) -> float:
+        """Bytes of all codes per sample of the batch, padding included."""
+        below = bits.long().clamp(max=7)
+        sizes = torch.repeat_interleave(self._sizes, self._counts, dim=0)
+        least = sizes.gather(1, below[:, None] - 1)[:, 0]
+        more = sizes.gather(1, below[:, None])[:, 0] - least
+        return float((self._sums(least + (bits - below) * more) / self._counts).sum())
 
 
 class Controller:
@@ -84,7 +119,7 @@ class Controller:
             if reading is None or not reading.is_finite or reading.scale <= 0:
                 return  # nothing was seen, or it overflowed and the optimizer skips the step too: the next one collects
             self._learn(reading)
-            self._solve()
+            self._solve(reading.kept)
         self._due = self._is_due(self.steps)
 
     def bits(self) -> dict[str, float]:
@@ -102,7 +137,10 @@ class Controller:
             "due": self._due,
             "minibatch": self._minibatch,
             "readings": self._readings,
-            "kept": {key: list(one) for key, one in self._kept.items()},
+            "kept": {
+                key: [list(part) if isinstance(part, tuple) else part for part in one]
+                for key, one in self._kept.items()
+            },
             "plan": dict(self._plan),
             "history": [dict(entry) for entry in self.history],
             "table": self.table.state(),
@@ -117,7 +155,7 @@ class Controller:
         Raises:
             ConfigError: this is no state of a controller.
         """
-        if not isinstance(state, Mapping) or (state and not {"version", "setting", "steps", "forwards"} <= set(state)):
+        if not isinstance(state, Mapping) or (state and not set(self.state_dict()) <= set(state)):
             raise ConfigError(
                 message(
                     "this is not the state of a controller",
@@ -142,17 +180,17 @@ class Controller:
                 stacklevel=2,
             )
             return
-        self.steps, self._forwards = int(state["steps"]), int(state["forwards"])
-        self._due = bool(state["due"])
-        self._minibatch, self._readings = float(state["minibatch"]), int(state["readings"])
-        self._kept = {
-            key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi))
-            for key, (c, v, n, p, lo, hi) in state["kept"].items()
+        kept = {
+            key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi), tuple(map(float, sizes)))
+            for key, (c, v, n, p, lo, hi, sizes) in state["kept"].items()
         }
-        self._plan = {key: float(bits) for key, bits in state["plan"].items()}
-        self.history = [dict(entry) for entry in state["history"]]
+        plan = {key: float(bits) for key, bits in state["plan"].items()}
+        history = [dict(entry) for entry in state["history"]]
+        minibatch, readings = float(state["minibatch"]), int(state["readings"])
         self.table.load(state["table"])
-        self._tapes = []
+        self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
+        self._kept, self._plan, self.history = kept, plan, history
+        self._minibatch, self._readings, self._tapes = minibatch, readings, []
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
 
@@ -192,6 +230,9 @@ class Controller:
             weights = torch.ones(samples, dtype=torch.float64)
         return assign(weights, average, policy.low, policy.high)
 
+    def failed(self) -> None:
+        self.table.forget()
+
     def recorded(self, tape: Any) -> None:
         self._tapes.append(tape)
 
@@ -225,52 +266,54 @@ class Controller:
                 share = math.exp(newest * math.log(share) + (1 - newest) * math.log(old_share))
             self._minibatch = share
 
-    def _solve(self) -> None:
-        """Bits for every part of every kept tensor; a tensor's average over its parts is the plan."""
-        keys = [key for key, one in self._kept.items() if one.low < one.high]
-        fixed = [one for one in self._kept.values() if one.low == one.high]
-        costs, weights, low, high, owner = [], [], [], [], []
-        for at, key in enumerate(keys):
-            one = self._kept[key]
-            shares = one.parts if self.config.chooses_per_sample else (1.0,)
-            for share in shares:
-                costs.append(one.cost * share / len(shares))
-                weights.append(one.numel / 8 / len(shares))
-                low.append(one.low)
-                high.append(one.high)
-                owner.append(at)
+    def _solve(self, seen: Collection[str]) -> None:
+        """Bits for every part of every kept tensor that the newest reading saw; a tensor's plan is the mean of its parts.
+
+        What it did not see, a layer that was skipped or has been frozen, neither lends nor borrows bytes.
+        """
+        present = {key: self._kept[key] for key in sorted(seen)}
+        open_keys = [key for key, one in present.items() if one.low < one.high]
         average = float(self.config.effective_bits or 0)
-        added = sum(one.cost * float(harmlessness(torch.tensor(one.low))) for one in fixed)
-        if keys:
-            cost, weight = torch.tensor(costs, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
-            least, most = torch.tensor(low), torch.tensor(high)
-            floored = torch.maximum(cost, LEAST_COST * cost.sum() / weight.sum() * weight)
-            asked = average * torch.ones_like(weight)
-            budget = float((weight * asked.clamp(least, most)).sum())
-            if not self.config.chooses_per_tensor:
-                chosen = asked.clamp(least, most)
-            elif self.config.allowed_variance is None or not math.isfinite(self._minibatch):
-                chosen = solve(floored, weight, budget, least, most).double()
-            else:
-                target = AIM * self.config.allowed_variance * self._minibatch - added
-                chosen = _fewest(floored, weight, max(target, 0.0), least, most)
-            places = torch.tensor(owner)
-            count = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, places, torch.ones_like(weight))
-            means = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, places, chosen) / count
-            self._plan = dict(zip(keys, means.tolist(), strict=True))
-            added += float((cost * harmlessness(chosen)).sum())
-        self._plan.update({key: float(one.low) for key, one in self._kept.items() if one.low == one.high})
-        size = sum(one.numel for one in self._kept.values()) / 8
-        held = sum(self._kept[key].numel / 8 * bits for key, bits in self._plan.items())
+        self._plan = {key: float(one.low) for key, one in self._kept.items() if one.low == one.high}
+        added = sum(
+            one.cost * float(harmlessness(torch.tensor(one.low))) for one in present.values() if one.low == one.high
+        )
+        if open_keys:
+            items = _Items([present[key] for key in open_keys], self.config.chooses_per_sample)
+            chosen = self._chosen(items, average, added)
+            self._plan.update(zip(open_keys, items.means(chosen).tolist(), strict=True))
+            added += float((items.costs * harmlessness(chosen)).sum())
+        size = sum(one.numel for one in present.values()) / 8
         self.history.append(
             {
                 "step": self.steps,
-                "average_bits": held / size if size else 0.0,
-                "bytes_per_sample": held,
+                "average_bits": sum(one.numel / 8 * self._plan[key] for key, one in present.items()) / size,
+                "bytes_per_sample": sum(one.bytes_at(self._plan[key]) for key, one in present.items()),
                 "added_variance": added / self._minibatch if self._minibatch > 0 else math.nan,
                 "relative_variance": added,
             }
         )
+
+    def _chosen(self, items: _Items, average: float, added: float) -> Tensor:
+        """Bits of each part. ``added``: variance of the tensors that have no choice."""
+        asked = torch.full_like(items.weights, average).clamp(items.low, items.high)
+        if not self.config.chooses_per_tensor:
+            return asked
+        costs, weights = items.costs, items.weights
+        costs = torch.maximum(costs, LEAST_COST * costs.sum() / weights.sum() * weights)
+        share = self.config.allowed_variance
+        if share is not None and math.isfinite(self._minibatch):
+            target = max(AIM * share * self._minibatch - added, 0.0)
+            return _fewest(costs, weights, target, items.low, items.high)
+        allowed = items.nbytes(asked)
+        budget = least = float((weights * items.low).sum())
+        budget = float((weights * asked).sum())
+        while True:
+            chosen = solve(costs, weights, budget, items.low, items.high).double()
+            over = items.nbytes(chosen) - allowed
+            if over <= 0 or budget <= least:
+                return chosen
+            budget = max(budget - max(over, 1e-6 * allowed), least)  # groups are padded to whole bytes
 
     def _say_forgotten(self) -> None:
         if self._warned or self._since_step <= FORGOTTEN or self.steps:

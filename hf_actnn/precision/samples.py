@@ -50,6 +50,18 @@ def assign(weights: Tensor, average: float, low: int, high: int) -> int | Tensor
     return widths.to(torch.uint8)
 
 
+class _Norms:
+    """Notes the squared size of each sample's gradient on the way into a node of the graph."""
+
+    def __init__(self, energies: list[Tensor], place: int) -> None:
+        self.energies, self.place = energies, place
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        grad = grads[self.place]
+        if grad is not None:
+            self.energies.append(grad.detach().float().flatten(1).square().sum(1))
+
+
 class SampleTable:
     """Moving averages of how large the gradients of a data set's samples are, squared, relative to their batch.
 
@@ -97,8 +109,18 @@ class SampleTable:
         energies: list[Tensor] = []
         self._noted.append((ids, energies))
         for out in outputs:
-            if out.ndim >= 2 and out.shape[0] == samples:
-                out.register_hook(lambda grad: energies.append(grad.detach().float().flatten(1).square().sum(1)))
+            node: Any = out.grad_fn
+            if out.ndim < 2 or out.shape[0] != samples or node is None:
+                continue
+            place = out.output_nr
+            # Mixed precision casts the outputs after the model has made a loss of them.
+            while type(node).__name__.startswith("ToCopyBackward") and node.next_functions[0][0] is not None:
+                node, place = node.next_functions[0]
+            node.register_prehook(_Norms(energies, place))
+
+    def forget(self) -> None:
+        """The forward pass that was to see them did not come to its end."""
+        self._ids = None
 
     def settle(self) -> None:
         """Take over what was noted since the last call. What is not finite, or zero everywhere, is not."""

@@ -26,6 +26,7 @@ class Kept(NamedTuple):
         numel: values per sample of the batch.
         parts: `[P]`, relative spread of the samples in ascending order, the mean of each part, itself with mean one.
         low, high: bits that may be chosen.
+        sizes: `[8]`, bytes of the codes per sample of the batch at 1 to 8 bits.
     """
 
     cost: float
@@ -34,6 +35,12 @@ class Kept(NamedTuple):
     parts: tuple[float, ...]
     low: int
     high: int
+    sizes: tuple[float, ...]
+
+    def bytes_at(self, bits: float) -> float:
+        """Between two whole numbers, those of a mixture."""
+        below = min(int(bits), 7)
+        return self.sizes[below - 1] + (bits - below) * (self.sizes[below] - self.sizes[below - 1])
 
 
 class Reading(NamedTuple):
@@ -132,14 +139,16 @@ def read(tape: Any) -> Reading:
         total = float(item.variance.sum())
         cost = variance[key] * float(spread.sum()) / total if total > 0 else 0.0
         size = item.numel * len(item.variance) / tape.samples
-        kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high)
+        count = len(item.variance)
+        sizes = tuple(one * count / tape.samples for one in item.sizes)
+        kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes)
     return Reading(kept, sum(parameters), _minibatch(tape, values, parameters))
 
 
 def merge(readings: Sequence[Reading]) -> Reading | None:
     """Several readings of one step, of micro-batches or of processes, as one: their gradients are summed up, and the
     noise of each is its own, so variances add."""
-    readings = [reading for reading in readings if reading.kept]
+    readings = [reading for reading in readings if reading.kept and reading.scale != 0]  # a forward pass alone has 0
     if len(readings) <= 1:
         return readings[0] if readings else None
     kept: dict[str, Kept] = {}

@@ -306,7 +306,8 @@ class Call:
             item = scope.item(self)
             if scope.adaptation.keeps(item):
                 return Exact(tensor, where=self.where)
-            samples = samples_in_order(tensor, scope.samples, length)
+            if tensor.device.type == "cpu":  # elsewhere to know the samples' bits would mean to wait for the device
+                samples = samples_in_order(tensor, scope.samples, length)
             if not policy.is_fixed:
                 spread = partial(codec.sample_spread, tensor, samples, length, policy.group_size)
                 bits = scope.adaptation.widths(item, samples, policy, spread)

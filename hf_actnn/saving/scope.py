@@ -104,8 +104,12 @@ class Scope:
         self.samples = batch_size(args, kwargs)
         if adaptation.begin(self.samples):
             self.tape = Tape(self.samples, seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
-        with self._hooks, self._mode:
-            out = forward(*args, **kwargs)
+        try:
+            with self._hooks, self._mode:
+                out = forward(*args, **kwargs)
+        except BaseException:
+            adaptation.failed()
+            raise
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if self.tape is not None:
             self.tape.listen(outputs)

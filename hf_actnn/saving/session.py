@@ -74,6 +74,10 @@ class Adaptation(Protocol):
 
     def recorded(self, tape: Tape) -> None: ...
 
+    def failed(self) -> None:
+        """The forward pass raised."""
+        ...
+
     def end(self, outputs: list[Tensor], samples: int) -> None:
         """The forward pass ends with these differentiable outputs."""
         ...

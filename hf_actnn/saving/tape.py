@@ -52,14 +52,18 @@ class Item:
         bits: ``[S]`` float64, bits of each sample.
         variance: ``[S]`` float64, the exact variance of the rounding, summed over a sample's values.
         low, high: bits that may be chosen.
+        row_length, group_size: of its groups.
+        sizes: ``[8]``, bytes of one sample's codes at 1 to 8 bits.
     """
 
-    __slots__ = ("key", "numel", "bits", "variance", "low", "high", "row_length", "group_size")
+    __slots__ = ("key", "numel", "bits", "variance", "low", "high", "row_length", "group_size", "sizes")
 
     def __init__(self, key: str, packed: codec.PackedTensor, tensor: Tensor, samples: int, low: int, high: int) -> None:
         self.key, self.low, self.high = key, low, high
         self.numel = tensor.numel() // samples
-        self.row_length, self.group_size = packed.row_length, packed.group_size
+        self.row_length, self.group_size = rows, group = packed.row_length, packed.group_size
+        meta = 4 * len(packed.meta)
+        self.sizes = [(codec.packed_nbytes(tensor.numel(), rows, bits, group) - meta) / samples for bits in range(1, 9)]
         if packed.widths is None:
             self.bits = torch.full((samples,), float(packed.bits), dtype=torch.float64)
         else:

@@ -85,14 +85,7 @@ def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path, settings):
         assert [entry["step"] for entry in found.history] == [1, 2, 4, 7, 10]
 
 
-OWN_LOSS = pytest.mark.xfail(
-    strict=True,
-    reason="accelerate casts the outputs to float32 after the model has made its loss of those before the cast, "
-    "so no gradient comes to the outputs that are watched",
-)
-
-
-@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=OWN_LOSS)])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_samples_are_known_after_an_epoch(precision):
     run = Run(precision=precision).train(0, 20)
     assert run.controller.table.values.isfinite().sum() == 32

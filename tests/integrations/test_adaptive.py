@@ -175,14 +175,7 @@ def test_a_checkpoint_of_l3_goes_on_without_the_callback(arguments, data, tmp_pa
     assert plain.state.global_step == STEPS and not hf_actnn.is_converted(plain.model)
 
 
-RESTORED_FLAG = pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="the mixin takes off its own callback, which the Trainer has replaced by the restored one",
-)
-
-
-@pytest.mark.parametrize("restore", [pytest.param(True, marks=RESTORED_FLAG), False])
+@pytest.mark.parametrize("restore", [True, False])
 def test_the_flag_resumes_as_the_callback_does(arguments, data, tmp_path, restore):
     flags = {"actnn": "L3", "actnn_config": {"update_interval": 3, "min_numel": 64}}
     changes = {"kind": ActNNTrainer, "flags": flags, "restore_callback_states_from_checkpoint": restore}
@@ -333,7 +326,6 @@ def test_without_the_flag_the_column_is_taken_off(arguments):
     assert not hf_actnn.is_converted(trainer.model)
 
 
-@pytest.mark.xfail(strict=True, reason="the mixin asks the arguments alone whether the model is converted")
 def test_the_column_is_kept_for_a_callback_too(arguments):
     trainer = ActNNTrainer(
         make_resnet(),

@@ -97,7 +97,6 @@ def test_bits_differ_and_bytes_stay_within_those_of_uniform_bits(average, per_sa
         assert found > 0.8 * uniform or count < 8
 
 
-@pytest.mark.xfail(strict=True, reason="codes of odd groups are padded to whole bytes, which the budget does not count")
 def test_bytes_stay_within_those_of_uniform_bits_where_groups_are_padded():
     """Groups of 169 and 49 values: 4 bits of them take 85 and 25 bytes, 3 bits 64 + 1 and 19 + 1."""
     model, controller = adaptive(bits=4, per_sample=False)
@@ -206,7 +205,6 @@ def test_accumulation_is_one_step(micro):
     assert found == pytest.approx(expected, rel=0.35)
 
 
-@pytest.mark.xfail(strict=True, reason="merge() counts a tape without a backward pass when it scales the mini-batch's")
 def test_a_forward_pass_without_a_backward_pass_does_not_count():
     model, controller = adaptive(bits=2, per_sample=False)
     other, alone = adaptive(bits=2, per_sample=False)
@@ -270,8 +268,8 @@ class Gated(nn.Module):
         return self.left(x) + self.gate * self.right(2 * x)
 
 
-def run_gated(gates: list[float]) -> Controller:
-    model, controller = adaptive(Gated(), bits=3)
+def run_gated(gates: list[float], average: int = 3) -> Controller:
+    model, controller = adaptive(Gated(), bits=average)
     for step, gate in enumerate(gates):
         model.gate = gate
         generator = torch.Generator().manual_seed(step)
@@ -279,7 +277,7 @@ def run_gated(gates: list[float]) -> Controller:
         controller.step()
         assert len(controller.history) == step + 1
         assert all(1 <= bits <= 8 for bits in controller.bits().values())
-        assert controller.history[-1]["average_bits"] <= 3
+        assert controller.history[-1]["average_bits"] <= average
     return controller
 
 
@@ -287,6 +285,8 @@ def test_a_branch_without_gradient_is_not_starved_and_recovers():
     shut = run_gated([0.0, 0.0])
     right = [bits for key, bits in shut.bits().items() if key.startswith("right")]
     assert right and min(right) >= 1
+    # Where there are enough for all, its share of the costs is that of the least: it does not stay at one bit.
+    assert all(2 <= bits < 3 for key, bits in run_gated([0.0, 0.0], 5).bits().items() if key.startswith("right"))
     opened, always = run_gated([0.0, 0.0] + [1.0] * 8), run_gated([1.0] * 10)
     for key, bits in opened.bits().items():
         assert bits == pytest.approx(always.bits()[key], abs=0.5), key
@@ -330,9 +330,6 @@ def test_nothing_to_train_at_all():
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tensors that are kept no longer stay in the budget for good and lend out theirs"
-)
 def test_layers_that_are_frozen_later_leave_the_budget():
     """Linear probing first, or last: what is not kept any more has no bits to give away."""
     model, controller = adaptive(bits=2)
@@ -604,9 +601,6 @@ def test_state_is_plain_and_goes_on_as_before(settings):
     assert len(controller.history) > len(state["history"])  # what was handed out did not grow with it
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the order of tensors is that of the state's keys: sums differ in the last place"
-)
 def test_state_does_not_depend_on_the_order_of_keys():
     """As the Trainer writes its state."""
     model, controller = adaptive()
@@ -669,9 +663,6 @@ def test_garbage_is_no_state(garbage):
     assert json.dumps(controller.state_dict()) == before
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="a state without some of its entries raises KeyError, half loaded"
-)
 @pytest.mark.parametrize("missing", ["due", "kept", "plan", "table"])
 def test_half_a_state_is_no_state(missing):
     model, controller = adaptive()

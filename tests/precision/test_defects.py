@@ -169,7 +169,7 @@ def test_a_layer_used_twice_has_two_names():
 class Calls:
     """Counts, by the function of ours that asked, how often a tensor's value was asked for."""
 
-    #: Widths live on the CPU whatever the device, as does all that they are made of but for one transfer.
+    #: All ways by which Python gets at a value; on a device each of them waits for it.
     NAMES = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ class Calls:
         return asked
 
 
-#: Where values of tensors may be asked for that are on the CPU on every device: the widths themselves.
+#: Where values are asked for that belong on the CPU whatever the device: the widths, and what they are chosen from.
 OF_WIDTHS = ("mixed.py:", "packed.py:", "samples.py:assign:", "reference.py:")
 
 

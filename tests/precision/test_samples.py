@@ -206,7 +206,6 @@ def test_numbers_of_another_batch_size_are_left_aside():
     assert controller.table.values.isfinite().sum() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="numbers given to a forward pass that raised count for the next one")
 def test_numbers_of_a_forward_pass_that_raised_are_forgotten():
     model, controller = adaptive()
     with pytest.raises(RuntimeError):
