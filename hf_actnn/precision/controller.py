@@ -267,7 +267,7 @@ class Controller:
             self._minibatch = share
 
     def _solve(self, seen: Collection[str]) -> None:
-        """Bits for every part of every kept tensor that the newest reading saw; a tensor's plan is the mean of its parts.
+        """Bits for each part of each kept tensor that the newest reading saw; a tensor's plan is the mean of its parts.
 
         What it did not see, a layer that was skipped or has been frozen, neither lends nor borrows bytes.
         """
