@@ -361,7 +361,7 @@ def adaptive_variance(
     for _ in range(3):
         gradient(model, *batches(len(batch[0])))
         controller.step()
-    controller.armed = False  # no more updates
+    controller.active = False  # no more updates
     with hf_actnn.track_memory(model) as memory:
         gradient(model, *batch)
     errors: list[float] = []

@@ -29,8 +29,8 @@ def convert(
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.
         config: an :class:`ActNNConfig`, a level such as ``"L3"``, a mapping of fields or a path of JSON. Without it, as
-            few bits as keep the added variance within a tenth of the mini-batch's own (``bits="auto"``); that needs
-            :func:`controller`, and until its first step is L2.
+            few bits as keep the added variance within a tenth of the mini-batch's own (``bits="auto"``), beginning with
+            those of L2. Where several processes train together that needs :func:`controller`.
         **overrides: fields of the configuration to replace, for example ``bits=2``.
 
     Raises:
@@ -81,7 +81,7 @@ def convert(
 
 
 def controller(model: nn.Module) -> Controller:
-    """The controller of a converted model, which chooses bits at the levels that do; from this call on it does.
+    """The controller of a converted model, which chooses bits at the levels that do.
 
     Args:
         model: a converted model, or what wraps it.
@@ -105,7 +105,7 @@ def controller(model: nn.Module) -> Controller:
             )
         )
     (only,) = found.values()
-    only.armed = True
+    only.asked_for = True
     return only
 
 

@@ -231,7 +231,7 @@ class _Watch:
         if self.behind is not None:
             self.behind.identify(ids)
 
-    def begin(self, samples: int) -> bool:
+    def begin(self, samples: int, written: int) -> bool:
         return self.collect
 
     def keeps(self, key: str) -> bool:

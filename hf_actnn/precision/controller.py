@@ -69,11 +69,17 @@ class _Items:
 class Controller:
     """Chooses bits while a model trains; `hf_actnn.controller(model)` gives a model's.
 
-    Call :meth:`step` once per optimizer step, after the last backward pass of the step; `ActNNCallback` does. On one
-    step in every ``update_interval`` the backward pass is measured, and bits are solved for anew. Before the first
-    update, and without a controller, every tensor gets the average.
+    On one step in every ``update_interval`` the backward pass is measured, and bits are solved for anew. Before the
+    first update every tensor gets the average.
+
+    Call :meth:`step` once per optimizer step, after the last backward pass of the step; `ActNNCallback` does. In a
+    single process nobody has to: the controller then sees by itself, at the beginning of a forward pass, that
+    parameters were written to since the one before. Processes that train together exchange readings in :meth:`step`,
+    so there it must be called, and so it should where a stopped run is to go on bit for bit.
 
     Attributes:
+        active: False keeps the bits as they are from here on.
+        asked_for: whether anyone has asked for the controller, and so may be going to call :meth:`step`.
         history: one entry per update: ``step``, ``average_bits``, ``bytes_per_sample`` of codes without metadata,
             ``added_variance`` of the gradient by quantisation as a share of that by the drawing of the mini-batch (nan
             where that was not measured), ``relative_variance``: the same relative to the squared response of the
@@ -85,13 +91,16 @@ class Controller:
         self.config = config
         self.adaptive = config.is_adaptive and config.effective_bits is not None
         self.wants_minibatch = True
-        self.armed = False
+        self.active = True
+        self.asked_for = False
         self.steps = 0
         self.history: list[dict[str, float]] = []
         self.table = SampleTable()
         self._forwards = 0
         self._since_step = 0
         self._warned = False
+        self._told = False
+        self._written: int | None = None
         self._due = True
         self._tapes: list[Any] = []
         self._kept: dict[str, Kept] = {}
@@ -107,10 +116,14 @@ class Controller:
         In a distributed run every process must call it, in every step: on an update they exchange what they measured,
         and then all hold the same bits.
         """
+        self._told = True
+        self._step()
+
+    def _step(self) -> None:
         self.steps += 1
         self._since_step = 0
         self.table.settle()
-        if not self.adaptive or not self.armed:
+        if not self.adaptive or not self.active:
             return
         if self._due:
             readings = [sensitivity.read(tape) for tape in self._tapes]
@@ -202,12 +215,17 @@ class Controller:
     def identify(self, ids: Any) -> None:
         self.table.identify(ids)
 
-    def begin(self, samples: int) -> bool:
+    def begin(self, samples: int, written: int) -> bool:
         self._since_step += 1
-        if not self.armed or (self.steps == 0 and self._since_step > FORGOTTEN):
-            self._say_forgotten()
-            return False
-        return self._due and len(self._tapes) < MOST_TAPES
+        if not self._told:
+            if _is_alone():
+                if self._written is not None and written != self._written:
+                    self._step()
+                self._written = written
+            elif not self.asked_for or self._since_step > FORGOTTEN:
+                self._say_forgotten()
+                return False
+        return self.active and self._due and len(self._tapes) < MOST_TAPES
 
     def keeps(self, key: str) -> bool:
         return False
@@ -316,14 +334,14 @@ class Controller:
             budget = max(budget - max(over, 1e-6 * allowed), least)  # groups are padded to whole bytes
 
     def _say_forgotten(self) -> None:
-        if self._warned or self._since_step <= FORGOTTEN or self.steps:
+        if self._warned or self._since_step <= FORGOTTEN:
             return
         self._warned = True
         warnings.warn(
             message(
                 "bits do not adapt: nothing has called the controller's step()",
-                where=f"{self._since_step} training forward passes at {_setting(self.config)}",
-                expected="hf_actnn.controller(model).step() after each backward pass of an optimizer step",
+                where=f"{self._since_step} training forward passes of several processes at {_setting(self.config)}",
+                expected="hf_actnn.controller(model).step() in every process, after the backward passes of each step",
                 received="no call",
                 next_step="Add the call, or use ActNNCallback in a Trainer; the average bits are used meanwhile",
             ),
@@ -332,7 +350,8 @@ class Controller:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tapes": []}  # they belong to a graph that is neither copied nor pickled
+        # Tapes belong to a graph that is neither copied nor pickled, and a copy's parameters count their own writes.
+        return {**self.__dict__, "_tapes": [], "_written": None}
 
 
 def _fewest(costs: Tensor, weights: Tensor, target: float, low: Tensor, high: Tensor) -> Tensor:
@@ -352,11 +371,17 @@ def _setting(config: ActNNConfig) -> str:
     return ", ".join([*parts, f"seed={config.seed}"])
 
 
+def _is_alone() -> bool:
+    """Whether no other process trains with this one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
 def _of_all_processes(readings: list[Reading]) -> list[Reading]:
     """The readings of all processes, in the order of their ranks: the same list everywhere."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _is_alone():
         return readings
+    distributed = torch.distributed
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, readings)
     return [reading for of_rank in gathered for reading in of_rank]

@@ -64,7 +64,8 @@ class Scope:
         self.session = session
         self.seed = session.key()
         self._streams = itertools.count(session.next_step() << 32)
-        self.registry = Registry(_weights(root))
+        weights, self.written = _weights(root)
+        self.registry = Registry(weights)
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -102,7 +103,7 @@ class Scope:
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
         self.samples = batch_size(args, kwargs)
-        if adaptation.begin(self.samples):
+        if adaptation.begin(self.samples, self.written):
             self.tape = Tape(self.samples, seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
         try:
             with self._hooks, self._mode:
@@ -355,13 +356,15 @@ class _IsTensor(dict[type, bool]):
 _IS_TENSOR = _IsTensor()
 
 
-def _weights(root: torch.nn.Module) -> set[int]:
-    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
+def _weights(root: torch.nn.Module) -> tuple[set[int], int]:
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion. And how
+    often the trainable parameters were written to in place, all together.
 
     Tensors that are plain attributes count too: the replicas of DataParallel, and modules whose parameters were
     flattened into one, have their weights there.
     """
     found: set[int] = set()
+    written = 0
     seen: set[torch.nn.Module] = set()
     open_modules = [root]
     while open_modules:
@@ -376,8 +379,11 @@ def _weights(root: torch.nn.Module) -> set[int]:
         for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
             if tensor is not None and _has_storage(tensor):
                 found.add(tensor.untyped_storage()._cdata)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                written += parameter._version
         open_modules.extend(child for child in module._modules.values() if child is not None and child not in seen)
-    return found
+    return found, written
 
 
 def _gathers(index: Any) -> bool:

@@ -59,8 +59,8 @@ class Adaptation(Protocol):
         """Which samples of the data set the next forward pass sees, ``[N]``."""
         ...
 
-    def begin(self, samples: int) -> bool:
-        """A training forward pass begins; whether it collects."""
+    def begin(self, samples: int, written: int) -> bool:
+        """A training forward pass begins; whether it collects. ``written`` changes when parameters were written to."""
         ...
 
     def keeps(self, key: str) -> bool:

@@ -66,11 +66,32 @@ def test_before_the_first_update_every_tensor_has_the_average(average, count):
         assert widths(packed, count).tolist() == [int(average)] * count
 
 
-def test_a_controller_nobody_asks_for_chooses_per_sample_alone():
-    """Without `hf_actnn.controller`, which says that steps will be told, nothing is measured."""
-    model = hf_actnn.convert(net(), level="L3", update_interval=1, min_numel=64)
-    backward(model)
-    assert hf_actnn.controller(model)._tapes == []
+@pytest.mark.parametrize("micro", [1, 2])
+def test_alone_nobody_has_to_call_step(micro):
+    """The same bits as with calls: an optimizer's writing to parameters says that a step is over."""
+    told, controller = adaptive(bits=2, update_interval=2)
+    alone = hf_actnn.convert(copy.deepcopy(told), level="L3", bits=2, update_interval=2, min_numel=64)
+    for model, step in ((told, controller.step), (alone, lambda: None)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(5):
+            for _ in range(micro):
+                backward(model)
+            step()
+            optimizer.step()
+            optimizer.zero_grad()
+        backward(model)
+    assert hf_actnn.controller(alone).steps == controller.steps == 5
+    assert hf_actnn.controller(alone).bits() == controller.bits() != {}
+    assert hf_actnn.controller(alone).history == controller.history
+
+
+def test_bits_stay_where_the_controller_is_not_active():
+    model, controller = adaptive(bits=2, update_interval=1)
+    train(model, controller, range(2))
+    before = controller.bits()
+    controller.active = False
+    train(model, controller, range(2, 5))
+    assert controller.bits() == before and len(controller.history) == 2
 
 
 # -- bits and bytes ---------------------------------------------------------------------------------------------------
@@ -528,12 +549,11 @@ def our_warnings(count: int) -> Any:
     assert len(found) == count, found
 
 
-@pytest.mark.parametrize("armed", [False, True])
-def test_a_forgotten_step_is_told_once(monkeypatch, armed):
+def test_a_forgotten_step_is_told_once(monkeypatch):
+    """Among several processes: one that saw by itself that a step is over would wait for the others."""
     monkeypatch.setattr(module, "FORGOTTEN", 3)
+    monkeypatch.setattr(module, "_is_alone", lambda: False)
     model = hf_actnn.convert(nn.Sequential(nn.Linear(32, 64)), level="L3", min_numel=64)
-    if armed:
-        hf_actnn.controller(model)
     with our_warnings(0):
         for _ in range(3):
             model(torch.randn(4, 32)).sum().backward()
@@ -542,6 +562,7 @@ def test_a_forgotten_step_is_told_once(monkeypatch, armed):
             model(torch.randn(4, 32)).sum().backward()
     assert "nothing has called the controller's step()" in found[0]
     assert "level=L3" in found[0] and "hf_actnn.controller(model).step()" in found[0]
+    assert hf_actnn.controller(model)._tapes == []
 
 
 def test_no_word_of_steps_where_they_are_called_or_not_needed(monkeypatch):
