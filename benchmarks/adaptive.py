@@ -33,7 +33,7 @@ import hf_actnn
 INTERVAL = 40
 #: Batches whose exact gradients give the mini-batch's variance; of them, those that quantisation is measured on, and
 #: how often each.
-BATCHES, MEASURED, DRAWS = 40, 12, 2
+BATCHES, MEASURED, DRAWS = 32, 8, 2
 Batches = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -131,7 +131,7 @@ def mean_iou(model: nn.Module, images: Tensor, masks: Tensor) -> float:
 
 TASKS: dict[str, Task] = {
     "resnet": Task(
-        "ResNet on CIFAR-10", small_resnet, read_cifar, classify, fidelity.accuracy, "accuracy", 64, 300, 2e-3
+        "ResNet on CIFAR-10", small_resnet, read_cifar, classify, fidelity.accuracy, "accuracy", 64, 240, 2e-3
     ),
     "vit": Task(
         "ViT, width 192, on CIFAR-10",
@@ -141,7 +141,7 @@ TASKS: dict[str, Task] = {
         fidelity.accuracy,
         "accuracy",
         64,
-        400,
+        320,
         5e-4,
     ),
     "segformer": Task("SegFormer on CamVid", segformer, read_camvid, segment, mean_iou, "mean IoU", 8, 400, 1e-3),

@@ -183,12 +183,10 @@ def variance_report(model: nn.Module, step_fn: Callable[[], Any], draws: int = 0
             return torch.cat(grads)
 
         exact = gradient(exact=True)
-        scale = float(exact.double().square().sum())
+        scale = float(exact.double().square().sum()) or math.nan
         gradient(collect=True)
-        reading = sensitivity.merge([sensitivity.read(tape) for tape in watch.tapes])
-        watch.tapes = []
-        if reading is None:
-            reading = Reading({}, 0.0, math.nan)
+        reading = Reading({}, 0.0, math.nan, 0.0) if watch.tape is None else sensitivity.read(watch.tape)
+        watch.tape = None
 
         def measured(**how: Any) -> tuple[float, float] | tuple[None, None]:
             if draws < 2:
@@ -215,7 +213,7 @@ class _Watch:
     def __init__(self, session: Session) -> None:
         self.behind = session.adaptation
         self.controller = session.controller
-        self.tapes: list[Any] = []
+        self.tape: Any = None
         self.sizes: dict[str, tuple[float, float]] = {}
         self.steps = 0
         self.set()
@@ -227,12 +225,15 @@ class _Watch:
         self.steps += 1
         return self.steps
 
+    def step(self) -> None:
+        """A step function may tell the controller; here that means nothing."""
+
     def identify(self, ids: Any) -> None:
         if self.behind is not None:
             self.behind.identify(ids)
 
-    def begin(self, samples: int, written: int) -> bool:
-        return self.collect
+    def begin(self, samples: int, root: int) -> Any:
+        return self.tape if self.collect else False
 
     def keeps(self, key: str) -> bool:
         return self.exact or (self.only is not None and key != self.only)
@@ -241,7 +242,7 @@ class _Watch:
         return policy.uniform if self.behind is None else self.behind.widths(key, samples, policy, spread)
 
     def recorded(self, tape: Any) -> None:
-        self.tapes.append(tape)
+        self.tape = tape
         for key, item in tape.items.items():
             bits = float(item.bits.mean())
             self.sizes[key] = bits, item.numel * len(item.bits) * bits / 8

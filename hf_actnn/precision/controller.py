@@ -19,13 +19,17 @@ from hf_actnn.precision.solver import solve, solve_for_target
 
 #: Least weight of the newest reading in the moving averages: the last few count.
 NEWEST = 0.35
-#: Micro-batches of one step that are collected from.
-MOST_TAPES = 4
+#: Calls of one module in a step, micro-batches say, that are collected from.
+MOST_CALLS = 4
+#: Collecting steps in a row that may show nothing before the next interval is waited for.
+FRUITLESS = 5
 #: The least cost per byte an item is given, relative to that of all together, so that a tensor whose gradient happened
 #: to be zero is not left without bits.
 LEAST_COST = 1e-3
+#: What that may come to altogether, of the variance to spend.
+LEAST_SHARE = 0.03
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.6
+AIM = 0.8
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 200
 _VERSION = 1
@@ -72,10 +76,8 @@ class Controller:
     On one step in every ``update_interval`` the backward pass is measured, and bits are solved for anew. Before the
     first update every tensor gets the average.
 
-    Call :meth:`step` once per optimizer step, after the last backward pass of the step; `ActNNCallback` does. In a
-    single process nobody has to: the controller then sees by itself, at the beginning of a forward pass, that
-    parameters were written to since the one before. Processes that train together exchange readings in :meth:`step`,
-    so there it must be called, and so it should where a stopped run is to go on bit for bit.
+    Call :meth:`step` once per optimizer step, after the last backward pass of the step; `ActNNCallback` does. Processes
+    that train together exchange their readings there, so each must call it in each step.
 
     Attributes:
         active: False keeps the bits as they are from here on.
@@ -99,12 +101,12 @@ class Controller:
         self._forwards = 0
         self._since_step = 0
         self._warned = False
-        self._told = False
-        self._written: int | None = None
+        self._fruitless = 0
+        self._calls: dict[int, int] = {}
         self._due = True
-        self._tapes: list[Any] = []
+        self._tape: Any = None
         self._kept: dict[str, Kept] = {}
-        self._minibatch = math.nan
+        self._averages = {"minibatch": math.nan, "squared": math.nan}
         self._readings = 0
         self._plan: dict[str, float] = {}
 
@@ -116,23 +118,26 @@ class Controller:
         In a distributed run every process must call it, in every step: on an update they exchange what they measured,
         and then all hold the same bits.
         """
-        self._told = True
-        self._step()
-
-    def _step(self) -> None:
         self.steps += 1
         self._since_step = 0
         self.table.settle()
         if not self.adaptive or not self.active:
             return
+        self._calls = {}
         if self._due:
-            readings = [sensitivity.read(tape) for tape in self._tapes]
-            self._tapes = []
+            readings = [] if self._tape is None else [sensitivity.read(self._tape)]
+            self._tape = None
             reading = sensitivity.merge(_of_all_processes(readings))
-            if reading is None or not reading.is_finite or reading.scale <= 0:
-                return  # nothing was seen, or it overflowed and the optimizer skips the step too: the next one collects
-            self._learn(reading)
-            self._solve(reading.kept)
+            if reading is not None and reading.is_finite and reading.scale > 0:
+                self._fruitless = 0
+                self._learn(reading)
+                self._solve(reading.kept)
+            else:
+                # Nothing was seen, or it overflowed and the optimizer skips the step too: the next one collects.
+                self._fruitless += 1
+                if self._fruitless < FRUITLESS:
+                    return
+                self._say_fruitless(reading)
         self._due = self._is_due(self.steps)
 
     def bits(self) -> dict[str, float]:
@@ -148,7 +153,7 @@ class Controller:
             "steps": self.steps,
             "forwards": self._forwards,
             "due": self._due,
-            "minibatch": self._minibatch,
+            "averages": dict(self._averages),
             "readings": self._readings,
             "kept": {
                 key: [list(part) if isinstance(part, tuple) else part for part in one]
@@ -180,30 +185,50 @@ class Controller:
             )
         if not state and not self.adaptive:
             return
-        if not state or state["version"] != _VERSION or state["setting"] != _setting(self.config):
+        own = _setting(self.config)
+        theirs = state["setting"] if state and isinstance(state["setting"], Mapping) else {}
+        if not state or state["version"] != _VERSION or dict(theirs) != own:
+            different = [key for key in own if theirs.get(key) != own[key]]
             warnings.warn(
                 message(
                     "the checkpoint's bits are not taken over; they are chosen anew from the next step on",
                     where="Controller.load_state_dict",
-                    expected=f"a state of {_setting(self.config)}",
-                    received=f"a state of {state['setting']}" if state else "a checkpoint without one",
+                    expected=", ".join(f"{key}={own[key]!r}" for key in different) or f"version {_VERSION}",
+                    received=", ".join(f"{key}={theirs.get(key)!r}" for key in different)
+                    if state
+                    else "a checkpoint without a state of the controller",
                     next_step="Nothing needs to be done; to go on as before, use the configuration the run began with",
                 ),
                 ActNNWarning,
                 stacklevel=2,
             )
             return
+        try:
+            self._take_over(state)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigError(
+                message(
+                    "the state of the controller is damaged",
+                    where="load_state_dict",
+                    expected="what Controller.state_dict() returned",
+                    received=f"{type(error).__name__}: {error}",
+                    next_step="Load another checkpoint, or train on without its state",
+                )
+            ) from error
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
         kept = {
             key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi), tuple(map(float, sizes)))
             for key, (c, v, n, p, lo, hi, sizes) in state["kept"].items()
         }
         plan = {key: float(bits) for key, bits in state["plan"].items()}
         history = [dict(entry) for entry in state["history"]]
-        minibatch, readings = float(state["minibatch"]), int(state["readings"])
+        averages = {name: float(state["averages"][name]) for name in self._averages}
+        readings = int(state["readings"])
         self.table.load(state["table"])
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
         self._kept, self._plan, self.history = kept, plan, history
-        self._minibatch, self._readings, self._tapes = minibatch, readings, []
+        self._averages, self._readings, self._tape = averages, readings, None
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
 
@@ -215,17 +240,15 @@ class Controller:
     def identify(self, ids: Any) -> None:
         self.table.identify(ids)
 
-    def begin(self, samples: int, written: int) -> bool:
+    def begin(self, samples: int, root: int) -> Any:
         self._since_step += 1
-        if not self._told:
-            if _is_alone():
-                if self._written is not None and written != self._written:
-                    self._step()
-                self._written = written
-            elif not self.asked_for or self._since_step > FORGOTTEN:
-                self._say_forgotten()
-                return False
-        return self.active and self._due and len(self._tapes) < MOST_TAPES
+        if not self.asked_for or (self.steps == 0 and self._since_step > FORGOTTEN):
+            self._say_forgotten()
+            return False
+        self._calls[root] = self._calls.get(root, 0) + 1
+        if not self.active or not self._due or self._calls[root] > MOST_CALLS:
+            return False
+        return self._tape
 
     def keeps(self, key: str) -> bool:
         return False
@@ -252,7 +275,7 @@ class Controller:
         self.table.forget()
 
     def recorded(self, tape: Any) -> None:
-        self._tapes.append(tape)
+        self._tape = tape
 
     def end(self, outputs: list[Tensor], samples: int) -> None:
         self.table.watch(outputs, samples)
@@ -278,11 +301,22 @@ class Controller:
             if old is not None:
                 cost = newest * cost + (1 - newest) * old.cost
             self._kept[key] = one._replace(cost=cost, variance=one.variance / reading.scale)
-        if math.isfinite(reading.minibatch) and reading.minibatch > 0:
-            share, old_share = reading.minibatch / reading.scale, self._minibatch
-            if math.isfinite(old_share):
-                share = math.exp(newest * math.log(share) + (1 - newest) * math.log(old_share))
-            self._minibatch = share
+        for name in ("minibatch", "squared"):
+            now, before = getattr(reading, name) / reading.scale, self._averages[name]
+            if math.isfinite(now) and now > 0:
+                if math.isfinite(before):
+                    now = math.exp(newest * math.log(now) + (1 - newest) * math.log(before))
+                self._averages[name] = now
+
+    @property
+    def _minibatch(self) -> float:
+        """Variance of the gradient over the drawing of the batch, relative to the scale; nan while it is not known.
+
+        No more than the squared gradient, which is on average that variance and the squared mean. With batch
+        normalisation the parts of the samples are not independent, and their differences alone say too much.
+        """
+        known, squared = self._averages["minibatch"], self._averages["squared"]
+        return min(known, squared) if math.isfinite(squared) else known
 
     def _solve(self, seen: Collection[str]) -> None:
         """Bits for each part of each kept tensor that the newest reading saw; a tensor's plan is the mean of its parts.
@@ -318,10 +352,13 @@ class Controller:
         if not self.config.chooses_per_tensor:
             return asked
         costs, weights = items.costs, items.weights
-        costs = torch.maximum(costs, LEAST_COST * costs.sum() / weights.sum() * weights)
+        floor = LEAST_COST * float(costs.sum() / weights.sum())
         share = self.config.allowed_variance
-        if share is not None and math.isfinite(self._minibatch):
-            target = max(AIM * share * self._minibatch - added, 0.0)
+        target = max(AIM * share * self._minibatch - added, 0.0) if share is not None else math.nan
+        if math.isfinite(target):
+            floor = min(floor, LEAST_SHARE * target / float(weights.sum()))  # or one large cost would use up the target
+        costs = torch.maximum(costs, floor * weights)
+        if math.isfinite(target):
             return _fewest(costs, weights, target, items.low, items.high)
         allowed = items.nbytes(asked)
         budget = least = float((weights * items.low).sum())
@@ -340,8 +377,8 @@ class Controller:
         warnings.warn(
             message(
                 "bits do not adapt: nothing has called the controller's step()",
-                where=f"{self._since_step} training forward passes of several processes at {_setting(self.config)}",
-                expected="hf_actnn.controller(model).step() in every process, after the backward passes of each step",
+                where=f"{self._since_step} training forward passes at {_named(self.config)}",
+                expected="hf_actnn.controller(model).step() after the backward passes of each optimizer step",
                 received="no call",
                 next_step="Add the call, or use ActNNCallback in a Trainer; the average bits are used meanwhile",
             ),
@@ -349,9 +386,28 @@ class Controller:
             stacklevel=2,
         )
 
+    def _say_fruitless(self, reading: Reading | None) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        seen = (
+            "no quantised tensor took part in a backward pass" if reading is None else "gradients that are not finite"
+        )
+        warnings.warn(
+            message(
+                "bits do not adapt: measuring the backward pass showed nothing",
+                where=f"{self._fruitless} steps in a row at {_named(self.config)}",
+                expected="outputs as tensors, or in lists, tuples and dictionaries, and finite gradients of parameters",
+                received=seen,
+                next_step="Compare with hf_actnn.variance_report(model, step); the bits stay as they are meanwhile",
+            ),
+            ActNNWarning,
+            stacklevel=2,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        # Tapes belong to a graph that is neither copied nor pickled, and a copy's parameters count their own writes.
-        return {**self.__dict__, "_tapes": [], "_written": None}
+        # A tape belongs to a graph that is neither copied nor pickled.
+        return {**self.__dict__, "_tape": None, "_calls": {}}
 
 
 def _fewest(costs: Tensor, weights: Tensor, target: float, low: Tensor, high: Tensor) -> Tensor:
@@ -366,9 +422,13 @@ def _fewest(costs: Tensor, weights: Tensor, target: float, low: Tensor, high: Te
     return chosen
 
 
-def _setting(config: ActNNConfig) -> str:
-    parts = [f"level={config.level}"] + ([f"bits={config.bits}"] if config.bits is not None else [])
-    return ", ".join([*parts, f"seed={config.seed}"])
+def _named(config: ActNNConfig) -> str:
+    return f"level={config.level}" + (f", bits={config.bits}" if config.bits is not None else "")
+
+
+def _setting(config: ActNNConfig) -> dict[str, Any]:
+    """What a state must have in common with the configuration it is loaded into."""
+    return {key: value for key, value in config.to_dict().items() if key not in ("update_interval", "swap")}
 
 
 def _is_alone() -> bool:

@@ -14,6 +14,8 @@ from hf_actnn.precision.sensitivity import harmlessness
 
 #: Weight of the newest gradient in a sample's moving average.
 NEWEST = 0.5
+#: A table has a number for each sample up to the largest: 1 GB at this many.
+MOST_SAMPLES = 2**28
 
 
 def assign(weights: Tensor, average: float, low: int, high: int) -> int | Tensor:
@@ -89,6 +91,16 @@ class SampleTable:
                     expected="one whole number from 0 on for each sample of the batch, as a tensor [N]",
                     received=f"{found.dtype} of shape {tuple(found.shape)}",
                     next_step="Add a column with each sample's position in the data set",
+                )
+            )
+        if found.numel() and int(found.max()) >= MOST_SAMPLES:
+            raise ConfigError(
+                message(
+                    "`sample_id` is too large for a position in a data set",
+                    where="the call of the model",
+                    expected=f"whole numbers below {MOST_SAMPLES}",
+                    received=str(int(found.max())),
+                    next_step="Number the samples from 0 on instead of using hashes or names",
                 )
             )
         self._ids = found.detach().cpu().long()

@@ -51,11 +51,13 @@ class Reading(NamedTuple):
         scale: squared response of all parameters to a gradient of random signs: what everything is measured against, so
             that the scale of a loss does not count.
         minibatch: variance of the gradient over the drawing of the batch, in the same units; nan if not measured.
+        squared: the squared gradient of the parameters, in the same units.
     """
 
     kept: dict[str, Kept]
     scale: float
     minibatch: float
+    squared: float
 
     @property
     def is_finite(self) -> bool:
@@ -138,11 +140,12 @@ def read(tape: Any) -> Reading:
         spread = item.variance / harmlessness(item.bits)
         total = float(item.variance.sum())
         cost = variance[key] * float(spread.sum()) / total if total > 0 else 0.0
-        size = item.numel * len(item.variance) / tape.samples
+        size = item.numel * len(item.variance) / item.batch
         count = len(item.variance)
-        sizes = tuple(one * count / tape.samples for one in item.sizes)
+        sizes = tuple(one * count / item.batch for one in item.sizes)
         kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes)
-    return Reading(kept, sum(parameters), _minibatch(tape, values, parameters))
+    squared = sum(values(node.made) for node in tape.nodes)
+    return Reading(kept, sum(parameters), _minibatch(tape, values, parameters), squared)
 
 
 def merge(readings: Sequence[Reading]) -> Reading | None:
@@ -168,7 +171,12 @@ def merge(readings: Sequence[Reading]) -> Reading | None:
             kept[key] = one
     minibatch = [reading.minibatch for reading in readings if math.isfinite(reading.minibatch)]
     share = len(readings) / len(minibatch) if minibatch else math.nan
-    return Reading(kept, sum(reading.scale for reading in readings), sum(minibatch) * share if minibatch else math.nan)
+    return Reading(
+        kept,
+        sum(reading.scale for reading in readings),
+        sum(minibatch) * share if minibatch else math.nan,
+        sum(reading.squared for reading in readings),
+    )
 
 
 def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
@@ -182,18 +190,17 @@ def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
     apart = seen = 0.0
     for node, response in zip(tape.nodes, parameters, strict=True):
         if node.apart is not None:
-            apart, seen = apart + values(node.apart), seen + response
-    if not seen or tape.samples < 2:
-        return math.nan
-    count = tape.samples
-    return apart * (count / (count - 1) if count % 2 else 1.0) * sum(parameters) / seen
+            count = node.samples
+            apart += values(node.apart) * (count / (count - 1) if count % 2 else 1.0)
+            seen += response
+    return apart * sum(parameters) / seen if seen else math.nan
 
 
 def _numbers(tape: Any) -> Any:
     """All sums of a tape with one transfer: a function from a sum to its value."""
     sums = []
     for node in tape.nodes:
-        sums += [node.out, *node.ins, node.parameters, node.apart]
+        sums += [node.out, *node.ins, node.made, node.parameters, node.apart]
     for harm in tape.harms:
         sums += [harm.direct, *(moved for _, moved in harm.carried)]
     present = [one for one in sums if one is not None]

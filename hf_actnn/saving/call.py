@@ -315,7 +315,9 @@ class Call:
             tensor, bits, policy.group_size, seed=scope.seed, stream=scope.next_stream(), row_length=length
         )
         if scope.tape is not None:
-            scope.tape.add(Item(item, packed, tensor, samples, policy.low, policy.high))
+            found = Item(scope.tape, item, packed, tensor, samples, scope.samples, policy.low, policy.high)
+            scope.tape.add(found)
+            return Quantized(packed, item, found)
         return Quantized(packed, item)
 
     def data_argument(self, slot: Slot, argument: Any, rows: str | None = None) -> Kept:

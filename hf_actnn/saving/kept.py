@@ -23,12 +23,30 @@ from hf_actnn.errors import SavedTensorError, message
 class _Probe(threading.local):
     """What a tape asks of the tensors that are given back while it runs a node again; see `saving.tape`."""
 
-    #: Saves that the node in hand has read, where anyone wants to know.
+    #: Saves that the node in hand has read, where anyone wants to know, and the backward pass it belongs to.
     read: list[Any] | None = None
+    task = -1
     #: One quantised tensor, and what is added to its values; what reruns gave in the meantime.
     kept: Quantized | None = None
     noise: Tensor | None = None
     values: dict[int, list[Tensor]] | None = None
+
+    def begin(self) -> None:
+        """A node that is listened to begins."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            at_end_of_backward(self.clear)
+            self.task = task
+        self.read = []
+
+    def saw(self, slot: Any) -> None:
+        if torch._C._current_graph_task_id() != self.task:
+            self.clear()  # what is left of a pass that raised
+        elif self.read is not None:
+            self.read.append(slot)
+
+    def clear(self) -> None:
+        self.read, self.task = None, -1
 
     @contextlib.contextmanager
     def disturbing(self, kept: Quantized, noise: Tensor) -> Iterator[None]:
@@ -130,14 +148,15 @@ class Exact(Kept):
 class Quantized(Kept):
     """A randomly quantised code of the tensor; its expectation is the tensor.
 
-    ``item`` is its name where bits are chosen.
+    ``name`` is the tensor's where bits are chosen; ``item`` says more of it on a step that is measured.
     """
 
-    __slots__ = ("packed", "item")
+    __slots__ = ("packed", "name", "item")
     kind = "quantized"
 
-    def __init__(self, packed: codec.PackedTensor, item: str = "") -> None:
+    def __init__(self, packed: codec.PackedTensor, name: str = "", item: Any = None) -> None:
         self.packed = packed
+        self.name = name
         self.item = item
 
     def get(self) -> Tensor:

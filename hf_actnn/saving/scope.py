@@ -64,8 +64,8 @@ class Scope:
         self.session = session
         self.seed = session.key()
         self._streams = itertools.count(session.next_step() << 32)
-        weights, self.written = _weights(root)
-        self.registry = Registry(weights)
+        self.registry = Registry(_weights(root))
+        self.root = root
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -102,9 +102,10 @@ class Scope:
             self._close()
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        self.samples = batch_size(args, kwargs)
-        if adaptation.begin(self.samples, self.written):
-            self.tape = Tape(self.samples, seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
+        self.samples = batch_size(args, kwargs, getattr(self.root, "main_input_name", ""))
+        tape = adaptation.begin(self.samples, id(self.root))
+        if tape is not False:
+            self.tape = tape or Tape(seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
         try:
             with self._hooks, self._mode:
                 out = forward(*args, **kwargs)
@@ -113,7 +114,7 @@ class Scope:
             raise
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if self.tape is not None:
-            self.tape.listen(outputs)
+            self.tape.listen(outputs, self.samples)
             adaptation.recorded(self.tape)
         adaptation.end(outputs, self.samples)
         return out
@@ -130,6 +131,7 @@ class Scope:
     def _close(self) -> None:
         """Let go of what refers back here: a cycle would hold every code until the collector runs."""
         del self._hooks, self._mode, self.registry, self._first
+        del self.root
         self.tape = None
         codec.settle()
 
@@ -338,7 +340,7 @@ def _unpack(slot: Slot) -> Tensor:
 
 def _given_back(slot: Slot) -> Tensor:
     if probe.read is not None:
-        probe.read.append(slot)
+        probe.saw(slot)
     if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
         return _rebuilt.get(slot)
     with torch.no_grad():
@@ -356,15 +358,13 @@ class _IsTensor(dict[type, bool]):
 _IS_TENSOR = _IsTensor()
 
 
-def _weights(root: torch.nn.Module) -> tuple[set[int], int]:
-    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion. And how
-    often the trainable parameters were written to in place, all together.
+def _weights(root: torch.nn.Module) -> set[int]:
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
 
     Tensors that are plain attributes count too: the replicas of DataParallel, and modules whose parameters were
     flattened into one, have their weights there.
     """
     found: set[int] = set()
-    written = 0
     seen: set[torch.nn.Module] = set()
     open_modules = [root]
     while open_modules:
@@ -379,11 +379,8 @@ def _weights(root: torch.nn.Module) -> tuple[set[int], int]:
         for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
             if tensor is not None and _has_storage(tensor):
                 found.add(tensor.untyped_storage()._cdata)
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                written += parameter._version
         open_modules.extend(child for child in module._modules.values() if child is not None and child not in seen)
-    return found, written
+    return found
 
 
 def _gathers(index: Any) -> bool:

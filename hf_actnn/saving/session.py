@@ -59,8 +59,9 @@ class Adaptation(Protocol):
         """Which samples of the data set the next forward pass sees, ``[N]``."""
         ...
 
-    def begin(self, samples: int, written: int) -> bool:
-        """A training forward pass begins; whether it collects. ``written`` changes when parameters were written to."""
+    def begin(self, samples: int, root: int) -> Any:
+        """A training forward pass of the module with this id begins: False where nothing is measured, else the tape of
+        the step, None before there is one."""
         ...
 
     def keeps(self, key: str) -> bool:

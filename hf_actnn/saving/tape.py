@@ -17,7 +17,9 @@ missing. Nothing outlives its node but a few sums: `hf_actnn.precision.sensitivi
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from hf_actnn import codec
+from hf_actnn.errors import ActNNWarning, message
 from hf_actnn.saving.kept import Quantized, probe
 
 #: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
@@ -43,10 +46,15 @@ _DIAGONAL = (
 )
 
 
+_numbers = itertools.count()
+
+
 class Item:
     """A quantised tensor on a collecting step: how its rounding errs, sample by sample.
 
     Attributes:
+        tape: that it is on.
+        batch: samples of the batch; ``S`` of them, or one, are told apart.
         key: name of the tensor, the same in every step.
         numel: values of one sample.
         bits: ``[S]`` float64, bits of each sample.
@@ -56,9 +64,32 @@ class Item:
         sizes: ``[8]``, bytes of one sample's codes at 1 to 8 bits.
     """
 
-    __slots__ = ("key", "numel", "bits", "variance", "low", "high", "row_length", "group_size", "sizes")
+    __slots__ = (
+        "tape",
+        "batch",
+        "key",
+        "numel",
+        "bits",
+        "variance",
+        "low",
+        "high",
+        "row_length",
+        "group_size",
+        "sizes",
+    )
 
-    def __init__(self, key: str, packed: codec.PackedTensor, tensor: Tensor, samples: int, low: int, high: int) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        key: str,
+        packed: codec.PackedTensor,
+        tensor: Tensor,
+        samples: int,
+        batch: int,
+        low: int,
+        high: int,
+    ) -> None:
+        self.tape, self.batch = tape, batch
         self.key, self.low, self.high = key, low, high
         self.numel = tensor.numel() // samples
         self.row_length, self.group_size = rows, group = packed.row_length, packed.group_size
@@ -74,16 +105,31 @@ class Item:
 class Node:
     """Sums of squares at one node of the graph; None where the backward pass did not come."""
 
-    __slots__ = ("following", "entries", "out", "ins", "parameters", "apart", "replayable", "diagonal")
+    __slots__ = (
+        "following",
+        "entries",
+        "out",
+        "ins",
+        "made",
+        "parameters",
+        "apart",
+        "replayable",
+        "diagonal",
+        "samples",
+    )
 
-    def __init__(self, following: list[int], entries: list[int], replayable: bool, diagonal: bool) -> None:
+    def __init__(
+        self, following: list[int], entries: list[int], replayable: bool, diagonal: bool, samples: int
+    ) -> None:
         #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and which of that node's
         #: outputs it belongs to.
         self.following, self.entries = following, entries
-        self.replayable, self.diagonal = replayable, diagonal
+        self.replayable, self.diagonal, self.samples = replayable, diagonal, samples
         self.out: Tensor | None = None
         self.ins: list[Tensor | None] = [None] * len(following)
-        #: Response of parameters to random signs for each value; and to one for each sample, half of them negative.
+        #: Gradients of parameters made here; their response to random signs for each value; and to one for each sample,
+        #: half of them negative.
+        self.made: Tensor | None = None
         self.parameters: Tensor | None = None
         self.apart: Tensor | None = None
 
@@ -98,23 +144,25 @@ class Harm(NamedTuple):
 
 
 class Tape:
-    """Filled during one forward pass and its backward pass.
+    """Filled during the forward and backward passes of one step.
 
     Args:
-        samples: of the batch.
         seed: of the signs.
         minibatch: whether to measure how far the samples' gradients differ.
     """
 
-    def __init__(self, samples: int, seed: int, minibatch: bool) -> None:
-        self.samples, self.minibatch = samples, minibatch
+    def __init__(self, seed: int, minibatch: bool) -> None:
+        self.minibatch = minibatch
+        self._mark = f"hf_actnn tape {next(_numbers)}"
         self.items: dict[str, Item] = {}
         self.nodes: list[Node] = []
         self.harms: list[Harm] = []
         #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
         self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
-        self._signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator).mul_(2).sub_(1).float()
+        signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator, device="cpu")
+        self._signs = signs.mul_(2).sub_(1).float()
+        self._told = False
         self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def add(self, item: Item) -> None:
@@ -122,8 +170,12 @@ class Tape:
 
     # -- the graph ----------------------------------------------------------------------------------------------------
 
-    def listen(self, outputs: Iterable[Tensor]) -> None:
-        """Hook every node that the backward pass from these tensors can reach."""
+    def listen(self, outputs: Iterable[Tensor], samples: int) -> None:
+        """Hook every node that the backward pass from these tensors can reach and that is not listened to yet.
+
+        A model may be run in parts. What an earlier part has made is known by a mark on the node itself: a reference
+        from here would keep the graph.
+        """
         index: dict[Any, int] = {}
         order: list[Any] = []
         stack: list[tuple[Any, bool]] = [(out.grad_fn, False) for out in outputs if out.grad_fn is not None]
@@ -131,7 +183,7 @@ class Tape:
             node, done = stack.pop()
             if done:
                 order.append(node)
-            elif node not in index:
+            elif node not in index and self._mark not in node.metadata:
                 index[node] = len(index)
                 stack.append((node, True))
                 stack.extend((into, False) for into, _ in node.next_functions if into is not None and into not in index)
@@ -144,7 +196,7 @@ class Tape:
                 elif hasattr(into, "variable"):
                     following.append(LEAF if isinstance(into.variable, torch.nn.Parameter) else NOTHING)
                 else:
-                    following.append(place[into])
+                    following.append(place[into] if into in place else into.metadata[self._mark])
             if hasattr(node, "variable"):
                 continue
             if following and all(into == LEAF for into in following):
@@ -152,6 +204,7 @@ class Tape:
                 place[node] = LEAF if not _reads_data(node) else len(self.nodes)
             else:
                 place[node] = len(self.nodes)
+            node.metadata[self._mark] = place[node]
             if place[node] == LEAF:
                 continue
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
@@ -160,29 +213,28 @@ class Tape:
             node.register_prehook(_begin)
             node.register_hook(_Hook(self, len(self.nodes)))
             entries = [entry for _, entry in node.next_functions]
-            self.nodes.append(Node(following, entries, replayable, name in _DIAGONAL))
+            self.nodes.append(Node(following, entries, replayable, name in _DIAGONAL, samples))
 
     def measure(self, at: int, grad_inputs: tuple, grad_outputs: tuple) -> None:
         """After a node has run: what it did with the gradient, and what else it would have done."""
-        read, probe.read = probe.read, None
+        read = probe.read
         if torch.is_grad_enabled():
             return  # create_graph: what is measured must not become a part of the graph
         node = self.nodes[at]
         node.out = _plus(node.out, _energy(grad_outputs))
         leaves = [j for j, into in enumerate(node.following) if into == LEAF and grad_inputs[j] is not None]
         others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]
-        harmful: dict[int, tuple[Quantized, str]] = {}
+        if leaves:
+            node.made = _plus(node.made, _energy([grad_inputs[j] for j in leaves]))
+        harmful: dict[int, tuple[Quantized, Item]] = {}
         for slot in read or ():
             for kept in slot.kept.leaves():
-                if isinstance(kept, Quantized) and kept.item in self.items:
+                if isinstance(kept, Quantized) and kept.item is not None and kept.item.tape is self:
                     harmful.setdefault(id(kept), (kept, kept.item))
         again: Any = torch._C._current_autograd_node()
         white = None
         if node.replayable and (leaves or (harmful and not node.diagonal)):
-            try:
-                white = _as(again(*[self._signed(grad) for grad in grad_outputs]), grad_inputs)
-            except torch.utils.checkpoint.CheckpointError:
-                node.replayable = False  # what a checkpoint recomputes, it gives back once
+            white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
         if white is None:
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((grad_inputs[j],)))
@@ -194,24 +246,29 @@ class Tape:
             if leaves:
                 node.parameters = _plus(node.parameters, _energy([white[j] for j in leaves]))
             del white
-        if self.minibatch and leaves and node.replayable and self._splits(grad_outputs):
-            by_sample = _as(again(*[self._signed(grad, self.samples) for grad in grad_outputs]), grad_inputs)
-            node.apart = _plus(node.apart, _energy([by_sample[j] for j in leaves]))
-            del by_sample
+        if self.minibatch and leaves and node.replayable and self._splits(grad_outputs, node.samples):
+            signed = [self._signed(grad, node.samples) for grad in grad_outputs]
+            by_sample = self._run(node, again, signed, grad_inputs)
+            if by_sample is not None:
+                node.apart = _plus(node.apart, _energy([by_sample[j] for j in leaves]))
+            del by_sample, signed
         if not node.replayable:
             for key, _, noise, _ in self._coming.pop(at, ()):
                 self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
             return
-        for kept, key in harmful.values():
-            with probe.disturbing(kept, self._noise(kept, self.items[key])):
-                moved = _as(again(*grad_outputs), grad_inputs)
-            self._harm(key, at, [_minus(moved[j], grad_inputs[j]) for j in range(len(moved))], leaves, others, FOLLOWED)
+        for kept, item in harmful.values():
+            with probe.disturbing(kept, self._noise(kept, item)):
+                moved = self._run(node, again, grad_outputs, grad_inputs)
+            if moved is None:
+                continue
+            self._harm(
+                item.key, at, [_minus(moved[j], grad_inputs[j]) for j in range(len(moved))], leaves, others, FOLLOWED
+            )
             del moved
         for key, entry, noise, further in self._coming.pop(at, ()):
             alone = [noise if place == entry else None for place in range(len(grad_outputs))]
-            try:
-                moved = _as(again(*alone), grad_inputs)
-            except torch.utils.checkpoint.CheckpointError:
+            moved = self._run(node, again, alone, grad_inputs)
+            if moved is None:
                 self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
                 continue
             self._harm(key, at, moved, leaves, others, further)
@@ -254,15 +311,41 @@ class Tape:
             return None
         if samples:
             # As many of each as can be: what all samples have in common cancels out, and with it most of the scatter.
-            signs = torch.ones(samples)
+            signs = torch.ones(samples, device="cpu")
             signs[: samples // 2] = -1
             signs[samples // 2 * 2 :] = 0
-            signs = signs[torch.randperm(samples, generator=self._generator)].to(grad)
+            signs = signs[torch.randperm(samples, generator=self._generator, device="cpu")].to(grad)
             return (grad.reshape(samples, -1) * signs[:, None]).view(grad.shape)
         return grad * self._random(grad.numel(), grad).view(grad.shape)
 
-    def _splits(self, grads: tuple) -> bool:
-        return all(grad is None or (grad.ndim > 0 and grad.shape[0] % self.samples == 0) for grad in grads)
+    @staticmethod
+    def _splits(grads: tuple, samples: int) -> bool:
+        return samples > 1 and all(
+            grad is None or (grad.ndim > 0 and grad.shape[0] > 0 and grad.shape[0] % samples == 0) for grad in grads
+        )
+
+    def _run(self, node: Node, again: Any, grads: Iterable[Tensor | None], like: tuple) -> list[Tensor | None] | None:
+        """Another run of the node that has just run; None, for good, where it does not let itself be run again."""
+        try:
+            return _as(again(*grads), like)
+        except Exception as error:
+            node.replayable = False
+            # What a checkpoint recomputes it gives back once, and others may have hooks of that kind too: a measurement
+            # must not be what a training stops for.
+            if not isinstance(error, torch.utils.checkpoint.CheckpointError) and not self._told:
+                self._told = True
+                warnings.warn(
+                    message(
+                        "an operation could not be run again to measure what quantisation does to it",
+                        where=type(again).__name__,
+                        expected="saved tensors that may be read twice",
+                        received=f"{type(error).__name__}: {error}",
+                        next_step="Nothing needs to be done: gradients are right, it only counts less for the bits",
+                    ),
+                    ActNNWarning,
+                    stacklevel=2,
+                )
+            return None
 
     def _noise(self, kept: Quantized, item: Item) -> Tensor:
         """Noise of the variance that the rounding has: per group by its step, per sample by what was measured."""
@@ -308,7 +391,7 @@ class _Hook:
 
 
 def _begin(grad_outputs: tuple) -> None:
-    probe.read = []
+    probe.begin()
 
 
 def _minus(moved: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -327,9 +410,13 @@ def _plus(before: Tensor | None, more: Tensor) -> Tensor:
 
 def _energy(tensors: Iterable[Tensor | None]) -> Tensor:
     """The sum of all squares, as a tensor without dimensions."""
-    norms = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) for tensor in tensors if tensor is not None]
+    norms = []
+    for tensor in tensors:
+        if tensor is not None:
+            real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            norms.append(torch.linalg.vector_norm(real, dtype=_wide(real)).double())
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float64)
     return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
 
 
@@ -359,14 +446,33 @@ def samples_in_order(tensor: Tensor, samples: int, row_length: int) -> int:
     return samples
 
 
-def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Samples in a call: the length of the first tensor that has one."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor) and value[0].ndim > 0:
-            return len(value) if value[0].ndim == 3 else value[0].shape[0]
+def batch_size(args: tuple, kwargs: dict[str, Any], main: str = "") -> int:
+    """Samples in a call.
+
+    The length of its main input where that is known, else of the first tensor with two dimensions or more, of a list of
+    images, or of the first vector. Of inputs with the sequence first it is the length of the sequence.
+    """
+    values = [kwargs[main]] if main in kwargs else []
+    values += [*args, *kwargs.values()]
+    for least in (2, 1):
+        for value in values:
+            found = _length(value, least)
+            if found:
+                return found
     return 1
+
+
+def _length(value: Any, least: int) -> int:
+    """Of a tensor with so many dimensions, or of what holds one; 0 for anything else."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim >= least else 0
+    if isinstance(value, dict):
+        return next((found for one in value.values() if (found := _length(one, least))), 0)
+    if isinstance(value, (list, tuple)) and value:
+        if isinstance(value[0], Tensor):
+            return len(value) if value[0].ndim == 3 else _length(value[0], least)
+        return len(value) if isinstance(value[0], dict) and _length(value[0], least) else 0
+    return 0
 
 
 def seed_of(key: int, step: int) -> int:

@@ -82,7 +82,7 @@ class _Codes:
     def saved(self, slot: Any, tensor: Tensor, path: str, function: str) -> None:
         for leaf in slot.kept.leaves():
             if isinstance(leaf, Quantized):
-                self.found[leaf.item] = leaf.packed
+                self.found[leaf.name] = leaf.packed
 
     def copied(self, kept: Any, path: str) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import hf_actnn
 from hf_actnn.errors import ActNNWarning, ConfigError, ConversionError
 from hf_actnn.precision import controller as module
-from hf_actnn.precision.controller import AIM, MOST_TAPES, Controller
+from hf_actnn.precision.controller import AIM, MOST_CALLS, Controller
 from hf_actnn.saving import scope
 from tests.precision.small import adaptive, backward, batch, codes, gradient, held, net, train, widths
 
@@ -66,23 +67,11 @@ def test_before_the_first_update_every_tensor_has_the_average(average, count):
         assert widths(packed, count).tolist() == [int(average)] * count
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_alone_nobody_has_to_call_step(micro):
-    """The same bits as with calls: an optimizer's writing to parameters says that a step is over."""
-    told, controller = adaptive(bits=2, update_interval=2)
-    alone = hf_actnn.convert(copy.deepcopy(told), level="L3", bits=2, update_interval=2, min_numel=64)
-    for model, step in ((told, controller.step), (alone, lambda: None)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        for _ in range(5):
-            for _ in range(micro):
-                backward(model)
-            step()
-            optimizer.step()
-            optimizer.zero_grad()
-        backward(model)
-    assert hf_actnn.controller(alone).steps == controller.steps == 5
-    assert hf_actnn.controller(alone).bits() == controller.bits() != {}
-    assert hf_actnn.controller(alone).history == controller.history
+def test_a_controller_nobody_asks_for_measures_nothing():
+    """Asking for it says that steps will be told."""
+    model = hf_actnn.convert(net(), level="L3", update_interval=1, min_numel=64)
+    backward(model)
+    assert hf_actnn.controller(model)._tape is None
 
 
 def test_bits_stay_where_the_controller_is_not_active():
@@ -209,10 +198,14 @@ def test_accumulation_is_one_step(micro):
     model, controller = adaptive(bits=2)
     whole, single = adaptive(bits=2)
     for step in range(4):
+        measured = [0]
         for part in range(micro):
             x, y = batch(8, seed=10 * step + part)
             (F.cross_entropy(model(x), y) / micro).backward()
-            assert len(controller._tapes) == min(part + 1, MOST_TAPES)
+            assert controller._calls[id(model)] == part + 1
+            measured.append(len(controller._tape.harms))
+        grew = [after > before for before, after in itertools.pairwise(measured)]
+        assert grew == [part < MOST_CALLS for part in range(micro)]
         controller.step()
         assert controller.steps == len(controller.history) == step + 1
         parts = [batch(8, seed=10 * step + part) for part in range(micro)]
@@ -371,7 +364,7 @@ def test_gradients_that_are_not_finite_are_skipped(scale):
     controller.step()  # the step after it is measured, not one an interval away
     assert [entry["step"] for entry in controller.history] == [2]
     assert all(math.isfinite(value) for value in controller.history[0].values())
-    assert controller._tapes == [] and not controller._due
+    assert controller._tape is None and not controller._due
 
 
 def test_one_overflow_among_micro_batches_spoils_no_average():
@@ -405,7 +398,7 @@ def test_a_forward_pass_that_raises_is_not_waited_for():
     model, controller = adaptive(bits=2)
     with pytest.raises(RuntimeError):
         model(torch.randn(16, 4, 16, 16))
-    assert controller._tapes == []
+    assert controller._tape is None
     backward(model)
     controller.step()
     assert len(controller.history) == 1
@@ -477,7 +470,7 @@ def test_converting_again_begins_anew():
     assert new is not old and hf_actnn.controller(model) is new
     assert (new.steps, new.bits(), new.history) == (0, {}, [])
     assert all(int(widths(packed, 16).sum()) == 32 for packed in codes(lambda: model(batch()[0])).values())
-    new._tapes.clear()
+    new._tape = None
     train(model, new, range(1))
     old.step()
     assert new.bits() and len(new.history) == 1 and old.bits() == kept
@@ -549,11 +542,12 @@ def our_warnings(count: int) -> Any:
     assert len(found) == count, found
 
 
-def test_a_forgotten_step_is_told_once(monkeypatch):
-    """Among several processes: one that saw by itself that a step is over would wait for the others."""
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_forgotten_step_is_told_once(monkeypatch, asked):
     monkeypatch.setattr(module, "FORGOTTEN", 3)
-    monkeypatch.setattr(module, "_is_alone", lambda: False)
     model = hf_actnn.convert(nn.Sequential(nn.Linear(32, 64)), level="L3", min_numel=64)
+    if asked:
+        hf_actnn.controller(model)
     with our_warnings(0):
         for _ in range(3):
             model(torch.randn(4, 32)).sum().backward()
@@ -562,7 +556,6 @@ def test_a_forgotten_step_is_told_once(monkeypatch):
             model(torch.randn(4, 32)).sum().backward()
     assert "nothing has called the controller's step()" in found[0]
     assert "level=L3" in found[0] and "hf_actnn.controller(model).step()" in found[0]
-    assert hf_actnn.controller(model)._tapes == []
 
 
 def test_no_word_of_steps_where_they_are_called_or_not_needed(monkeypatch):
@@ -583,7 +576,10 @@ def test_a_forgotten_step_holds_no_measurements_without_end(monkeypatch):
     model, controller = adaptive(nn.Sequential(nn.Linear(32, 64)))
     for _ in range(15):
         model(torch.randn(4, 32)).sum().backward()
-    assert len(controller._tapes) <= MOST_TAPES
+    assert controller._tape.items.keys() == {"0:linear"}
+    nodes = len(controller._tape.nodes)
+    model(torch.randn(4, 32)).sum().backward()
+    assert len(controller._tape.nodes) == nodes
 
 
 @pytest.mark.parametrize("level", ["L0", "L1", "L2"])
@@ -591,7 +587,7 @@ def test_levels_that_choose_nothing_have_a_controller_that_counts(level):
     model, controller = adaptive(level=level)
     train(model, controller, range(2))
     assert (controller.steps, controller.bits(), controller.history) == (2, {}, [])
-    assert controller._tapes == []
+    assert controller._tape is None
 
 
 # -- state ------------------------------------------------------------------------------------------------------------
@@ -602,7 +598,7 @@ def plain(value: Any) -> bool:
         return all(type(key) is str and plain(one) for key, one in value.items())
     if type(value) in (list, tuple):
         return all(map(plain, value))
-    return type(value) in (int, float, str, bool)
+    return value is None or type(value) in (int, float, str, bool)
 
 
 @pytest.mark.parametrize("settings", [{}, {"per_sample": False}, {"bits": "auto"}], ids=["L3", "tensors", "auto"])
@@ -658,7 +654,8 @@ def test_state_of_other_settings_is_told_and_left(change):
     other_model, other = adaptive(**change)
     with our_warnings(1) as found:
         other.load_state_dict(controller.state_dict())
-    assert "not taken over" in found[0] and "level=L3" in found[0]
+    ((field, value),) = change.items()
+    assert "not taken over" in found[0] and f"Expected {field}={value!r}" in found[0]
     assert (other.steps, other.bits(), other.history) == (0, {}, [])
     train(other_model, other, range(1))
     assert len(other.history) == 1
@@ -668,7 +665,7 @@ def test_no_state_is_told_where_bits_are_chosen():
     _, controller = adaptive()
     with our_warnings(1) as found:
         controller.load_state_dict({})
-    assert "a checkpoint without one" in found[0]
+    assert "a checkpoint without a state" in found[0]
     _, fixed = adaptive(level="L2")
     with our_warnings(0):
         fixed.load_state_dict({})
