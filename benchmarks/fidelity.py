@@ -485,6 +485,46 @@ _COMPARED: tuple[tuple[int | None, str, int, str, str], ...] = (
 HARMLESS = 0.1
 
 
+def _adaptive(results: dict[str, Any]) -> Iterator[str]:
+    yield from (
+        "## Bits by a target",
+        "",
+        'Trainings from random weights with `bits="auto"`: at three points of each the variance that quantisation adds,',
+        "by Monte Carlo against exact gradients over several batches, as a share of the mini-batch's own variance, measured",
+        "between exact gradients. Scores are paired by seed and data order. Written from",
+        "`benchmarks/results/adaptive.json`, which `benchmarks/adaptive.py` makes.",
+        "",
+        "| training | seed | allowed | added at three points | average bits there | bytes per image | at L2 | score | uncompressed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    )
+    rows = results["rows"]
+    for row in sorted(rows, key=lambda row: (row["task"], row["seed"])):
+        if row["share"] is None:
+            continue
+        plain = next(
+            (r for r in rows if r["task"] == row["task"] and r["seed"] == row["seed"] and not r["share"]), None
+        )
+        cells = [
+            row["task"],
+            str(row["seed"]),
+            f"{row['share']:g}",
+            ", ".join(f"{point['share']:.3f}" for point in row["points"]),
+            ", ".join(f"{point['bits']:.2f}" for point in row["points"]),
+            f"{row['bytes_per_sample'] / 1000:.1f} kB",
+            f"{row['bytes_per_sample_L2'] / 1000:.1f} kB",
+            f"{100 * row['score']:.1f} %",
+            f"{100 * plain['score']:.1f} %" if plain else "",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    for pair in results["paired"]:
+        yield (
+            f"* {pair['task']}: mean difference of the score {100 * pair['difference']:+.2f} ± "
+            f"{100 * pair['standard_error']:.2f} points over {pair['pairs']} pairs."
+        )
+    yield ""
+
+
 def _page(results: dict[str, Any]) -> Iterator[str]:
     rows = results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -527,6 +567,9 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
                     f"{min(harmless)}."
                 )
         yield ""
+    adaptive = Path(timing.__file__).parent / "results" / "adaptive.json"
+    if adaptive.exists():
+        yield from _adaptive(json.loads(adaptive.read_text()))
     if results["trainings"]:
         yield from (
             "## Short trainings from random weights",
