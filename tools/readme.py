@@ -76,7 +76,7 @@ def chosen_bits(fidelity: dict[str, Any], adaptive: dict[str, Any]) -> list[str]
     """What it does to gradients and scores to choose the bits."""
     lines = [
         "",
-        "| trained on CIFAR-10 | variance added to the gradient, 2 bits for all | 2 bits on average, chosen (L3) | of it |",
+        "| trained on CIFAR-10 | variance added to the gradient, 2 bits for all | 2 on average, chosen (L3) | of it |",
         "|---|---|---|---|",
     ]
     names = {"resnet18": "ResNet-18", "vit_s": "ViT-S"}
