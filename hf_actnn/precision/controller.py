@@ -29,7 +29,7 @@ LEAST_COST = 1e-3
 #: What that may come to altogether, of the variance to spend.
 LEAST_SHARE = 0.03
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.8
+AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 200
 _VERSION = 1
