@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ FRUITLESS = 5
 LEAST_COST = 1e-3
 #: What that may come to altogether, of the variance to spend.
 LEAST_SHARE = 0.03
+#: What choosing bits per sample would have to leave of a tensor's variance to be worth another look at the tensor.
+ALIKE = 0.95
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
 AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
@@ -262,13 +265,16 @@ class Controller:
         average = min(max(average, policy.low), policy.high)
         if samples <= 1 or not (self.config.chooses_per_sample or average % 1):
             return int(average)
+        weights = torch.ones(samples, dtype=torch.float64)
         if self.config.chooses_per_sample:
-            weights = spread()
             factors = self.table.factors(samples)
             if factors is not None:
-                weights = weights * factors
-        else:
-            weights = torch.ones(samples, dtype=torch.float64)
+                weights = spread() * factors
+            elif key in self._kept and _are_alike(self._kept[key].parts):
+                if average == int(average):
+                    return int(average)
+            else:
+                weights = spread()
         return assign(weights, average, policy.low, policy.high)
 
     def failed(self) -> None:
@@ -408,6 +414,13 @@ class Controller:
     def __getstate__(self) -> dict[str, Any]:
         # A tape belongs to a graph that is neither copied nor pickled.
         return {**self.__dict__, "_tape": None, "_calls": {}}
+
+
+@lru_cache(maxsize=4096)
+def _are_alike(parts: tuple[float, ...]) -> bool:
+    """Whether samples differ so little in spread that looking at each would not gain what it costs: the geometric mean
+    over the arithmetic one is what the best bits, fractions allowed, leave of the variance."""
+    return math.exp(sum(math.log(max(part, 1e-12)) for part in parts) / len(parts)) > ALIKE
 
 
 def _fewest(costs: Tensor, weights: Tensor, target: float, low: Tensor, high: Tensor) -> Tensor:
