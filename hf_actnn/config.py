@@ -42,8 +42,8 @@ Override = int | str | tuple[int, int]
 class ActNNConfig:
     """How activations are kept for the backward pass.
 
-    A level is a fixed set of fields; naming a field beside it replaces that field alone. ``ActNNConfig()``, without
-    either, is ``level="L3", bits="auto"``; a whole number of bits without a level is that number everywhere, at L2.
+    A level is a fixed set of fields; naming a field beside it replaces that field alone. ``ActNNConfig()`` is
+    L3; a whole number of bits without a level is that number everywhere, at L2.
 
     Args:
         level: ``"L0"`` keeps everything exactly, ``"L1"`` quantises to 4 bits and leaves what normalisations keep
@@ -94,9 +94,6 @@ class ActNNConfig:
             self._implied.add("level")
             whole = isinstance(self.bits, int) and self.bits is not None
             object.__setattr__(self, "level", "L2" if whole else "L3")
-            if self.bits is None and self.per_tensor is None and self.per_sample is None:
-                object.__setattr__(self, "bits", AUTO)
-                self._implied.add("bits")
         _check_level(self.level)
         _check_unavailable(self)
         for name in ("per_sample", "per_tensor", "exact_norms"):
@@ -198,7 +195,7 @@ class ActNNConfig:
         """A copy with some fields replaced, checked like a new one."""
         _check_keys(fields, "the keyword arguments")
         if fields.keys() & {"level", "bits", "per_sample", "per_tensor"}:
-            fields = {**{name: {"level": "", "bits": None}[name] for name in self._implied}, **fields}
+            fields = {**dict.fromkeys(self._implied, ""), **fields}
         return dataclasses.replace(self, **fields)
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,9 +28,8 @@ def convert(
 
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.
-        config: an :class:`ActNNConfig`, a level such as ``"L3"``, a mapping of fields or a path of JSON. Without it, as
-            few bits as keep the added variance within a tenth of the mini-batch's own (``bits="auto"``), beginning with
-            those of L2. Where several processes train together that needs :func:`controller`.
+        config: an :class:`ActNNConfig`, a level (``"L3"``, the default), a mapping of fields or a path of JSON. Levels
+            that choose bits want :func:`controller`; until its first step all tensors get the average.
         **overrides: fields of the configuration to replace, for example ``bits=2``.
 
     Raises:

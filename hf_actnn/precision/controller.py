@@ -34,7 +34,7 @@ ALIKE = 0.95
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
 AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
-FORGOTTEN = 200
+FORGOTTEN = 50
 _VERSION = 1
 
 
