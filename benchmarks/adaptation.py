@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -75,8 +76,18 @@ def peak(name: str, collects: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+def peaks(name: str) -> dict[str, dict[str, int]]:
+    """With the C library's heap as it is, and with large tensors in pages of their own, as in `memory.py`."""
+    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    return {
+        key: {how: int(_run("--peak", name, how, environment=where)) for how in ("ordinary", "collecting")}
+        for key, where in (("peak_rss", None), ("peak_rss_pages", own))
+    }
+
+
+def _run(*arguments: str, environment: dict[str, str] | None = None) -> str:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stdout.splitlines()[-1]
@@ -98,11 +109,10 @@ def main() -> None:
     rows = {}
     for name in options.models:
         row = json.loads(_run("--one", name, "--rounds", str(options.rounds)))
-        row["peak_rss"] = {how: int(_run("--peak", name, how)) for how in ("ordinary", "collecting")}
+        row |= peaks(name)
         rows[name] = row
-        print(
-            name, {key: round(row[key], 4) for key in ("every_step", "updates", "share")}, row["peak_rss"], flush=True
-        )
+        shares = {key: round(row[key], 4) for key in ("every_step", "updates", "share")}
+        print(name, shares, row["peak_rss"], row["peak_rss_pages"], flush=True)
         timing.write("adaptation", {"models": rows})
 
 
