@@ -309,6 +309,19 @@ def gradient(model: nn.Module, values: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def summary(errors: list[float], total: Tensor, scale: float) -> dict[str, Any]:
+    """Of the squared errors of some draws, relative to `scale`, and the sum of the errors."""
+    draws, mean = len(errors), statistics.mean(errors)
+    # |mean error|^2 holds the squared bias and the variance over the number of draws; the errors hold both whole.
+    of_mean = (total / draws).square().sum().item() / scale
+    return {
+        "draws": draws,
+        "variance": mean,
+        "standard_error": statistics.stdev(errors) / math.sqrt(draws),
+        "squared_bias": (draws * of_mean - mean) / (draws - 1),
+    }
+
+
 def relative_variance(
     model: nn.Module, batch: tuple[Tensor, Tensor], exact: Tensor, bits: int, way: str, draws: int
 ) -> dict[str, Any]:
@@ -330,19 +343,7 @@ def relative_variance(
             errors.append(error.square().sum().item() / scale)
             total += error
     hf_actnn.revert(model)
-    mean = statistics.mean(errors)
-    # |mean error|^2 holds the squared bias and the variance over the number of draws; the errors hold both whole.
-    of_mean = (total / draws).square().sum().item() / scale
-    bias = (draws * of_mean - mean) / (draws - 1)
-    return {
-        "bits": bits,
-        "way": way,
-        "draws": draws,
-        "variance": mean,
-        "standard_error": statistics.stdev(errors) / math.sqrt(draws),
-        "squared_bias": bias,
-        "bytes": held,
-    }
+    return {"bits": bits, "way": way, **summary(errors, total, scale), "bytes": held}
 
 
 def adaptive_variance(
@@ -371,17 +372,7 @@ def adaptive_variance(
         errors.append(error.square().sum().item() / scale)
         total += error
     hf_actnn.revert(model)
-    mean = statistics.mean(errors)
-    of_mean = (total / draws).square().sum().item() / scale
-    return {
-        "bits": bits,
-        "way": way,
-        "draws": draws,
-        "variance": mean,
-        "standard_error": statistics.stdev(errors) / math.sqrt(draws),
-        "squared_bias": (draws * of_mean - mean) / (draws - 1),
-        "bytes": memory.saved_bytes,
-    }
+    return {"bits": bits, "way": way, **summary(errors, total, scale), "bytes": memory.saved_bytes}
 
 
 def minibatch_variance(model: nn.Module, batches: Batches, exact: Tensor, images: int, count: int = 32) -> float:

@@ -208,7 +208,6 @@ class _Watch:
     """Stands in for the controller while a report is made: same bits, but it collects, and can keep others exactly."""
 
     adaptive = True
-    wants_minibatch = True
 
     def __init__(self, session: Session) -> None:
         self.behind = session.adaptation

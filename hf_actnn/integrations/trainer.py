@@ -25,6 +25,7 @@ from hf_actnn.memory import MemoryReport
 from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
 from hf_actnn.saving.scope import observers
+from hf_actnn.saving.tape import batch_size
 
 
 class ActNNCallback(TrainerCallback, ExportableState):
@@ -181,10 +182,11 @@ class ActNNCallback(TrainerCallback, ExportableState):
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not measured:
                 return
-            memory, samples = measured[0], batch_size(module, args, kwargs)
+            memory = measured[0]
+            samples = batch_size(args, kwargs, getattr(module, "main_input_name", ""))
             observers().remove(memory)
             probe.close()
-            if output is not None and memory.saved_bytes and samples:
+            if output is not None and memory.saved_bytes:
                 self.figures = {
                     "actnn_ratio": memory.ratio,
                     "actnn_bytes_per_sample": memory.saved_bytes / samples,
@@ -194,12 +196,6 @@ class ActNNCallback(TrainerCallback, ExportableState):
         # always_call: a forward that raises must not leave an observer behind.
         probe.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         self._probe = probe
-
-
-def batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Samples in a call of `model`: the length of its main input or else of the first tensor with a length, or 0."""
-    candidates = [kwargs.get(getattr(model, "main_input_name", "")), *args, *kwargs.values()]
-    return next((value.shape[0] for value in candidates if isinstance(value, torch.Tensor) and value.ndim), 0)
 
 
 @dataclass

@@ -34,7 +34,7 @@ ALIKE = 0.95
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
 AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
-FORGOTTEN = 50
+FORGOTTEN = 256
 _VERSION = 1
 
 
@@ -95,7 +95,6 @@ class Controller:
     def __init__(self, config: ActNNConfig) -> None:
         self.config = config
         self.adaptive = config.is_adaptive and config.effective_bits is not None
-        self.wants_minibatch = True
         self.active = True
         self.asked_for = False
         self.steps = 0

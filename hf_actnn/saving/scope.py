@@ -105,7 +105,7 @@ class Scope:
         self.samples = batch_size(args, kwargs, getattr(self.root, "main_input_name", ""))
         tape = adaptation.begin(self.samples, id(self.root))
         if tape is not False:
-            self.tape = tape or Tape(seed_of(self.seed, adaptation.steps), adaptation.wants_minibatch)
+            self.tape = tape or Tape(seed_of(self.seed, adaptation.steps))
         try:
             with self._hooks, self._mode:
                 out = forward(*args, **kwargs)

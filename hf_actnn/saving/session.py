@@ -49,7 +49,6 @@ class Adaptation(Protocol):
 
     steps: int
     adaptive: bool
-    wants_minibatch: bool
 
     def next_forward(self) -> int:
         """Number of a training forward pass."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -148,11 +147,9 @@ class Tape:
 
     Args:
         seed: of the signs.
-        minibatch: whether to measure how far the samples' gradients differ.
     """
 
-    def __init__(self, seed: int, minibatch: bool) -> None:
-        self.minibatch = minibatch
+    def __init__(self, seed: int) -> None:
         self._mark = f"hf_actnn tape {next(_numbers)}"
         self.items: dict[str, Item] = {}
         self.nodes: list[Node] = []
@@ -246,7 +243,7 @@ class Tape:
             if leaves:
                 node.parameters = _plus(node.parameters, _energy([white[j] for j in leaves]))
             del white
-        if self.minibatch and leaves and node.replayable and self._splits(grad_outputs, node.samples):
+        if leaves and node.replayable and self._splits(grad_outputs, node.samples):
             signed = [self._signed(grad, node.samples) for grad in grad_outputs]
             by_sample = self._run(node, again, signed, grad_inputs)
             if by_sample is not None:
@@ -477,4 +474,4 @@ def _length(value: Any, least: int) -> int:
 
 def seed_of(key: int, step: int) -> int:
     """Of the signs of one step."""
-    return math.floor(key ^ (step * 0x9E3779B97F4A7C15)) % 2**63
+    return (key ^ (step * 0x9E3779B97F4A7C15)) % 2**63
