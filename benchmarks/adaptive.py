@@ -33,7 +33,7 @@ import hf_actnn
 INTERVAL = 40
 #: Batches whose exact gradients give the mini-batch's variance; of them, those that quantisation is measured on, and
 #: how often each.
-BATCHES, MEASURED, DRAWS = 32, 8, 2
+BATCHES, MEASURED, DRAWS = 48, 48, 1
 Batches = Callable[[], tuple[Tensor, Tensor]]
 
 

@@ -19,7 +19,7 @@ import timing
 import torch
 from torch import Tensor
 
-from hf_actnn.precision import solver
+from hf_actnn.precision import problem, solver
 
 SIZES = (16, 100, 1000, 5000, 20_000)
 FAMILIES = ("equal", "random", "huge", "huge, costs in proportion")
@@ -63,8 +63,8 @@ def with_huge(costs: Tensor, weights: Tensor, budget: int) -> float:
 
 def plain(costs: Tensor, weights: Tensor, budget: int) -> Tensor:
     """The order of gain per byte up to the first step that does not fit."""
-    problem = solver._check(costs, weights, 1, 8)
-    steps = solver._steps(problem)
+    given = problem.as_problem(costs, weights, 1, 8)
+    steps = solver._steps(given)
     cut = int(torch.searchsorted(steps.weights.cumsum(0), budget - weights.sum(), right=True))
     return 1 + torch.bincount(steps.items[:cut], minlength=len(costs))
 

@@ -94,12 +94,15 @@ def controller(model: nn.Module) -> Controller:
         if member is not None and member.session.controller is not None:
             found[id(member.session.controller)] = cast(Controller, member.session.controller)
     if len(found) != 1:
+        received = f"{len(found)} parts that were converted by themselves" if found else "no converted model"
+        if not found and is_converted(model):
+            received = "layers of hf_actnn.nn in a model that is not converted"
         raise ConversionError(
             message(
                 "there is no controller" if not found else "the parts of this model have a controller each",
                 where=type(model).__name__,
                 expected="a model that convert() was called on as a whole",
-                received=f"{len(found)} parts that were converted by themselves" if found else "no converted model",
+                received=received,
                 next_step="Call hf_actnn.convert(model) first",
             )
         )

@@ -231,7 +231,7 @@ class _Watch:
         if self.behind is not None:
             self.behind.identify(ids)
 
-    def begin(self, samples: int, root: int) -> Any:
+    def begin(self, samples: int, root: torch.nn.Module) -> Any:
         return self.tape if self.collect else False
 
     def keeps(self, key: str) -> bool:

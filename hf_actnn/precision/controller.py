@@ -14,12 +14,16 @@ from torch import Tensor
 from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ActNNWarning, ConfigError, message
 from hf_actnn.precision import sensitivity
+from hf_actnn.precision.minibatch import WINDOW, MinibatchVariance
 from hf_actnn.precision.samples import SampleTable, assign
 from hf_actnn.precision.sensitivity import Kept, Reading, harmlessness
 from hf_actnn.precision.solver import solve, solve_for_target
 
-#: Least weight of the newest reading in the moving averages: the last few count.
-NEWEST = 0.35
+#: Least weight of the newest reading in the moving averages: of a tensor's cost, which moves more as training goes on
+#: than it scatters; and of the gradient's own variance, which is the other way round.
+NEWEST, NEWEST_OF_DRAWING = 0.6, 0.35
+#: How far one reading of the gradient's own variance may fall below the average.
+LOWEST = 1 / 3
 #: Calls of one module in a step, micro-batches say, that are collected from.
 MOST_CALLS = 4
 #: Collecting steps in a row that may show nothing before the next interval is waited for.
@@ -32,7 +36,7 @@ LEAST_SHARE = 0.03
 #: What choosing bits per sample would have to leave of a tensor's variance to be worth another look at the tensor.
 ALIKE = 0.95
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.6
+AIM = 0.55
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
 _VERSION = 1
@@ -107,8 +111,10 @@ class Controller:
         self._calls: dict[int, int] = {}
         self._due = True
         self._tape: Any = None
+        self._watching = True
+        self._drawing = MinibatchVariance()
         self._kept: dict[str, Kept] = {}
-        self._averages = {"minibatch": math.nan, "squared": math.nan}
+        self._averages = dict.fromkeys(("minibatch", "squared", "drawn"), math.nan)
         self._readings = 0
         self._plan: dict[str, float] = {}
 
@@ -125,9 +131,10 @@ class Controller:
         self.table.settle()
         if not self.adaptive or not self.active:
             return
-        self._calls = {}
+        calls, self._calls = self._calls, {}
+        self._drawing.step()
         if self._due:
-            readings = [] if self._tape is None else [sensitivity.read(self._tape)]
+            readings = [] if self._tape is None else [self._read(self._tape, calls.values())]
             self._tape = None
             reading = sensitivity.merge(_of_all_processes(readings))
             if reading is not None and reading.is_finite and reading.scale > 0:
@@ -141,6 +148,14 @@ class Controller:
                     return
                 self._say_fruitless(reading)
         self._due = self._is_due(self.steps)
+        self._watching = any(self._is_due(self.steps + ahead) for ahead in range(WINDOW + 1))
+
+    def _read(self, tape: Any, calls: Collection[int]) -> Reading:
+        """What a step showed. Its differences from others are of all its micro-batches; the tape has some of them."""
+        reading = sensitivity.read(tape)
+        share = sum(min(count, MOST_CALLS) for count in calls) / max(sum(calls), 1)
+        drawn, added = self._drawing.take() * share, sum(one.variance for one in reading.kept.values())
+        return reading._replace(drawn=max(drawn - added, drawn / 4))  # what is left of much noise is not known well
 
     def bits(self) -> dict[str, float]:
         """Average bits of each kept tensor, by name: module path, operation and, from the second of its kind on, a
@@ -155,6 +170,8 @@ class Controller:
             "steps": self.steps,
             "forwards": self._forwards,
             "due": self._due,
+            "watching": self._watching,
+            "drawing": self._drawing.state(),
             "averages": dict(self._averages),
             "readings": self._readings,
             "kept": {
@@ -227,10 +244,12 @@ class Controller:
         history = [dict(entry) for entry in state["history"]]
         averages = {name: float(state["averages"][name]) for name in self._averages}
         readings = int(state["readings"])
+        self._drawing.load(state["drawing"])
         self.table.load(state["table"])
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
         self._kept, self._plan, self.history = kept, plan, history
         self._averages, self._readings, self._tape = averages, readings, None
+        self._watching = bool(state["watching"])
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
 
@@ -242,13 +261,17 @@ class Controller:
     def identify(self, ids: Any) -> None:
         self.table.identify(ids)
 
-    def begin(self, samples: int, root: int) -> Any:
+    def begin(self, samples: int, root: torch.nn.Module) -> Any:
         self._since_step += 1
         if not self.asked_for or (self.steps == 0 and self._since_step > FORGOTTEN):
             self._say_forgotten()
             return False
-        self._calls[root] = self._calls.get(root, 0) + 1
-        if not self.active or not self._due or self._calls[root] > MOST_CALLS:
+        if not self.active:
+            return False
+        call = self._calls[id(root)] = self._calls.get(id(root), 0) + 1
+        if self._watching:
+            self._drawing.watch(root.parameters())
+        if not self._due or call > MOST_CALLS:
             return False
         return self._tape
 
@@ -296,31 +319,36 @@ class Controller:
         """Moving averages of costs, relative to the scale of their step.
 
         They begin as plain means, from the second reading on: the first is taken at the weights that training starts
-        from, which say little about what comes. The mini-batch's variance is averaged as a logarithm. Its readings
-        scatter upwards, by a batch with one outlier, and too high a value would let too much noise in.
+        from, which say little about what comes. The gradient's own variance has a harmonic mean: what scatters is the
+        scale that it stands over, mostly upwards, and quantisation's variance is on average in proportion to that.
         """
-        newest = max(1 / max(self._readings, 1), NEWEST)
         self._readings += 1
+        least = 1 / max(self._readings - 1, 1)
+        newest = max(least, NEWEST)
         for key, one in reading.kept.items():
             cost, old = one.cost / reading.scale, self._kept.get(key)
             if old is not None:
                 cost = newest * cost + (1 - newest) * old.cost
             self._kept[key] = one._replace(cost=cost, variance=one.variance / reading.scale)
-        for name in ("minibatch", "squared"):
+        newest = max(least, NEWEST_OF_DRAWING)
+        for name in self._averages:
             now, before = getattr(reading, name) / reading.scale, self._averages[name]
             if math.isfinite(now) and now > 0:
                 if math.isfinite(before):
-                    now = math.exp(newest * math.log(now) + (1 - newest) * math.log(before))
+                    now = 1 / (newest / max(now, LOWEST * before) + (1 - newest) / before)
                 self._averages[name] = now
 
     @property
     def _minibatch(self) -> float:
         """Variance of the gradient over the drawing of the batch, relative to the scale; nan while it is not known.
 
-        No more than the squared gradient, which is on average that variance and the squared mean. With batch
-        normalisation the parts of the samples are not independent, and their differences alone say too much.
+        From the parts of samples only until steps could be compared, and then no more than the squared gradient, which
+        is on average that variance and the squared mean: with batch normalisation the parts are not independent, and
+        their differences alone say too much.
         """
-        known, squared = self._averages["minibatch"], self._averages["squared"]
+        known, squared, drawn = (self._averages[name] for name in ("minibatch", "squared", "drawn"))
+        if math.isfinite(drawn):
+            return drawn
         return min(known, squared) if math.isfinite(squared) else known
 
     def _solve(self, seen: Collection[str]) -> None:
@@ -404,7 +432,8 @@ class Controller:
                 where=f"{self._fruitless} steps in a row at {_named(self.config)}",
                 expected="outputs as tensors, or in lists, tuples and dictionaries, and finite gradients of parameters",
                 received=seen,
-                next_step="Compare with hf_actnn.variance_report(model, step); the bits stay as they are meanwhile",
+                next_step="Ask hf_actnn.controller(model) again if the model was converted anew since, else compare "
+                "with hf_actnn.variance_report(model, step); the bits stay as they are meanwhile",
             ),
             ActNNWarning,
             stacklevel=2,

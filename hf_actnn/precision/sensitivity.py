@@ -50,7 +50,9 @@ class Reading(NamedTuple):
         kept: by name.
         scale: squared response of all parameters to a gradient of random signs: what everything is measured against, so
             that the scale of a loss does not count.
-        minibatch: variance of the gradient over the drawing of the batch, in the same units; nan if not measured.
+        minibatch: variance of the gradient over the drawing of the batch, in the same units, from the parts of its
+            samples; nan if not measured.
+        drawn: the same from the gradients of steps one after the other, without what quantisation adds.
         squared: the squared gradient of the parameters, in the same units.
     """
 
@@ -58,6 +60,7 @@ class Reading(NamedTuple):
     scale: float
     minibatch: float
     squared: float
+    drawn: float = math.nan
 
     @property
     def is_finite(self) -> bool:
@@ -169,14 +172,19 @@ def merge(readings: Sequence[Reading]) -> Reading | None:
                     parts=tuple(part / middle for part in mixed),
                 )
             kept[key] = one
-    minibatch = [reading.minibatch for reading in readings if math.isfinite(reading.minibatch)]
-    share = len(readings) / len(minibatch) if minibatch else math.nan
     return Reading(
         kept,
         sum(reading.scale for reading in readings),
-        sum(minibatch) * share if minibatch else math.nan,
+        _sum_of_known([reading.minibatch for reading in readings]),
         sum(reading.squared for reading in readings),
+        _sum_of_known([reading.drawn for reading in readings]),
     )
+
+
+def _sum_of_known(values: Sequence[float]) -> float:
+    """Those that are not known are taken to be like the others."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) * len(values) / len(known) if known else math.nan
 
 
 def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:

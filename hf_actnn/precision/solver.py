@@ -27,9 +27,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_actnn.errors import ConfigError, message
+from hf_actnn.precision.problem import (
+    MAX_BITS,
+    MIN_BITS,
+    Problem,
+    as_number,
+    as_problem,
+    as_reals,
+    as_widths,
+    capacity_of,
+    difference,
+)
 
-MIN_BITS, MAX_BITS = 1, 8
 #: Up to this many items the result is an optimum.
 EXACT_ITEMS = 16
 #: Items on either side of the step that no longer fits which are tried with another width: at most so many, and fewer
@@ -45,15 +54,6 @@ NEGLIGIBLE = 2.0**-100
 
 # h of 0 bits is never used; it keeps index and bits the same.
 _H = torch.tensor([math.inf] + [1.0 / (2**b - 1) ** 2 for b in range(MIN_BITS, MAX_BITS + 1)], dtype=torch.float64)
-
-
-class _Problem(NamedTuple):
-    """Checked arguments on the CPU, each of shape [I]."""
-
-    costs: Tensor  #: float64
-    weights: Tensor  #: float64
-    low: Tensor  #: int64
-    high: Tensor  #: int64
 
 
 class _Choice(NamedTuple):
@@ -87,8 +87,8 @@ def objective(costs: Tensor, bits: Tensor) -> float:
     Raises:
         ConfigError: costs or bits that cannot mean anything.
     """
-    costs = _reals(costs, "costs")
-    bits = _widths(bits, costs.numel(), "bits")
+    costs = as_reals(costs, "costs")
+    bits = as_widths(bits, costs.numel(), "bits")
     return math.fsum(_values(costs, bits).tolist())
 
 
@@ -121,8 +121,8 @@ def solve(costs: Tensor, weights: Tensor, budget: float, low: Tensor | int = 1, 
     Raises:
         ConfigError: arguments that cannot mean anything, or a budget below the bytes of ``low`` everywhere.
     """
-    problem = _check(costs, weights, low, high)
-    capacity = _capacity(problem, budget)
+    problem = as_problem(costs, weights, low, high)
+    capacity = capacity_of(problem, budget)
     # Bytes spent on what cannot be seen would not be missed in the objective, but would be missed by the user.
     seen = problem.costs > problem.costs.amax() * NEGLIGIBLE if len(problem.costs) else problem.costs > 0
     problem = problem._replace(high=torch.where(seen, problem.high, problem.low))
@@ -132,7 +132,7 @@ def solve(costs: Tensor, weights: Tensor, budget: float, low: Tensor | int = 1, 
         taken = _heavy(problem, steps, capacity, taken)
     bits = problem.low + _count(steps.items, taken, problem)
     if len(problem.costs) <= EXACT_ITEMS and not bool(taken.all()):
-        limit, rows = _table(problem, budget=_number(budget, "budget"))
+        limit, rows = _table(problem, budget=as_number(budget, "budget"))
         return _exact(rows, bits, limit)
     return bits
 
@@ -159,8 +159,8 @@ def solve_for_target(
     Raises:
         ConfigError: arguments that cannot mean anything.
     """
-    problem = _check(costs, weights, low, high)
-    target = _number(target, "target")
+    problem = as_problem(costs, weights, low, high)
+    target = as_number(target, "target")
     free = problem.costs == 0
     least = torch.where(free, problem.low, problem.high)
     if objective(problem.costs, least) > target:
@@ -168,7 +168,7 @@ def solve_for_target(
     if objective(problem.costs, problem.low) <= target:
         return problem.low
     problem = problem._replace(high=least)
-    room = _difference(target, _values(problem.costs, problem.high).tolist())
+    room = difference(target, _values(problem.costs, problem.high).tolist())
     steps = _steps(problem)
     # Gains are off from differences of the objective's rounded terms by three roundings at most.
     losses = torch.nextafter(steps.gains * (1 + 2.0**-50), torch.tensor(math.inf, dtype=torch.float64))
@@ -197,8 +197,8 @@ def lower_bound(costs: Tensor, weights: Tensor, budget: float, low: Tensor | int
     Raises:
         ConfigError: as :func:`solve`.
     """
-    problem = _check(costs, weights, low, high)
-    capacity = _capacity(problem, budget)
+    problem = as_problem(costs, weights, low, high)
+    capacity = capacity_of(problem, budget)
     return _bound(problem, _steps(problem), capacity)
 
 
@@ -210,7 +210,7 @@ def _values(costs: Tensor, bits: Tensor) -> Tensor:
     return costs * _H[bits]
 
 
-def _steps(problem: _Problem) -> _Steps:
+def _steps(problem: Problem) -> _Steps:
     """All steps between ``low`` and ``high`` that gain anything; equal gains per byte in the order of the items."""
     costs, weights, low, high = problem
     # Sorted by cost per byte first, the steps from each width lie in order: a stable sort of seven sorted runs takes a
@@ -227,7 +227,7 @@ def _steps(problem: _Problem) -> _Steps:
     return _Steps(items, gains, weights[items])
 
 
-def _bound(problem: _Problem, steps: _Steps, capacity: float) -> float:
+def _bound(problem: Problem, steps: _Steps, capacity: float) -> float:
     total = steps.weights.cumsum(0)
     cut = int(torch.searchsorted(total, capacity, right=True))
     taken = torch.zeros_like(total, dtype=torch.bool)
@@ -240,7 +240,7 @@ def _bound(problem: _Problem, steps: _Steps, capacity: float) -> float:
     return bound
 
 
-def _count(items: Tensor, taken: Tensor, problem: _Problem) -> Tensor:
+def _count(items: Tensor, taken: Tensor, problem: Problem) -> Tensor:
     """Steps taken of each item, [I]."""
     return torch.bincount(items[taken], minlength=len(problem.costs))
 
@@ -332,7 +332,7 @@ def _pack(items: Tensor, sizes: Tensor, values: Tensor, capacity: float) -> Tens
     return best
 
 
-def _heavy(problem: _Problem, steps: _Steps, capacity: float, best: Tensor) -> Tensor:
+def _heavy(problem: Problem, steps: _Steps, capacity: float, best: Tensor) -> Tensor:
     """The better of ``best`` and first fit under every Pareto-optimal choice of widths for the heaviest items.
 
     One step of such an item is as large as many steps of others; around it the order of gain per byte says little.
@@ -411,7 +411,7 @@ def _whole(number: float, exponent: int) -> int:
 
 
 def _table(
-    problem: _Problem, *, budget: float | None = None, target: float | None = None
+    problem: Problem, *, budget: float | None = None, target: float | None = None
 ) -> tuple[int, list[list[_Choice]]]:
     """The limit and every item's widths by size: bytes under a budget, or parts of the objective under a target."""
     weights = problem.weights.tolist()
@@ -506,173 +506,3 @@ def _exact(rows: list[list[_Choice]], bits: Tensor, limit: int) -> Tensor:
             if found < best:
                 best, code = found, part | second[place][3]
     return torch.tensor([code >> 4 * index & 15 for index in range(len(rows))], dtype=torch.int64)
-
-
-# -- arguments --------------------------------------------------------------------------------------------------------
-
-
-def _number(value: float, name: str) -> float:
-    """The largest float that is not above ``value``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(
-            message(
-                f"`{name}` is not a number",
-                expected="an int or a float",
-                received=repr(value),
-                next_step="Give a number",
-            )
-        )
-    number = float(value)
-    if math.isnan(number):
-        raise ConfigError(
-            message(
-                f"`{name}` is not a number", expected="an int or a float", received="nan", next_step="Give a number"
-            )
-        )
-    return number if number <= value else math.nextafter(number, -math.inf)
-
-
-def _reals(values: Tensor, name: str, above_zero: bool = False) -> Tensor:
-    """Checked values in float64 on the CPU, [I]."""
-    wanted = "finite numbers above zero" if above_zero else "finite numbers, none of them negative"
-    if not isinstance(values, Tensor) or values.dim() != 1 or values.is_complex() or values.dtype == torch.bool:
-        received = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
-        raise ConfigError(
-            message(
-                f"`{name}` is not a list of numbers",
-                expected=f"a tensor of one dimension with {wanted}",
-                received=received,
-                next_step="Give one number per item",
-            )
-        )
-    reals = values.detach().to("cpu", torch.float64)
-    bad = ~torch.isfinite(reals) | ((reals <= 0) if above_zero else (reals < 0))
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise ConfigError(
-            message(
-                f"`{name}` cannot be used",
-                where=f"{name}[{index}]",
-                expected=wanted,
-                received=f"{reals[index].item()!r} ({int(bad.sum())} of {len(reals)} are wrong)",
-                next_step="Look at how it was computed",
-            )
-        )
-    if not math.isfinite(MAX_BITS * float(reals.sum())) or (not values.is_floating_point() and (reals > 2**53).any()):
-        raise ConfigError(
-            message(
-                f"`{name}` is too large to be added up exactly",
-                expected="sums within the range of float64, and whole numbers up to 2^53",
-                received=f"up to {float(reals.max())!r}",
-                next_step="Give it in a larger unit",
-            )
-        )
-    return reals
-
-
-def _widths(bits: Tensor | int, count: int, name: str) -> Tensor:
-    """Checked bits in int64 on the CPU, [I]."""
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if isinstance(bits, Tensor):
-        whole = not (bits.is_floating_point() or bits.is_complex() or bits.dtype == torch.bool)
-        whole = whole and bits.shape in (torch.Size([]), torch.Size([count]))
-    if not whole:
-        received = f"{bits.dtype} of shape {tuple(bits.shape)}" if isinstance(bits, Tensor) else repr(bits)
-        raise ConfigError(
-            message(
-                f"`{name}` is not a number of bits",
-                expected=f"an int, or a tensor of ints of shape ({count},)",
-                received=received,
-                next_step="Give one for all items or one per item",
-            )
-        )
-    widths = torch.as_tensor(bits).detach().to("cpu", torch.int64).expand(count)
-    bad = (widths < MIN_BITS) | (widths > MAX_BITS)
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise ConfigError(
-            message(
-                f"`{name}` is out of range",
-                where=f"{name}[{index}]",
-                expected=f"{MIN_BITS} to {MAX_BITS}",
-                received=str(int(widths[index])),
-                next_step="Choose bits that the codec has",
-            )
-        )
-    return widths
-
-
-def _check(costs: Tensor, weights: Tensor, low: Tensor | int, high: Tensor | int) -> _Problem:
-    costs, weights = _reals(costs, "costs"), _reals(weights, "weights", above_zero=True)
-    if len(costs) != len(weights):
-        raise ConfigError(
-            message(
-                "`costs` and `weights` are not of the same items",
-                expected="the same length",
-                received=f"{len(costs)} and {len(weights)}",
-                next_step="Give one number of each per item",
-            )
-        )
-    low, high = _widths(low, len(costs), "low"), _widths(high, len(costs), "high")
-    if bool((low > high).any()):
-        index = int((low > high).nonzero()[0])
-        raise ConfigError(
-            message(
-                "`low` is above `high`",
-                where=f"item {index}",
-                expected="low <= high",
-                received=f"{int(low[index])} and {int(high[index])}",
-                next_step="Exchange them or leave one out",
-            )
-        )
-    return _Problem(costs, weights, low, high)
-
-
-def _difference(total: float, parts: list[float]) -> float:
-    """The largest float that is not above ``total - sum(parts)``."""
-    terms = [total, *(-part for part in parts)]
-    difference = math.fsum(terms)
-    # The sign of a sum that is rounded once is exact.
-    return math.nextafter(difference, -math.inf) if math.fsum([*terms, -difference]) < 0 else difference
-
-
-def _bytes(weights: Tensor, bits: Tensor) -> list[float]:
-    """Floats whose exact sum is the exact sum of ``weights * bits``."""
-    if bool((weights == weights.floor()).all()) and MAX_BITS * float(weights.sum()) < 2**53:
-        return [float((weights * bits).sum())]
-    # A weight times a power of two is exact, times other whole numbers it is not.
-    return [part for k in range(4) for part in (weights * 2.0**k)[(bits >> k & 1).bool()].tolist()]
-
-
-def _capacity(problem: _Problem, budget: float) -> float:
-    """Bytes left of the budget above ``low`` everywhere, rounded down."""
-    budget = _number(budget, "budget")
-    parts = _bytes(problem.weights, problem.low)
-    # More than all can take is no different from that.
-    most = 2.0 * float((problem.weights * (problem.high - problem.low)).sum())
-    capacity = _difference(budget, parts) if math.isfinite(budget) else budget
-    if capacity < 0:
-        least = -_difference(0.0, parts)
-        raise ConfigError(
-            message(
-                "The budget is too small for the fewest bits of every item",
-                where="budget",
-                expected=f"at least {least!r} bytes",
-                received=repr(budget),
-                next_step="Raise the budget or lower `low`",
-            )
-        )
-    return _usable(problem.weights, min(capacity, most))
-
-
-def _usable(weights: Tensor, capacity: float) -> float:
-    """Of whole weights: the capacity without what no sum of them can use, as all sums are multiples of a divisor."""
-    # Of one weight or few different ones it is a good part of a step. Any divisor serves, and int64 ends at 2^63.
-    if capacity >= 2**53 or not len(weights) or bool((weights != weights.floor()).any()):
-        return capacity
-    units = weights.long()
-    while len(units) > 1:
-        half = (len(units) + 1) // 2
-        units = torch.cat([torch.gcd(units[: len(units) - half], units[half:]), units[len(units) - half : half]])
-    unit = int(units[0])
-    return float(int(capacity) // unit * unit)

@@ -103,7 +103,7 @@ class Scope:
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
         self.samples = batch_size(args, kwargs, getattr(self.root, "main_input_name", ""))
-        tape = adaptation.begin(self.samples, id(self.root))
+        tape = adaptation.begin(self.samples, self.root)
         if tape is not False:
             self.tape = tape or Tape(seed_of(self.seed, adaptation.steps))
         try:

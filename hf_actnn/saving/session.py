@@ -58,8 +58,8 @@ class Adaptation(Protocol):
         """Which samples of the data set the next forward pass sees, ``[N]``."""
         ...
 
-    def begin(self, samples: int, root: int) -> Any:
-        """A training forward pass of the module with this id begins: False where nothing is measured, else the tape of
+    def begin(self, samples: int, root: torch.nn.Module) -> Any:
+        """A training forward pass of this module begins: False where nothing is measured, else the tape of
         the step, None before there is one."""
         ...
 

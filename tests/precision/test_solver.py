@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_actnn.errors import ConfigError
-from hf_actnn.precision import solver
+from hf_actnn.precision import problem, solver
 from hf_actnn.precision.solver import lower_bound, objective, solve, solve_for_target
 
 H = torch.tensor([1 / (2**b - 1) ** 2 for b in range(1, 9)], dtype=torch.float64)
@@ -119,9 +119,9 @@ def test_the_greedy_order_alone_would_not_do():
     worse = 0
     for seed in range(24):
         costs, weights, budget = instance("random", 5, seed)
-        problem = solver._check(costs, weights, 1, 8)
-        steps = solver._steps(problem)
-        taken, _ = solver._first_fit(steps.weights, solver._capacity(problem, budget))
+        given = problem.as_problem(costs, weights, 1, 8)
+        steps = solver._steps(given)
+        taken, _ = solver._first_fit(steps.weights, problem.capacity_of(given, budget))
         greedy = objective(costs, 1 + torch.bincount(steps.items[taken], minlength=5))
         worse += greedy > brute(costs, weights, budget) * (1 + 1e-9)
     assert worse >= 3

@@ -1,0 +1,281 @@
+"""The variance of the gradient over the drawing of the batch, from steps one after the other, against the truth."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import json
+import math
+import pickle
+import statistics
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hf_actnn
+from hf_actnn.precision.minibatch import LEAST, WINDOW, MinibatchVariance
+from tests.precision.small import adaptive, backward, batch, gradient, net, train
+
+POOL = 400
+
+
+class Problem:
+    """Fixed weights, and batches drawn from a pool: what varies between steps is the drawing alone.
+
+    With batch normalisation the gradient of a sample depends on the others of its batch, so that no split of a single
+    gradient by sample tells how gradients of batches differ.
+    """
+
+    def __init__(self, normalised: bool, width: int = 24) -> None:
+        torch.manual_seed(0)
+        norm: nn.Module = nn.BatchNorm1d(width) if normalised else nn.Identity()
+        self.model = nn.Sequential(nn.Linear(10, width), norm, nn.ReLU(), nn.Linear(width, 4)).train()
+        self.x = torch.randn(POOL, 10) + 0.5
+        self.y = (self.x[:, :4].argmax(1) + (torch.rand(POOL) < 0.3)) % 4
+        self.generator = torch.Generator().manual_seed(1)
+
+    def gradient(self, size: int = 16, scale: float = 1.0, passes: int = 1) -> Tensor:
+        """Of a new batch, in so many micro-batches."""
+        self.model.zero_grad()
+        for _ in range(passes):
+            chosen = torch.randint(POOL, (size,), generator=self.generator)
+            loss = F.cross_entropy(self.model(self.x[chosen]), self.y[chosen])
+            (loss * scale / passes).backward()
+        return gradient(self.model)
+
+    def truth(self, draws: int = 1500, **settings: float) -> tuple[float, float]:
+        """The variance, and the geometric mean over pairs of what estimates it without bias."""
+        drawn = torch.stack([self.gradient(**settings) for _ in range(draws)]).double()
+        apart = (drawn[1:] - drawn[:-1]).square().sum(1) / 2
+        return float(drawn.var(0).sum()), float(apart.log().mean().exp())
+
+
+def windows(problem: Problem, count: int, steps: int = WINDOW + 1, **settings: float) -> list[float]:
+    """An estimate from each of several windows that have nothing in common."""
+    found = []
+    for _ in range(count):
+        variance = MinibatchVariance()
+        for _ in range(steps):
+            variance.watch(problem.model.parameters())
+            problem.gradient(**settings)
+            variance.step()
+        found.append(variance.take())
+    return found
+
+
+def mean(gradients: list[Tensor]) -> float:
+    """Geometric, of half the squared differences."""
+    logs = [math.log(float((b - a).double().square().sum()) / 2) for a, b in itertools.pairwise(gradients)]
+    return math.exp(statistics.mean(logs))
+
+
+def apart(found: list[float], truth: float) -> float:
+    """Standard errors between the mean of the estimates, as logarithms, and the truth."""
+    logs = [math.log(one / truth) for one in found]
+    return statistics.mean(logs) / (statistics.stdev(logs) / math.sqrt(len(logs)))
+
+
+@pytest.mark.parametrize(
+    ("normalised", "settings"),
+    [(False, {}), (True, {}), (True, {"scale": 512.0}), (False, {"passes": 3}), (True, {"size": 5})],
+    ids=["plain", "batchnorm", "scaled", "micro-batches", "odd"],
+)
+def test_it_is_the_variance_of_the_gradient(normalised, settings):
+    """Four standard errors of 40 windows from the geometric mean of pairs, which a bias of a tenth would exceed."""
+    problem = Problem(normalised)
+    variance, typical = problem.truth(**settings)
+    found = windows(problem, 40, **settings)
+    assert abs(apart(found, typical)) < 4
+    assert (
+        abs(apart([1.1 * one for one in found], typical)) > 4 or abs(apart([0.9 * one for one in found], typical)) > 4
+    )
+    assert 0.7 * variance < typical < 1.02 * variance
+
+
+def test_one_window_is_within_half_of_it():
+    problem = Problem(True)
+    variance, _ = problem.truth()
+    assert all(0.5 * variance < one < 2 * variance for one in windows(problem, 20))
+
+
+def test_one_outlier_does_not_decide():
+    """Of 17 gradients one is ten times as long."""
+    problem = Problem(False, width=16)
+    plain, upset = windows(problem, 1)[0], MinibatchVariance()
+    for step in range(WINDOW + 1):
+        upset.watch(problem.model.parameters())
+        problem.gradient(scale=10.0 if step == 8 else 1.0)
+        upset.step()
+    assert upset.take() < 2.5 * plain
+
+
+def test_a_choice_of_values_stands_for_all():
+    """Of 40,000 values some hundreds are looked at; the squares of all are as much as theirs on average over models."""
+    ratios = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        layer = nn.Linear(200, 200)
+        variance, gradients = MinibatchVariance(), []
+        for _ in range(3):
+            variance.watch(layer.parameters())
+            layer.zero_grad()
+            layer(torch.randn(16, 200)).square().sum().backward()
+            gradients.append(gradient(layer))
+            variance.step()
+        assert variance._last is not None and LEAST < len(variance._last) < 40200 / 50
+        ratios.append(variance.take() / mean(gradients))
+    assert abs(apart(ratios, 1.0)) < 4 and statistics.stdev(ratios) < 0.3
+
+
+def test_small_parameters_are_looked_at_whole():
+    problem = Problem(False, width=16)
+    variance = MinibatchVariance()
+    gradients = []
+    for _ in range(4):
+        variance.watch(problem.model.parameters())
+        gradients.append(problem.gradient().double())
+        variance.step()
+    assert variance.take() == pytest.approx(mean(gradients), rel=1e-6)
+    assert math.isnan(variance.take())  # the next window has begun
+
+
+def test_a_pair_across_an_unseen_step_does_not_count():
+    problem = Problem(False)
+    variance = MinibatchVariance()
+    for watched in (True, False, True):
+        if watched:
+            variance.watch(problem.model.parameters())
+        problem.gradient()
+        variance.step()
+    assert math.isnan(variance.take())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_overflow_begins_anew(bad):
+    """After it a scaler's scale is another one."""
+    problem = Problem(False, width=16)
+    variance, gradients = MinibatchVariance(), []
+    for scale in (1024.0, 1024.0, bad, 512.0, 512.0):
+        variance.watch(problem.model.parameters())
+        gradients.append(problem.gradient(scale=scale).double())
+        variance.step()
+    assert variance.take() == pytest.approx(float((gradients[4] - gradients[3]).square().sum()) / 2, rel=1e-6)
+
+
+def test_a_layer_that_is_skipped_has_no_gradient():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    variance = MinibatchVariance()
+    for used in (layers, layers[:1]):
+        variance.watch(layers.parameters())
+        sum(layer(torch.ones(1, 4)).sum() for layer in used).backward()
+        variance.step()
+    # The gradients of the second layer were 20 times 1, those of the first have not changed.
+    assert variance.take() == pytest.approx(20 / 2)
+
+
+def test_two_parts_and_a_shared_parameter_count_once():
+    problem, again = Problem(False, width=16), Problem(False, width=16)
+    both, once = MinibatchVariance(), MinibatchVariance()
+    for _ in range(3):
+        both.watch(problem.model[:2].parameters())
+        both.watch(problem.model.parameters())
+        once.watch(again.model.parameters())
+        problem.gradient()
+        again.gradient()
+        both.step()
+        once.step()
+    assert both.take() == once.take()
+
+
+def test_a_window_goes_on_from_its_state_bit_for_bit():
+    problem = Problem(True)
+    variance = MinibatchVariance()
+    for step in range(6):
+        if step == 3:
+            other = MinibatchVariance()
+            other.load(json.loads(json.dumps(variance.state())))
+            fresh = copy.deepcopy(problem)
+            fresh.generator.set_state(problem.generator.get_state())
+        for one, where in ((variance, problem), (other, fresh)) if step >= 3 else ((variance, problem),):
+            one.watch(where.model.parameters())
+            where.gradient()
+            one.step()
+    assert variance.state() == other.state()
+    assert variance.take() == other.take()
+
+
+@pytest.mark.parametrize("state", [{"last": "?", "total": []}, {"last": "", "total": [1.0]}, {"last": ""}])
+def test_garbage_is_no_state(state):
+    with pytest.raises((ValueError, KeyError)):
+        MinibatchVariance().load(state)
+
+
+# -- in the controller ------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_compared_before_an_update_and_at_no_other_time():
+    model, controller = adaptive(update_interval=3 * WINDOW, min_numel=64)
+    looked = []
+    for step in range(1, 2 * 3 * WINDOW + 2):
+        backward(model, seed=step)
+        looked.append(bool(controller._drawing._picked))
+        controller.step()
+        assert not controller._drawing._handles and not controller._drawing._nodes
+    updates = [entry["step"] for entry in controller.history]
+    assert updates == [1, 5, 17, 49, 97]
+    wanted = [any(update - WINDOW <= step <= update for update in updates) for step in range(1, len(looked) + 1)]
+    assert looked == wanted and not all(looked)
+
+
+def test_a_model_let_go_of_in_the_middle_is_freed():
+    model, controller = adaptive()
+    x, y = batch(16)
+    loss = F.cross_entropy(model(x), y)
+    freed = weakref.ref(model[0].weight)
+    del model, controller, loss
+    gc.collect()
+    assert freed() is None
+
+
+def test_nothing_is_left_on_parameters():
+    """A hook on a parameter would be warned of, and lost, when the model is saved."""
+    model, controller = adaptive()
+    train(model, controller, range(3))
+    model(batch(16)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickle.dumps(model)
+    assert all(not p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("passes", [1, 6])
+def test_the_share_is_that_of_the_exact_gradients(passes):
+    """`added_variance` is over the variance of whole steps, whatever was measured of them.
+
+    Within a factor of 1.5: the weights stay, so that every update learns the same.
+    """
+    model, controller = adaptive(net(), bits=2, update_interval=8)
+    exact = hf_actnn.convert(net(), "L0")
+
+    def one(network: nn.Module, seed: int) -> Tensor:
+        network.zero_grad()
+        for part in range(passes):
+            x, y = batch(16, seed * passes + part)
+            (F.cross_entropy(network(x), y) / passes).backward()
+        return gradient(network)
+
+    for step in range(33):
+        one(model, step)
+        controller.step()
+    minibatch = float(torch.stack([one(exact, seed) for seed in range(100, 164)]).double().var(0).sum())
+    controller.active = False
+    added = statistics.mean(
+        float((one(model, seed) - one(exact, seed)).double().square().sum()) for seed in range(100, 132)
+    )
+    assert controller.history[-1]["added_variance"] == pytest.approx(added / minibatch, rel=0.5)
