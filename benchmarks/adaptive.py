@@ -5,8 +5,9 @@
 `--data` is a folder with the parquet files of `cifar10` and `camvid` in folders of these names. Each task is trained
 with `bits="auto"` and uncompressed, from the same weights and with the same batches. At three points of each compressed
 training the variance that quantisation adds to the gradient is measured by Monte Carlo at the bits of that moment, over
-several batches, and stands over the variance of the gradient between exact gradients of batches, which is what
-`max_added_variance` is a share of.
+several batches. For each parameter it stands over the variance of exact gradients of these batches; the mean of these
+shares over all parameters is what `max_added_variance` bounds. `share_of_sum` is the share of all parameters' summed
+variance.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ from torch import Tensor, nn
 import hf_actnn
 
 INTERVAL = 40
-#: Batches whose exact gradients give the mini-batch's variance; of them, those that quantisation is measured on, and
-#: how often each.
-BATCHES, MEASURED, DRAWS = 48, 48, 1
+#: Batches whose gradients are computed at each point, exactly and compressed.
+BATCHES = 32
 Batches = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -163,31 +163,40 @@ class Shuffled:
         return values.contiguous(), targets.contiguous()
 
 
-def gradient(task: Task, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def gradient(task: Task, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     model.train()
     torch.manual_seed(0)
     task.loss(model, *batch).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def squares(difference: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((one - other[name]).square().sum()) for name, one in difference.items()}
 
 
 def added_variance(task: Task, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Of a model in training, at the bits it has now: measured on copies, which leave it as it is."""
     compressed = copy.deepcopy(model)
-    hf_actnn.controller(compressed)._due = False
+    hf_actnn.controller(compressed).active = False
     exact = hf_actnn.revert(copy.deepcopy(model))
     drawn = [batches() for _ in range(BATCHES)]
     gradients = [gradient(task, exact, batch) for batch in drawn]
-    mean = torch.stack(gradients).mean(0)
-    minibatch = sum(float((g - mean).double().square().sum()) for g in gradients) / (BATCHES - 1)
-    errors = [
-        float((gradient(task, compressed, batch) - g).double().square().sum())
-        for batch, g in zip(drawn[:MEASURED], gradients, strict=False)
-        for _ in range(DRAWS)
-    ]
+    names = list(gradients[0])
+    mean = {name: torch.stack([g[name] for g in gradients]).mean(0) for name in names}
+    apart = [squares(g, mean) for g in gradients]
+    errors = [squares(gradient(task, compressed, batch), g) for batch, g in zip(drawn, gradients, strict=True)]
+    minibatch = {name: sum(one[name] for one in apart) / (BATCHES - 1) for name in names}
+    sizes = {name: mean[name].numel() for name in names}
+    # A bias before a normalisation has a gradient of rounding errors.
+    usual = statistics.median(minibatch[name] / sizes[name] for name in names)
+    alive = [name for name in names if minibatch[name] / sizes[name] > 1e-9 * usual]
+    shares = [statistics.mean(error[name] / minibatch[name] for name in alive) for error in errors]
     return {
-        "share": statistics.mean(errors) / minibatch,
-        "standard_error": statistics.stdev(errors) / math.sqrt(len(errors)) / minibatch,
+        "share": statistics.mean(shares),
+        "standard_error": statistics.stdev(shares) / math.sqrt(len(shares)),
+        "share_of_sum": sum(error[name] for error in errors for name in names) / BATCHES / sum(minibatch.values()),
+        "largest_share": max(statistics.mean(error[name] for error in errors) / minibatch[name] for name in alive),
         "predicted": hf_actnn.controller(model).history[-1]["added_variance"],
         "bits": hf_actnn.controller(model).history[-1]["average_bits"],
     }
@@ -231,7 +240,7 @@ def run(name: str, data: tuple[Tensor, ...], seed: int, share: float | None) -> 
             print(name, seed, row["points"][-1], flush=True)
     if share is not None:
         batch = Shuffled(data[0], data[1], task.batch, 2000)()
-        controller._due = False
+        controller.active = False
         row["bytes_per_sample"] = saved_bytes(task, model, batch)
         hf_actnn.convert(model, "L2")
         row["bytes_per_sample_L2"] = saved_bytes(task, model, batch)

@@ -19,9 +19,9 @@ from hf_actnn.precision.samples import SampleTable, assign
 from hf_actnn.precision.sensitivity import Kept, Reading, harmlessness
 from hf_actnn.precision.solver import solve, solve_for_target
 
-#: Least weight of the newest reading in the moving averages: of a tensor's cost, which moves more as training goes on
-#: than it scatters; and of the gradient's own variance, which is the other way round.
-NEWEST, NEWEST_OF_DRAWING = 0.6, 0.35
+#: Least weight of the newest reading in the moving averages: what is measured moves more as training goes on than it
+#: scatters.
+NEWEST = 0.6
 #: How far one reading of the gradient's own variance may fall below the average.
 LOWEST = 1 / 3
 #: Calls of one module in a step, micro-batches say, that are collected from.
@@ -35,8 +35,11 @@ LEAST_COST = 1e-3
 LEAST_SHARE = 0.03
 #: What choosing bits per sample would have to leave of a tensor's variance to be worth another look at the tensor.
 ALIKE = 0.95
+#: A parameter's own variance counts as no less than this share of its response to a gradient of random signs: that of a
+#: bias before a normalisation is nothing but rounding, and so is what is added to it.
+DEAD = 0.1
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.55
+AIM = 0.6
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
 _VERSION = 1
@@ -152,10 +155,22 @@ class Controller:
 
     def _read(self, tape: Any, calls: Collection[int]) -> Reading:
         """What a step showed. Its differences from others are of all its micro-batches; the tape has some of them."""
-        reading = sensitivity.read(tape)
         share = sum(min(count, MOST_CALLS) for count in calls) / max(sum(calls), 1)
-        drawn, added = self._drawing.take() * share, sum(one.variance for one in reading.kept.values())
-        return reading._replace(drawn=max(drawn - added, drawn / 4))  # what is left of much noise is not known well
+        drawn = {owner: one * share for owner, one in self._drawing.take().items()}
+        weights: dict[int, float] = {}
+
+        def weigh(responses: Mapping[int, float], squares: Mapping[int, float]) -> Mapping[int, float]:
+            for owner, response in responses.items():
+                own = max(drawn.get(owner, squares.get(owner, 0.0)), DEAD * response)
+                weights[owner] = 1 / own if own > 0 else 0.0
+            return weights
+
+        reading = sensitivity.read(tape, weigh if self.config.allowed_variance is not None else None)
+        if not drawn:
+            return reading
+        total = sum(one * weights.get(owner, 1.0) for owner, one in drawn.items())
+        added = sum(one.variance for one in reading.kept.values())
+        return reading._replace(drawn=max(total - added, total / 4))  # what is left of much noise is not known well
 
     def bits(self) -> dict[str, float]:
         """Average bits of each kept tensor, by name: module path, operation and, from the second of its kind on, a
@@ -323,14 +338,12 @@ class Controller:
         scale that it stands over, mostly upwards, and quantisation's variance is on average in proportion to that.
         """
         self._readings += 1
-        least = 1 / max(self._readings - 1, 1)
-        newest = max(least, NEWEST)
+        newest = max(1 / max(self._readings - 1, 1), NEWEST)
         for key, one in reading.kept.items():
             cost, old = one.cost / reading.scale, self._kept.get(key)
             if old is not None:
                 cost = newest * cost + (1 - newest) * old.cost
             self._kept[key] = one._replace(cost=cost, variance=one.variance / reading.scale)
-        newest = max(least, NEWEST_OF_DRAWING)
         for name in self._averages:
             now, before = getattr(reading, name) / reading.scale, self._averages[name]
             if math.isfinite(now) and now > 0:

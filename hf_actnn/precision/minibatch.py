@@ -32,7 +32,8 @@ class MinibatchVariance:
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
-        self._total: Tensor | None = None  # [2]: sum of logarithms over pairs of steps, and the number of pairs
+        self._total: Tensor | None = None  # [2, P]: sums of logarithms over pairs of steps, and numbers of pairs
+        self._owners: list[int] = []  # [P]
         self._places: dict[tuple[int, int, torch.device], Tensor] = {}
         self._begin_step()
 
@@ -77,18 +78,20 @@ class MinibatchVariance:
 
     def step(self) -> None:
         """The backward passes of an optimizer step have run."""
-        now = self._vector()
+        now, counts = self._vector(), [_count(size) for size in self._sizes]
         for handle in self._handles:
             handle.remove()
+        self._owners = list(self._nodes)
         self._begin_step()
         last, self._last = self._last, now
         if now is None or last is None or last.shape != now.shape:
             return
-        apart = ((now - last.to(now.device)).double().square().sum() / 2).log()
-        total = torch.stack([apart, torch.ones_like(apart)])
-        if self._total is not None:
-            total += self._total.to(total.device)
-        self._total = torch.where(apart.isfinite(), total, torch.zeros_like(total))
+        squares = (now - last.to(now.device)).double().square()
+        apart = torch.stack([part.sum() for part in squares.split(counts)]) / 2
+        # Of a parameter without a gradient in both steps nothing is known.
+        pairs = torch.stack([torch.where(apart > 0, apart, 1.0).log(), (apart > 0).double()])
+        total = pairs if self._total is None or self._total.shape != pairs.shape else self._total.to(now.device) + pairs
+        self._total = torch.where(apart.isfinite().all(), total, 0.0)
 
     def _vector(self) -> Tensor | None:
         """``[n]``, what was picked, so weighted that its square is on average that of the gradient."""
@@ -103,14 +106,17 @@ class MinibatchVariance:
             parts.append(picked.to(device) * math.sqrt(size / _count(size)))
         return torch.cat(parts)
 
-    def take(self) -> float:
-        """Variance of the gradient of a step, in the gradient's own units; nan where it is not known. A new window
-        begins."""
+    def take(self) -> dict[int, float]:
+        """Variance of the gradient of a step, in the gradient's own units, by the `id` of each parameter of which it is
+        known. A new window begins."""
         total, self._total = self._total, None
-        if total is None:
-            return math.nan
-        apart, pairs = total.tolist()
-        return math.exp(apart / pairs) if pairs else math.nan
+        if total is None or total.shape[1] != len(self._owners):
+            return {}
+        return {
+            owner: math.exp(logs / pairs)
+            for owner, logs, pairs in zip(self._owners, *total.tolist(), strict=True)
+            if pairs
+        }
 
     def state(self) -> dict[str, Any]:
         """The window so far, in plain numbers and strings."""
@@ -127,16 +133,16 @@ class MinibatchVariance:
             ValueError: it is none.
         """
         last = bytearray(base64.b64decode(state["last"], validate=True))
-        total = [float(one) for one in state["total"]]
-        if len(total) not in (0, 2):
-            raise ValueError(f"total has {len(total)} numbers, not 2")
+        total = torch.tensor(state["total"], dtype=torch.float64)
+        if total.numel() and (total.ndim != 2 or len(total) != 2):
+            raise ValueError(f"`total` has shape {tuple(total.shape)}, not [2, P]")
         self._last = torch.frombuffer(last, dtype=torch.float32) if last else None
-        self._total = torch.tensor(total, dtype=torch.float64) if total else None
+        self._total = total if total.numel() else None
         self._begin_step()
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to a graph that is neither copied nor pickled.
-        return {**self.__dict__, "_nodes": {}, "_handles": [], "_sizes": [], "_picked": {}}
+        return {**self.__dict__, "_nodes": {}, "_handles": [], "_sizes": [], "_picked": {}, "_owners": []}
 
 
 class _Pick:

@@ -8,13 +8,17 @@ much of the second part arrives in parameters is what `amplification` answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 #: Parts that a batch's samples are sorted into by the spread of their values: what a solver tells apart.
 PARTS = 8
+
+
+#: See `read`.
+Weigh = Callable[[Mapping[int, float], Mapping[int, float]], Mapping[int, float]]
 
 
 class Kept(NamedTuple):
@@ -127,16 +131,30 @@ def parts(relative: torch.Tensor) -> tuple[float, ...]:
     return tuple(mean / middle for mean in means)
 
 
-def read(tape: Any) -> Reading:
-    """The sensitivities that a `hf_actnn.saving.tape.Tape` holds once its backward pass has run."""
+def read(tape: Any, weigh: Weigh | None = None) -> Reading:
+    """The sensitivities that a `hf_actnn.saving.tape.Tape` holds once its backward pass has run.
+
+    Args:
+        weigh: from each parameter's squared response to a gradient of random signs, and from its squared gradient, both
+            by `id`, the weights that squared changes of their gradients count with. All alike if not given.
+    """
     values = _numbers(tape)
+    weights: Mapping[int, float] | None = None
+    if weigh is not None:
+        weights = weigh(*(_by_owner(tape, name, values) for name in ("parameters", "made")))
+
+    def weighted(sums: Mapping[int, torch.Tensor]) -> float:
+        if weights is None:
+            return sum(values(one) for one in sums.values())
+        return sum(values(one) * weights.get(owner, 0.0) for owner, one in sums.items())
+
     out = [values(node.out) for node in tape.nodes]
     ins = [[values(one) for one in node.ins] for node in tape.nodes]
-    parameters = [values(node.parameters) for node in tape.nodes]
+    parameters = [weighted(node.parameters) for node in tape.nodes]
     factors = amplification([node.following for node in tape.nodes], out, ins, parameters)
     variance = dict.fromkeys(tape.items, 0.0)
     for harm in tape.harms:
-        variance[harm.key] += values(harm.direct) + sum(factors[into] * values(moved) for into, moved in harm.carried)
+        variance[harm.key] += weighted(harm.direct) + sum(factors[into] * values(moved) for into, moved in harm.carried)
     kept = {}
     for key, item in tape.items.items():
         # What the variance of each sample would be at one bit; at its bits it is h times that.
@@ -147,8 +165,16 @@ def read(tape: Any) -> Reading:
         count = len(item.variance)
         sizes = tuple(one * count / item.batch for one in item.sizes)
         kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes)
-    squared = sum(values(node.made) for node in tape.nodes)
-    return Reading(kept, sum(parameters), _minibatch(tape, values, parameters), squared)
+    squared = sum(weighted(node.made) for node in tape.nodes)
+    return Reading(kept, sum(parameters), _minibatch(tape, weighted, parameters), squared)
+
+
+def _by_owner(tape: Any, name: str, values: Any) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for node in tape.nodes:
+        for owner, one in getattr(node, name).items():
+            found[owner] = found.get(owner, 0.0) + values(one)
+    return found
 
 
 def merge(readings: Sequence[Reading]) -> Reading | None:
@@ -187,7 +213,7 @@ def _sum_of_known(values: Sequence[float]) -> float:
     return sum(known) * len(values) / len(known) if known else math.nan
 
 
-def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
+def _minibatch(tape: Any, weighted: Any, parameters: Sequence[float]) -> float:
     """`V = E |sum_n r_n g_n|^2`, `g_n` the part of sample `n` and `r` random signs of which half are negative.
 
     With `N` even that is `N / (N - 1) (sum_n |g_n|^2 - |sum_n g_n|^2 / N)`, the variance of the gradient over the
@@ -197,9 +223,9 @@ def _minibatch(tape: Any, values: Any, parameters: Sequence[float]) -> float:
     """
     apart = seen = 0.0
     for node, response in zip(tape.nodes, parameters, strict=True):
-        if node.apart is not None:
+        if node.apart:
             count = node.samples
-            apart += values(node.apart) * (count / (count - 1) if count % 2 else 1.0)
+            apart += weighted(node.apart) * (count / (count - 1) if count % 2 else 1.0)
             seen += response
     return apart * sum(parameters) / seen if seen else math.nan
 
@@ -208,9 +234,9 @@ def _numbers(tape: Any) -> Any:
     """All sums of a tape with one transfer: a function from a sum to its value."""
     sums = []
     for node in tape.nodes:
-        sums += [node.out, *node.ins, node.made, node.parameters, node.apart]
+        sums += [node.out, *node.ins, *node.made.values(), *node.parameters.values(), *node.apart.values()]
     for harm in tape.harms:
-        sums += [harm.direct, *(moved for _, moved in harm.carried)]
+        sums += [*harm.direct.values(), *(moved for _, moved in harm.carried)]
     present = [one for one in sums if one is not None]
     if not present:
         return lambda one: 0.0

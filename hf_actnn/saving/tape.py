@@ -107,6 +107,7 @@ class Node:
     __slots__ = (
         "following",
         "entries",
+        "owners",
         "out",
         "ins",
         "made",
@@ -118,27 +119,40 @@ class Node:
     )
 
     def __init__(
-        self, following: list[int], entries: list[int], replayable: bool, diagonal: bool, samples: int
+        self,
+        following: list[int],
+        entries: list[int],
+        owners: list[int],
+        replayable: bool,
+        diagonal: bool,
+        samples: int,
     ) -> None:
-        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; and which of that node's
-        #: outputs it belongs to.
-        self.following, self.entries = following, entries
+        #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; which of that node's
+        #: outputs it belongs to; and the `id` of the parameter it ends in, of a recipe of several the first one's.
+        self.following, self.entries, self.owners = following, entries, owners
         self.replayable, self.diagonal, self.samples = replayable, diagonal, samples
         self.out: Tensor | None = None
         self.ins: list[Tensor | None] = [None] * len(following)
         #: Gradients of parameters made here; their response to random signs for each value; and to one for each sample,
-        #: half of them negative.
-        self.made: Tensor | None = None
-        self.parameters: Tensor | None = None
-        self.apart: Tensor | None = None
+        #: half of them negative. Each by owner.
+        self.made: dict[int, Tensor] = {}
+        self.parameters: dict[int, Tensor] = {}
+        self.apart: dict[int, Tensor] = {}
+
+    def energies(self, into: dict[int, Tensor], leaves: list[int], grads: Any) -> None:
+        """Add the sums of squares of parameters' gradients."""
+        for j in leaves:
+            owner = self.owners[j]
+            into[owner] = _plus(into.get(owner), _energy((grads[j],)))
 
 
 class Harm(NamedTuple):
-    """What one item's rounding does at one node: squared change of the parameters' gradients, and of the others."""
+    """What one item's rounding does at one node: squared change of the parameters' gradients, by owner, and of the
+    others."""
 
     key: str
     node: int
-    direct: Tensor
+    direct: dict[int, Tensor]
     carried: list[tuple[int, Tensor]]
 
 
@@ -151,6 +165,7 @@ class Tape:
 
     def __init__(self, seed: int) -> None:
         self._mark = f"hf_actnn tape {next(_numbers)}"
+        self._owner = f"{self._mark}, owner"
         self.items: dict[str, Item] = {}
         self.nodes: list[Node] = []
         self.harms: list[Harm] = []
@@ -185,6 +200,7 @@ class Tape:
                 stack.append((node, True))
                 stack.extend((into, False) for into, _ in node.next_functions if into is not None and into not in index)
         place: dict[Any, int] = {}
+        owner: dict[Any, int] = {}
         for node in order:  # those nearer to the leaves come first
             following = []
             for into, _ in node.next_functions:
@@ -195,7 +211,12 @@ class Tape:
                 else:
                     following.append(place[into] if into in place else into.metadata[self._mark])
             if hasattr(node, "variable"):
+                owner[node] = id(node.variable)
                 continue
+            owners = [
+                0 if into is None else owner[into] if into in owner else into.metadata.get(self._owner, 0)
+                for into, _ in node.next_functions
+            ]
             if following and all(into == LEAF for into in following):
                 # A transposed, cast or standardised weight: what goes in there goes to parameters.
                 place[node] = LEAF if not _reads_data(node) else len(self.nodes)
@@ -203,6 +224,7 @@ class Tape:
                 place[node] = len(self.nodes)
             node.metadata[self._mark] = place[node]
             if place[node] == LEAF:
+                owner[node] = node.metadata[self._owner] = owners[0]
                 continue
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
             # A function written in Python may do anything in its backward, a checkpoint even run one of its own.
@@ -210,7 +232,7 @@ class Tape:
             node.register_prehook(_begin)
             node.register_hook(_Hook(self, len(self.nodes)))
             entries = [entry for _, entry in node.next_functions]
-            self.nodes.append(Node(following, entries, replayable, name in _DIAGONAL, samples))
+            self.nodes.append(Node(following, entries, owners, replayable, name in _DIAGONAL, samples))
 
     def measure(self, at: int, grad_inputs: tuple, grad_outputs: tuple) -> None:
         """After a node has run: what it did with the gradient, and what else it would have done."""
@@ -222,7 +244,7 @@ class Tape:
         leaves = [j for j, into in enumerate(node.following) if into == LEAF and grad_inputs[j] is not None]
         others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]
         if leaves:
-            node.made = _plus(node.made, _energy([grad_inputs[j] for j in leaves]))
+            node.energies(node.made, leaves, grad_inputs)
         harmful: dict[int, tuple[Quantized, Item]] = {}
         for slot in read or ():
             for kept in slot.kept.leaves():
@@ -236,22 +258,22 @@ class Tape:
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((grad_inputs[j],)))
             if leaves and not node.replayable:
-                node.parameters = _plus(node.parameters, _energy([grad_inputs[j] for j in leaves]))
+                node.energies(node.parameters, leaves, grad_inputs)
         else:
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((white[j],)))
             if leaves:
-                node.parameters = _plus(node.parameters, _energy([white[j] for j in leaves]))
+                node.energies(node.parameters, leaves, white)
             del white
         if leaves and node.replayable and self._splits(grad_outputs, node.samples):
             signed = [self._signed(grad, node.samples) for grad in grad_outputs]
             by_sample = self._run(node, again, signed, grad_inputs)
             if by_sample is not None:
-                node.apart = _plus(node.apart, _energy([by_sample[j] for j in leaves]))
+                node.energies(node.apart, leaves, by_sample)
             del by_sample, signed
         if not node.replayable:
             for key, _, noise, _ in self._coming.pop(at, ()):
-                self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
+                self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
             return
         for kept, item in harmful.values():
             with probe.disturbing(kept, self._noise(kept, item)):
@@ -266,7 +288,7 @@ class Tape:
             alone = [noise if place == entry else None for place in range(len(grad_outputs))]
             moved = self._run(node, again, alone, grad_inputs)
             if moved is None:
-                self.harms.append(Harm(key, at, torch.zeros(()), [(at, _energy((noise,)))]))
+                self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
                 continue
             self._harm(key, at, moved, leaves, others, further)
             del alone, noise, moved
@@ -289,7 +311,9 @@ class Tape:
                 self._coming.setdefault(into, []).append((key, node.entries[j], noise, further - 1))
             else:
                 carried.append((into, _energy((noise,))))
-        self.harms.append(Harm(key, at, _energy([moved[j] for j in leaves]), carried))
+        direct: dict[int, Tensor] = {}
+        node.energies(direct, leaves, moved)
+        self.harms.append(Harm(key, at, direct, carried))
 
     # -- randomness --------------------------------------------------------------------------------------------------
 

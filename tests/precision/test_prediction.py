@@ -378,7 +378,9 @@ def test_amplification_of_linear_maps_is_the_squared_derivative():
         values = sensitivity._numbers(tape)
         columns = [node.following for node in tape.nodes], [values(node.out) for node in tape.nodes]
         ins = [[values(one) for one in node.ins] for node in tape.nodes]
-        factors.append(amplification(*columns, ins, [values(node.parameters) for node in tape.nodes])[-1])
+        factors.append(
+            amplification(*columns, ins, [sum(map(values, node.parameters.values())) for node in tape.nodes])[-1]
+        )
         hf_actnn.revert(model)
     noise = normal(200, 16, 32, seed=2) * grad.abs()  # of the sizes of the gradient
     with torch.no_grad():
