@@ -18,7 +18,7 @@ PYTEST_ARGS ?= -n 2
 export HF_ACTNN_BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*.cuh csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(wildcard tests/cuda/*.cpp tests/cuda/*.h)
 
 .PHONY: help demo test check bench gpu clean
 
