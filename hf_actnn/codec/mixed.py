@@ -95,7 +95,7 @@ def _check_dequantize(
 
 def _room(widths: Tensor, beside: Tensor) -> Tensor | None:
     """Room for where each sample's codes begin, which CUDA's kernels look up."""
-    return None if beside.is_cpu else torch.empty(widths.numel(), dtype=torch.int64, device=beside.device)
+    return None if ops._on_cpu(beside) else torch.empty(widths.numel(), dtype=torch.int64, device=beside.device)
 
 
 def _places(widths: Tensor, room: Tensor | None) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def _quantize_compiled(x, widths, row_length, group_size, nbytes, seed, stream, 
     kernels = ops._kernels(x)
     if kernels is None:
         return reference.quantize_mixed(x, widths, row_length, group_size, seed, stream, advance)
-    count = None if x.is_cpu else torch.zeros(1, dtype=torch.int32, device=x.device)
+    count = None if ops._on_cpu(x) else torch.zeros(1, dtype=torch.int32, device=x.device)
     codes, meta, exact = _native_quantize(kernels, x, at, widths, row_length, group_size, seed, stream, advance, count)
     return codes, meta, torch.tensor([exact], dtype=torch.int32) if count is None else count
 

@@ -205,9 +205,14 @@ def _plain(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Which of the two compiled modules a CPU or CUDA tensor goes to; their calls differ in the last arguments."""
+    return x.is_cpu
+
+
 def _kernels(x: Tensor) -> Any:
     """The compiled module for the device of ``x``, a CPU or CUDA tensor, or None."""
-    return native.module() if x.is_cpu else native.cuda(x.device.index)
+    return native.module() if _on_cpu(x) else native.cuda(x.device.index)
 
 
 def _direct(x: Tensor) -> Any:
@@ -217,14 +222,14 @@ def _direct(x: Tensor) -> Any:
 
 def _where(x: Tensor) -> tuple[int, ...]:
     """The last arguments of a kernel: the threads it may use; on CUDA the device and its current stream."""
-    if x.is_cpu:
+    if _on_cpu(x):
         return (torch.get_num_threads(),)
     return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def _empty(numel: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
     """Room for dequantised values, on the device of ``beside``."""
-    return buffers.empty(numel, dtype) if beside.is_cpu else torch.empty(numel, dtype=dtype, device=beside.device)
+    return buffers.empty(numel, dtype) if _on_cpu(beside) else torch.empty(numel, dtype=dtype, device=beside.device)
 
 
 def _address(x: Tensor | None) -> int:
@@ -262,14 +267,14 @@ def _native_quantize(
 
 def _draw(x: Tensor, seed: int, stream: int, advance: Tensor | None) -> tuple[int, ...]:
     """What a kernel draws its dither from; CUDA's reads ``advance`` when it runs."""
-    if x.is_cpu:
+    if _on_cpu(x):
         return seed, stream if advance is None else _signed(stream + int(advance))
     return seed, stream, _address(advance)
 
 
 def _coded(codes: Tensor, meta: Tensor, count: Tensor | None) -> tuple[int, ...]:
     """Where a kernel writes to."""
-    if codes.is_cpu:
+    if _on_cpu(codes):
         return codes.data_ptr(), meta.data_ptr()
     return codes.data_ptr(), meta.data_ptr(), _address(count)
 
@@ -351,7 +356,7 @@ def _quantize_compiled(x, bits, row_length, group_size, seed, stream, advance=No
     kernels = _kernels(x)
     if kernels is None:
         return reference.quantize(x, bits, row_length, group_size, seed, stream, advance)
-    count = None if x.is_cpu else torch.zeros(1, dtype=torch.int32, device=x.device)
+    count = None if _on_cpu(x) else torch.zeros(1, dtype=torch.int32, device=x.device)
     codes, meta, exact = _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream, advance, count)
     return codes, meta, torch.tensor([exact], dtype=torch.int32) if count is None else count
 

@@ -43,7 +43,7 @@ def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_
         return reference.sample_spread(flat, samples, row_length, group_size)
     out = torch.zeros(samples, dtype=torch.float64, device=flat.device)
     cut = (flat.data_ptr(), ops._CODE[flat.dtype], flat.numel(), row_length, group_size, samples)
-    if flat.is_cpu:
+    if ops._on_cpu(flat):
         kernels.sample_spread(*cut, out.data_ptr(), *ops._where(flat))
     else:
         ranges = torch.empty(

@@ -1,5 +1,6 @@
 """The kernels' sources, compiled for the CPU once for all tests and workers."""
 
+import importlib.util
 import os
 
 import pytest
@@ -7,12 +8,16 @@ import pytest
 from tests.cuda import shim
 
 
+def folder(tmp_path_factory):
+    """Where what is compiled lies: workers of pytest-xdist have a folder each, side by side."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_shim"
+
+
 @pytest.fixture(scope="session")
 def runner(tmp_path_factory):
     """The path of the compiled runner."""
-    base = tmp_path_factory.getbasetemp()
-    # Workers of pytest-xdist have a folder each, side by side.
-    return shim.build((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_shim")
+    return shim.build(folder(tmp_path_factory))
 
 
 @pytest.fixture
@@ -21,3 +26,13 @@ def kernels(runner):
     running = shim.Shim(runner)
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def module(tmp_path_factory):
+    """The Python module of the CUDA kernels, running on the CPU."""
+    path = shim.build_module(folder(tmp_path_factory))
+    spec = importlib.util.spec_from_file_location("hf_actnn._native_cuda", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -3,12 +3,11 @@
 //
 // A buffer lies as far from an address divisible by 16 as the job says, and ends where its piece of the heap ends. One
 // that is larger than its window is a sparse mapping, of which only the window is filled and given back.
-#include "shim.h"
-// The header above makes the one below a device's.
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "../../csrc/cuda/kernels.h"
+#include "shim.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Runs kernels on a CPU: enough of a device for csrc/cuda, in plain C++.
+// Runs kernels on a CPU: enough of a device for csrc/cuda, in plain C++. Every file is compiled with this one in front.
 //
 // Every thread of a block is a fibre that runs until it has to wait for others, so what a kernel may not rely on, such
 // as the order of lanes between two barriers, can be turned round (Run::order). Shared memory is a piece of the heap of

@@ -29,27 +29,54 @@ ORDERS = {"forwards": 0, "backwards": 1, "odd first": 2}
 
 
 def build(folder: Path, sources: Path = ROOT, sanitize: bool = True) -> Path:
-    """The runner, compiled from the kernels under ``sources``; a second caller waits for the first one's."""
+    """The runner, compiled from the kernels under ``sources``."""
+    flags = ["-O1", *SANITIZE] if sanitize else ["-O0"]
+    return compiled(folder, "runner", [sources / "tests" / "cuda" / "runner.cpp"], sources, flags)
+
+
+def build_module(folder: Path) -> Path:
+    """The Python module of the CUDA kernels, with kernels that run on the CPU."""
+    import sysconfig
+
+    import pybind11
+
+    flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", '-DHF_ACTNN_ARCHITECTURES="none"']
+    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    return compiled(folder, "_native_cuda.so", [ROOT / "csrc" / "cuda" / "bindings.cpp"], ROOT, flags)
+
+
+def compiled(folder: Path, name: str, units: list[Path], sources: Path, flags: list[str]) -> Path:
+    """A program or library of these units, the kernels and the shim; a second caller waits for the first one's."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the kernels for the CPU with")
     folder.mkdir(parents=True, exist_ok=True)
-    runner = folder / "runner"
-    with open(folder / "lock", "w") as lock:
+    built, here = folder / name, sources / "tests" / "cuda"
+    with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not runner.exists():
-            here = sources / "tests" / "cuda"
-            units = [sources / "csrc" / "cuda" / name for name in SOURCES] + [here / "shim.cpp", here / "runner.cpp"]
-            flags = [*FLAGS, *(["-O1", *SANITIZE] if sanitize else ["-O0"]), f"-I{here}"]
+        if not built.exists():
+            units = [*units, here / "shim.cpp", *(sources / "csrc" / "cuda" / name for name in SOURCES)]
             done = subprocess.run(
-                [compiler, *flags, "-x", "c++", *map(str, units), "-o", str(folder / "unfinished")],
+                [
+                    compiler,
+                    *FLAGS,
+                    *flags,
+                    f"-I{here}",
+                    "-include",
+                    "shim.h",
+                    "-x",
+                    "c++",
+                    *map(str, units),
+                    "-o",
+                    f"{built}.unfinished",
+                ],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             assert done.returncode == 0, done.stderr[-4000:]
-            (folder / "unfinished").rename(runner)
-    return runner
+            Path(f"{built}.unfinished").rename(built)
+    return built
 
 
 class Buffer(NamedTuple):

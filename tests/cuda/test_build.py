@@ -69,7 +69,7 @@ HALF = 64
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
+def built(tmp_path_factory):
     """The module's path, and what the compiler said."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
@@ -88,19 +88,19 @@ def module(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    (built,) = (folder / "hf_actnn").glob("_native_cuda*.so")
-    return built, done.stderr
+    (path,) = (folder / "hf_actnn").glob("_native_cuda*.so")
+    return path, done.stderr
 
 
-def test_the_module_loads_without_a_driver(module):
+def test_the_module_loads_without_a_driver(built):
     """And needs no library of a CUDA toolkit; what it cannot do it says when asked to."""
-    built, _ = module
-    linked = subprocess.run(["ldd", str(built)], capture_output=True, text=True, check=True).stdout
+    path, _ = built
+    linked = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=True).stdout
     assert "cudart" not in linked
     assert "libcuda" not in linked
     code = f"""
 import importlib.util as u
-spec = u.spec_from_file_location("hf_actnn._native_cuda", {str(built)!r})
+spec = u.spec_from_file_location("hf_actnn._native_cuda", {str(path)!r})
 module = u.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(module.architectures())
@@ -116,9 +116,9 @@ except RuntimeError as error:
     assert probed == "a device" or "on CUDA device 0: " in probed
 
 
-def test_kernels_need_no_stack_and_few_registers(module):
-    usage = {name: [int(number) for number in numbers] for name, *numbers in USAGE.findall(module[1])}
-    assert len(usage) > 30, module[1][-4000:]
+def test_kernels_need_no_stack_and_few_registers(built):
+    usage = {name: [int(number) for number in numbers] for name, *numbers in USAGE.findall(built[1])}
+    assert len(usage) > 30, built[1][-4000:]
     assert {name: numbers for name, numbers in usage.items() if any(numbers[:3])} == {}
     full_groups = {name: numbers[3] for name, numbers in usage.items() if re.search(r"quantize_even.*Lb0", name)}
     assert len(full_groups) == 6  # to codes and back, three dtypes

@@ -147,11 +147,11 @@ def test_more_rows_than_a_grid_is_high(kernels):
 
 
 class Large:
-    """The last groups of a tensor of more than 2^32 elements, of which only these have memory."""
+    """The last rows of a tensor of more than ``elements`` elements: their values, codes and metadata."""
 
-    def __init__(self, dtype: torch.dtype, row_length: int, bits: int, rows: int = 4) -> None:
+    def __init__(self, dtype: torch.dtype, row_length: int, bits: int, rows: int = 4, elements: int = 2**32) -> None:
         self.dtype, self.row_length, self.bits, self.rows = dtype, row_length, bits, rows
-        self.n_rows = 2**32 // row_length + 3
+        self.n_rows = elements // row_length + 3
         self.numel = self.n_rows * row_length
         self.x = sample(rows * row_length, dtype, 1)
         at = reference.layout(self.numel, row_length, bits, 256)
