@@ -156,18 +156,32 @@ HF_ACTNN_HD float group_range(float lo, float hi, bool has_nan) {
 
 // ---------------------------------------------------------------- dither
 
-// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream), key seed.
-HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out[4]) {
+// The keys of all rounds of a seed: the same for every call of the generator.
+struct PhiloxKeys {
+  uint32_t k0[kRounds], k1[kRounds];
+};
+
+HF_ACTNN_HD PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kRounds; ++round) {
+    keys.k0[round] = (uint32_t)seed + (uint32_t)round * 0x9E3779B9u;
+    keys.k1[round] = (uint32_t)(seed >> 32) + (uint32_t)round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream).
+HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, const PhiloxKeys& keys, uint32_t out[4]) {
   uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ keys.k0[round];
     c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ keys.k1[round];
     c3 = (uint32_t)a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   out[0] = c0;
   out[1] = c1;

@@ -87,7 +87,8 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 #endif
 }
 
-__device__ __forceinline__ float max_of(float a, float b) { return a > b ? a : b; }
+// The greater; of a nan and a number either.
+__device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
 
 // Least and greatest value of what a lane has seen; the least is nan if one of them was.
 struct Range {

@@ -10,6 +10,18 @@
 namespace hf_actnn {
 namespace {
 
+// What dither is drawn from.
+struct Source {
+  PhiloxKeys keys;
+  uint64_t stream;
+  const int64_t* advance;
+
+  explicit Source(const Draw& draw) : keys(philox_keys(draw.seed)), stream(draw.stream), advance(draw.advance) {}
+  __device__ __forceinline__ uint64_t sequence() const {
+    return stream + (advance == nullptr ? 0 : (uint64_t)*advance);
+  }
+};
+
 // ---------------------------------------------------------------- even groups
 
 template <class T>
@@ -54,14 +66,14 @@ struct Dithered {
 // Codes of a lane's values, one a byte. Element 32 m + V lane + i takes the dither of run 2 m + V lane / 16 of sixteen.
 template <class T, bool Wide, bool Scaled>
 __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupScale& s, int lane, int64_t group,
-                                           const Draw& draw, Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
+                                           const Source& source, Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
   constexpr int V = Vec<T>::kElements, Calls = V / 4;
   using Dither = Dithered<Wide>;
-  const uint64_t stream = draw.stream + (draw.advance == nullptr ? 0 : (uint64_t)*draw.advance);
+  const uint64_t stream = source.sequence();
   uint32_t calls[Calls][4];
 #pragma unroll
   for (int c = 0; c < Calls; ++c)
-    philox((uint64_t)group * 4 + (uint64_t)(V * lane % 16 / 4 + c), stream, draw.seed, calls[c]);
+    philox((uint64_t)group * 4 + (uint64_t)(V * lane % 16 / 4 + c), stream, source.keys, calls[c]);
   const uint32_t first = Dither::kFirst + Dither::kStep * (uint32_t)(V * lane / 16);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -109,7 +121,7 @@ __device__ __forceinline__ void pack_staged(const uint32_t* codes, int runs, int
 
 template <class T, bool Staged>
 __global__ void __launch_bounds__(kThreads)
-    quantize_even(const T* x, Groups groups, Draw draw, uint8_t* out, uint32_t* meta, int* exact) {
+    quantize_even(const T* x, Groups groups, Source source, uint8_t* out, uint32_t* meta, int* exact) {
   constexpr int V = Vec<T>::kElements, Lanes = Vec<T>::kLanes;
   const int lane = thread_index() % Lanes;
   const int64_t wanted = block_index() * (kThreads / Lanes) + thread_index() / Lanes;
@@ -134,15 +146,15 @@ __global__ void __launch_bounds__(kThreads)
   if (sizeof(T) == 4 || std::is_same<T, BFloat16>::value) {
     // No step of fp16 is that small.
     if (s.scale == kScaleUp)
-      round_lane<T, true, true>(v, s, lane, group, draw, codes);
+      round_lane<T, true, true>(v, s, lane, group, source, codes);
     else if (sample.bits == 8)
-      round_lane<T, true, false>(v, s, lane, group, draw, codes);
+      round_lane<T, true, false>(v, s, lane, group, source, codes);
     else
-      round_lane<T, false, false>(v, s, lane, group, draw, codes);
+      round_lane<T, false, false>(v, s, lane, group, source, codes);
   } else if (sample.bits == 8) {
-    round_lane<T, true, false>(v, s, lane, group, draw, codes);
+    round_lane<T, true, false>(v, s, lane, group, source, codes);
   } else {
-    round_lane<T, false, false>(v, s, lane, group, draw, codes);
+    round_lane<T, false, false>(v, s, lane, group, source, codes);
   }
   if (s.minimum != s.minimum) {
 #pragma unroll
@@ -186,8 +198,9 @@ __device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) quantize_any(const T* x, Groups groups, Draw draw, int lanes, int in_block,
-                                                         Scratch scratch, uint8_t* out, uint32_t* meta, int* exact) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_any(const T* x, Groups groups, Source source, int lanes, int in_block, Scratch scratch, uint8_t* out,
+                 uint32_t* meta, int* exact) {
   const int slot = thread_index() / lanes, lane = thread_index() % lanes;
   const int64_t group = slot < in_block ? block_index() * in_block + slot : groups.at.n_groups;
   const Spot spot = spot_of(groups, group);
@@ -203,11 +216,11 @@ __global__ void __launch_bounds__(kThreads) quantize_any(const T* x, Groups grou
     values[e] = value;
     range.see(value);
   }
-  const uint64_t stream = draw.stream + (draw.advance == nullptr ? 0 : (uint64_t)*draw.advance);
+  const uint64_t stream = source.sequence();
   const int full = spot.size / kDitherBlock * 4, rest = spot.size % kDitherBlock;
   const int n_calls = full + (rest < 16 ? (rest + 3) / 4 : 4);  // a block of few elements needs not all four
   for (int c = lane; c < n_calls; c += lanes)
-    philox((uint64_t)(group * groups.at.blocks) * 4 + (uint64_t)c, stream, draw.seed, calls + 4 * c);
+    philox((uint64_t)(group * groups.at.blocks) * 4 + (uint64_t)c, stream, source.keys, calls + 4 * c);
 
   range = across(range, lanes);
   const GroupScale s = group_scale(range.lo, range.hi, range.lo != range.lo, spot.bits);
@@ -244,9 +257,10 @@ void quantize_as(const T* x, const Groups& groups, const Draw& draw, uint8_t* co
     if (even(groups) && aligned(x, 16) && aligned(codes, 16)) {
       const int64_t blocks = ceil_div(groups.at.n_groups, in_block);
       if (groups.at.group == kDitherBlock)
-        launch(quantize_even<T, false>, blocks, 0, target, x, groups, draw, codes, meta, exact);
+        launch(quantize_even<T, false>, blocks, 0, target, x, groups, Source(draw), codes, meta, exact);
       else
-        launch(quantize_even<T, true>, blocks, in_block * groups.at.group, target, x, groups, draw, codes, meta, exact);
+        launch(quantize_even<T, true>, blocks, in_block * groups.at.group, target, x, groups, Source(draw), codes, meta,
+               exact);
       return;
     }
   }
@@ -254,8 +268,8 @@ void quantize_as(const T* x, const Groups& groups, const Draw& draw, uint8_t* co
   const Scratch scratch = scratch_of(groups.at);
   const int64_t room = kSharedBytes / scratch.total();
   const int in_block = (int)(room < kThreads / lanes ? room : kThreads / lanes);
-  launch(quantize_any<T>, ceil_div(groups.at.n_groups, in_block), in_block * scratch.total(), target, x, groups, draw,
-         lanes, in_block, scratch, codes, meta, exact);
+  launch(quantize_any<T>, ceil_div(groups.at.n_groups, in_block), in_block * scratch.total(), target, x, groups,
+         Source(draw), lanes, in_block, scratch, codes, meta, exact);
 }
 
 }  // namespace

@@ -41,8 +41,8 @@ MUTATIONS = {
     ),
     "a seed": (
         "quantize.cu",
-        "stream, draw.seed, calls[c]);",
-        "stream, draw.seed + 1, calls[c]);",
+        "keys(philox_keys(draw.seed))",
+        "keys(philox_keys(draw.seed + 1))",
         False,
         lambda kernels: check(kernels, values(256), 2, 256, 256),
     ),
