@@ -33,25 +33,6 @@ inline void check(cudaError_t status, const char* what, int device) {
                            cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
-// The caller's device is current again when this is gone.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice", device);
-    changed_ = before_ != device;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice", device);
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ uint4 memory[];
   return reinterpret_cast<char*>(memory);
@@ -59,7 +40,8 @@ __device__ __forceinline__ char* shared_memory() {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int64_t shared_bytes, const Target& target, Args... args) {
-  const DeviceGuard guard(target.device);
+  // This runtime is not torch's, and keeps its own account of which device is current.
+  check(cudaSetDevice(target.device), "cudaSetDevice", target.device);
   kernel<<<dim3((unsigned)blocks), dim3(kThreads), (size_t)shared_bytes, (cudaStream_t)target.stream>>>(args...);
   check(cudaGetLastError(), "launch", target.device);
 }

@@ -9,7 +9,8 @@
 
 namespace hf_actnn {
 
-// Where the work goes: a device's number and a stream's handle, as torch gives them.
+// Where the work goes: a device's number and a stream's handle, as torch gives them. The device is the caller's current
+// one.
 struct Target {
   int device;
   uintptr_t stream;

@@ -73,7 +73,7 @@ void sample_spread(const void* x, int dtype, const Cut& cut, float* ranges, doub
 
 #if !defined(HF_ACTNN_SHIM)
 void probe(int device) {
-  const DeviceGuard guard(device);
+  check(cudaSetDevice(device), "cudaSetDevice", device);
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, sum_ranges), "loading the kernels", device);
 }

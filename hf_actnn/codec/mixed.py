@@ -119,7 +119,9 @@ def _native_quantize(
     widths, room = widths.contiguous(), _room(widths, x)
     codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
     meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
-    exact = kernels.quantize_mixed(
+    exact = ops._launch(
+        kernels.quantize_mixed,
+        x,
         x.data_ptr(),
         ops._CODE[x.dtype],
         x.numel(),
@@ -128,7 +130,6 @@ def _native_quantize(
         *_places(widths, room),
         *ops._draw(x, seed, stream, advance),
         *ops._coded(codes, meta, count),
-        *ops._where(x),
     )
     return codes, meta, exact
 
@@ -145,7 +146,9 @@ def _native_dequantize(
 ) -> Tensor:
     widths, room = widths.contiguous(), _room(widths, codes)
     out = ops._empty(numel, dtype, codes)
-    kernels.dequantize_mixed(
+    ops._launch(
+        kernels.dequantize_mixed,
+        codes,
         codes.data_ptr(),
         meta.data_ptr(),
         numel,
@@ -154,7 +157,6 @@ def _native_dequantize(
         *_places(widths, room),
         ops._CODE[dtype],
         out.data_ptr(),
-        *ops._where(codes),
     )
     return out
 

@@ -6,8 +6,11 @@ import importlib
 import importlib.util
 import threading
 import warnings
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from hf_actnn.errors import ActNNWarning, NativeError, message
 
@@ -116,7 +119,8 @@ def cuda(device: int) -> ModuleType | None:
     kernels = _cuda.module()
     if kernels is not None and device not in _probed:
         try:
-            kernels.probe(device)
+            with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
+                kernels.probe(device)
         except RuntimeError as error:
             raise NativeError(
                 message(

@@ -220,11 +220,17 @@ def _direct(x: Tensor) -> Any:
     return _kernels(x) if (x.is_cpu or x.is_cuda) and _plain(x) else None
 
 
-def _where(x: Tensor) -> tuple[int, ...]:
-    """The last arguments of a kernel: the threads it may use; on CUDA the device and its current stream."""
+def _launch(kernel: Any, x: Tensor, *arguments: Any) -> Any:
+    """Call a kernel with what it has to know of where ``x`` is: the threads it may use; on CUDA the device, which is
+    the current one meanwhile, and its current stream."""
     if _on_cpu(x):
-        return (torch.get_num_threads(),)
-    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
+        return kernel(*arguments, torch.get_num_threads())
+    device = x.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if device == torch._C._cuda_getDevice():
+        return kernel(*arguments, device, stream)
+    with torch.cuda.device(device):
+        return kernel(*arguments, device, stream)
 
 
 def _empty(numel: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
@@ -261,7 +267,8 @@ def _native_quantize(
     codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
     meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
     cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits)
-    exact = kernels.quantize(*cut, *_draw(x, seed, stream, advance), *_coded(codes, meta, count), *_where(x))
+    draw, coded = _draw(x, seed, stream, advance), _coded(codes, meta, count)
+    exact = _launch(kernels.quantize, x, *cut, *draw, *coded)
     return codes, meta, exact
 
 
@@ -290,7 +297,9 @@ def _native_dequantize(
     dtype: torch.dtype,
 ):
     out = _empty(numel, dtype, codes)
-    kernels.dequantize(
+    _launch(
+        kernels.dequantize,
+        codes,
         codes.data_ptr(),
         meta.data_ptr(),
         numel,
@@ -299,41 +308,33 @@ def _native_dequantize(
         bits,
         _CODE[dtype],
         out.data_ptr(),
-        *_where(codes),
     )
     return out
 
 
 def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
     codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
-    kernels.pack_mask(
-        x.data_ptr(),
-        _CODE[x.dtype],
-        x.numel(),
-        _PREDICATE[predicate],
-        lo,
-        hi,
-        codes.data_ptr(),
-        *_where(x),
+    _launch(
+        kernels.pack_mask, x, x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr()
     )
     return codes
 
 
 def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
     out = _empty(numel, dtype, codes)
-    kernels.unpack_mask(codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr(), *_where(codes))
+    _launch(kernels.unpack_mask, codes, codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr())
     return out
 
 
 def _native_pack_uint(kernels: Any, values: Tensor, bits: int) -> Tensor:
     codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
-    kernels.pack_uint(values.data_ptr(), values.numel(), bits, codes.data_ptr(), *_where(values))
+    _launch(kernels.pack_uint, values, values.data_ptr(), values.numel(), bits, codes.data_ptr())
     return codes
 
 
 def _native_unpack_uint(kernels: Any, codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(numel, dtype=dtype, device=codes.device)
-    kernels.unpack_uint(codes.data_ptr(), numel, bits, _CODE[dtype], out.data_ptr(), *_where(codes))
+    _launch(kernels.unpack_uint, codes, codes.data_ptr(), numel, bits, _CODE[dtype], out.data_ptr())
     return out
 
 

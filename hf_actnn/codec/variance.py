@@ -44,12 +44,12 @@ def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_
     out = torch.zeros(samples, dtype=torch.float64, device=flat.device)
     cut = (flat.data_ptr(), ops._CODE[flat.dtype], flat.numel(), row_length, group_size, samples)
     if ops._on_cpu(flat):
-        kernels.sample_spread(*cut, out.data_ptr(), *ops._where(flat))
+        ops._launch(kernels.sample_spread, flat, *cut, out.data_ptr())
     else:
         ranges = torch.empty(
             reference.layout(flat.numel(), row_length, 1, group_size).n_groups, dtype=torch.float32, device=flat.device
         )
-        kernels.sample_spread(*cut, ranges.data_ptr(), out.data_ptr(), *ops._where(flat))
+        ops._launch(kernels.sample_spread, flat, *cut, ranges.data_ptr(), out.data_ptr())
     return out
 
 

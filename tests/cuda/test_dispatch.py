@@ -14,6 +14,7 @@ from hf_actnn.codec import unpack_uint as to_integers
 from tests.cuda.test_on_cpu import DTYPES, same, sample
 from tests.models import assert_same, gradients
 
+LAUNCH = ops._launch
 WIDTHS = torch.tensor([1, 8, 2, 2, 3, 7, 5, 4, 6, 1], dtype=torch.uint8)
 
 
@@ -32,7 +33,7 @@ class Counted:
 def kernels(module, monkeypatch):
     counted = Counted(module)
     monkeypatch.setattr(ops, "_on_cpu", lambda x: False)
-    monkeypatch.setattr(ops, "_where", lambda x: (0, 0))
+    monkeypatch.setattr(ops, "_launch", lambda kernel, x, *arguments: kernel(*arguments, 0, 0))
     monkeypatch.setattr(native, "cuda", lambda device: counted)
     return counted
 
@@ -120,3 +121,28 @@ def test_a_model_has_the_gradients_of_the_cpu_kernels(kernels, monkeypatch):
     assert kernels.calls["pack_mask"] > 0
     monkeypatch.undo()
     assert_same(on_cuda, step())
+
+
+@pytest.mark.parametrize("current", [1, 0])
+def test_a_launch_has_its_tensors_device_and_stream(monkeypatch, current):
+    """And the device is the current one while it is made, as it is not always before and after."""
+    devices = [current]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            devices.append(self.index)
+
+        def __exit__(self, *_):
+            devices.pop()
+
+    class Values:
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: devices[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    assert LAUNCH(lambda *arguments: (devices[-1], *arguments), Values(), 7) == (1, 7, 1, 101)
+    assert devices == [current]
