@@ -56,9 +56,9 @@ def test_bytes(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("row_length", [256, 192, 1000, 1_000_003])
+@pytest.mark.parametrize("row_length", [256, 192, 1000, 500_009])
 def test_bytes_of_large_tensors(row_length, dtype):
-    rows = max(1, 2_000_000 // row_length)
+    rows = 600_000 // row_length
     for bits in (2, 3, 8):
         check(sample(rows * row_length, dtype, bits), bits, row_length)
 
@@ -168,7 +168,7 @@ def test_a_graph_draws_other_numbers_in_each_replay(bits):
         expected = quantize(x, bits, row_length=256, seed=1, stream=7 + replay)
         assert same(packed.codes.cpu(), expected.codes), replay
         seen.append(back.clone())
-    assert not torch.equal(seen[0], seen[1])
+    assert not same(seen[0], seen[1])
 
 
 def test_nothing_waits_for_the_device():
@@ -274,7 +274,7 @@ def test_compute_sanitizer(tool):
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=55,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
