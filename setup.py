@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -99,6 +100,7 @@ class BuildKernels(build_ext):
             if BUILD != "auto":
                 raise
             ext.optional = True  # so that nobody misses the file
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, of other sources
             warn(ext.name, str(error))
 
     def _build(self, ext: Extension) -> None:
