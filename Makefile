@@ -18,7 +18,7 @@ PYTEST_ARGS ?= -n 2
 export HF_ACTNN_BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*.cuh csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(wildcard tests/cuda/*.cpp tests/cuda/*.h)
 
 .PHONY: help demo test check bench gpu clean
 
@@ -66,6 +66,7 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
 	for file in benchmarks/*.py; do \
 	  grep -q '__main__' $$file || continue; \
+	  if grep -q '"--device"' $$file; then echo "== $$file: left out, make gpu runs it"; continue; fi; \
 	  echo "== $$file"; $(PYTHON) $$file; \
 	done
 

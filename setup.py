@@ -1,7 +1,11 @@
-"""Builds the compiled CPU kernels; everything else is in pyproject.toml.
+"""Builds the compiled kernels; everything else is in pyproject.toml.
 
-HF_ACTNN_BUILD: auto (the default: compile, and install without kernels if that fails), cpu (fail if it fails), cuda,
+HF_ACTNN_BUILD: auto (the default: the kernels for the CPU, and those for CUDA where nvcc is found; whatever cannot be
+    built is left out, with a warning), cpu (only these, and fail if it fails), cuda (both, and fail if one fails),
     none.
+TORCH_CUDA_ARCH_LIST: the architectures to build CUDA kernels for, as in "8.0;9.0+PTX"; by default those from 7.5 to
+    12.0 that the compiler knows, and PTX of the newest of them.
+CUDA_HOME: where the CUDA toolkit is; by default where nvcc on the PATH lies.
 MAX_JOBS: files compiled at a time, by default one per processor.
 """
 
@@ -9,9 +13,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -34,12 +42,68 @@ VARIANT_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, or the one on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def find_runtime(nvcc: str) -> str:
+    """The folder of the toolkit's static runtime library: nvcc, which may be a link or a script, says where it
+    looks itself."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    folders = re.findall(r'"-L([^"]+)"', said)
+    if top is not None:
+        folders += [os.path.join(top[1], "lib64"), os.path.join(top[1], "lib")]
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "libcudart_static.a")):
+            return os.path.realpath(folder)
+    raise RuntimeError(f"no libcudart_static.a in {', '.join(folders) or 'any folder'} that {nvcc} names")
+
+
+def known_architectures(nvcc: str) -> str:
+    """Those of ARCHITECTURES that a compiler has, and PTX of the last."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    known = [name for name in ARCHITECTURES if "sm_" + name.replace(".", "") in listed]
+    if not known:
+        raise RuntimeError(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
+    return ";".join(known) + "+PTX"
+
+
+def architectures(wanted: str) -> list[tuple[str, str]]:
+    """The pairs (compute_90, sm_90) of a list like "8.0;9.0+PTX", where PTX stands as (compute_90, compute_90)."""
+    pairs = []
+    for name in re.split(r"[;,\s]+", wanted.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {name!r}; expected versions like 8.0 or 9.0+PTX")
+        number = match[1] + match[2] + match[3]
+        pairs.append((f"compute_{number}", f"sm_{number}"))
+        if match[4]:
+            pairs.append((f"compute_{number}", f"compute_{number}"))
+    return pairs
 
 
 class BuildKernels(build_ext):
-    """Compiles each variant of the kernels with its own flags."""
+    """Compiles each source with its own flags, and CUDA's with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except Exception as error:
+            if BUILD != "auto":
+                raise
+            ext.optional = True  # so that nobody misses the file
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, of other sources
+            warn(ext.name, str(error))
+
+    def _build(self, ext: Extension) -> None:
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             ext.extra_objects = list(pool.map(lambda source: self._compile(ext, source), ext.sources))
@@ -47,6 +111,8 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def _compile(self, ext: Extension, source: str) -> str:
+        if source.endswith(".cu"):
+            return self._compile_cuda(ext, source)
         flags = FLAGS + VARIANT_FLAGS.get(os.path.basename(source), [])
         (built,) = self.compiler.compile(
             [source],
@@ -57,49 +123,89 @@ class BuildKernels(build_ext):
         )
         return built
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except Exception as error:
-            if BUILD == "cpu":
-                raise
-            bar = "*" * 100
-            print(
-                f"{bar}\nThe compiled kernels could not be built: {error}\n"
-                "Installing without them: hf_actnn will work, 10 to 100 times slower in packing activations.\n"
-                f"HF_ACTNN_BUILD=cpu makes this an error.\n{bar}",
-                file=sys.stderr,
-            )
+    def _compile_cuda(self, ext: Extension, source: str) -> str:
+        built = os.path.join(self.build_temp, os.path.splitext(source)[0] + ".o")
+        os.makedirs(os.path.dirname(built), exist_ok=True)
+        targets = [f"--generate-code=arch={arch},code={code}" for arch, code in ext.cuda_targets]
+        subprocess.run([ext.nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", built], check=True)
+        return built
+
+
+def warn(name: str, reason: str) -> None:
+    """Say what is left out, and what that means."""
+    kind = name.rpartition("_")[2]
+    bar = "*" * 100
+    print(
+        f"{bar}\n{name} could not be built: {reason}\n"
+        f"Installing without it: hf_actnn will work, many times slower in packing activations where it would serve.\n"
+        f"HF_ACTNN_BUILD={kind} makes this an error.\n{bar}",
+        file=sys.stderr,
+    )
+
+
+def cpu_extension() -> Extension:
+    import pybind11
+
+    sources = ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/kernels_portable.cpp"]
+    if X86:
+        sources += ["csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_avx512.cpp"]
+    return Extension(
+        "hf_actnn._native_cpu",
+        sources,
+        include_dirs=[pybind11.get_include()],
+        define_macros=[("HF_ACTNN_X86", "1")] if X86 else [],
+        depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h"), "setup.py"],
+        libraries=["pthread", "dl"] if sys.platform.startswith("linux") else [],
+        language="c++",
+    )
+
+
+def cuda_extension(nvcc: str) -> Extension:
+    import pybind11
+
+    lib = find_runtime(nvcc)
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures(nvcc)
+    ext = Extension(
+        "hf_actnn._native_cuda",
+        ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[("HF_ACTNN_ARCHITECTURES", f'"{wanted}"')],
+        depends=[*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), "setup.py"],
+        library_dirs=[lib],
+        # The runtime inside: torch may bring another version of it, and there may be no driver.
+        libraries=["cudart_static", "pthread", "dl", "rt"],
+        language="c++",
+    )
+    ext.nvcc, ext.cuda_targets = nvcc, architectures(wanted)
+    return ext
 
 
 def extensions() -> list[Extension]:
     """What HF_ACTNN_BUILD asks for."""
     if BUILD == "none":
         return []
-    if BUILD == "cuda":
-        raise SystemExit(
-            "HF_ACTNN_BUILD=cuda: CUDA kernels are not available yet. "
-            "Use HF_ACTNN_BUILD=cpu; CUDA tensors run on plain torch."
-        )
-    if BUILD not in ("auto", "cpu"):
+    if BUILD not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"HF_ACTNN_BUILD is {BUILD!r}; expected auto, cpu, cuda or none.")
-    import pybind11
-
-    sources = ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/kernels_portable.cpp"]
-    if X86:
-        sources += ["csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_avx512.cpp"]
-    return [
-        Extension(
-            "hf_actnn._native_cpu",
-            sources,
-            include_dirs=[pybind11.get_include()],
-            define_macros=[("HF_ACTNN_X86", "1")] if X86 else [],
-            depends=[*glob("csrc/**/*.h", recursive=True), "setup.py"],
-            libraries=["pthread", "dl"] if sys.platform.startswith("linux") else [],
-            language="c++",
-        )
-    ]
+    found = [cpu_extension()]
+    if BUILD == "cpu":
+        return found
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if BUILD == "cuda":
+            raise SystemExit(
+                "HF_ACTNN_BUILD=cuda: no nvcc in CUDA_HOME or on the PATH. Install the CUDA toolkit, set CUDA_HOME, or "
+                "use HF_ACTNN_BUILD=cpu: CUDA tensors then go through plain torch, slowly."
+            )
+        return found
+    try:
+        return [*found, cuda_extension(nvcc)]
+    except RuntimeError as error:
+        if BUILD == "cuda":
+            raise SystemExit(f"HF_ACTNN_BUILD=cuda: {error}.") from error
+        warn("hf_actnn._native_cuda", str(error))
+        return found
 
 
 BUILD = os.environ.get("HF_ACTNN_BUILD") or "auto"
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -16,6 +16,10 @@
 #else
 #define HF_ACTNN_HD static inline
 #endif
+// Where a device's instructions are at hand, or a stand-in for them (tests/cuda/shim.h).
+#if defined(__CUDA_ARCH__) || defined(HF_ACTNN_SHIM)
+#define HF_ACTNN_DEVICE 1
+#endif
 
 namespace hf_actnn {
 
@@ -144,20 +148,40 @@ HF_ACTNN_HD GroupScale group_scale(float lo, float hi, bool has_nan, int bits) {
   return s;
 }
 
+// maximum - minimum; 0 for a group whose values no step serves.
+HF_ACTNN_HD float group_range(float lo, float hi, bool has_nan) {
+  const bool coded = (!has_nan) & (lo > -kExactFrom) & (hi < kExactFrom);
+  return either(coded, hi - lo, 0.0f);
+}
+
 // ---------------------------------------------------------------- dither
 
-// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream), key seed.
-HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, uint64_t seed, uint32_t out[4]) {
+// The keys of all rounds of a seed: the same for every call of the generator.
+struct PhiloxKeys {
+  uint32_t k0[kRounds], k1[kRounds];
+};
+
+HF_ACTNN_HD PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kRounds; ++round) {
+    keys.k0[round] = (uint32_t)seed + (uint32_t)round * 0x9E3779B9u;
+    keys.k1[round] = (uint32_t)(seed >> 32) + (uint32_t)round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): counter (q, stream).
+HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, const PhiloxKeys& keys, uint32_t out[4]) {
   uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = (uint32_t)stream, c3 = (uint32_t)(stream >> 32);
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ keys.k0[round];
     c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ keys.k1[round];
     c3 = (uint32_t)a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   out[0] = c0;
   out[1] = c1;
@@ -176,7 +200,7 @@ HF_ACTNN_HD uint32_t dither_word(const uint32_t call[4], int w, int k) {
 // x - minimum towards zero, for x no less than the minimum: to nearest, then one down where the exact remainder
 // (Knuth's two-sum) says that this went up.
 HF_ACTNN_HD float difference(float x, float minimum) {
-#if defined(__CUDA_ARCH__)
+#if defined(HF_ACTNN_DEVICE)
   return __fsub_rz(x, minimum);
 #else
   const float d = x - minimum, back = d - x;
@@ -194,6 +218,26 @@ HF_ACTNN_HD int round_at_random(float d, float r, uint8_t byte) {
 }
 
 HF_ACTNN_HD float dequantize_value(int code, float minimum, float step) { return minimum + (float)code * step; }
+
+// ---------------------------------------------------------------- a mask's bit
+
+template <int P, class T>
+HF_ACTNN_HD bool holds(T x, T lo, T hi) {
+  if (P == kNotLe) return !(x <= lo);
+  if (P == kGt) return x > lo;
+  if (P == kInside) return !(x <= lo || x >= hi);
+  if (P == kStrictInside) return x > lo && x < hi;
+  return x != 0;
+}
+
+// ---------------------------------------------------------------- 64-bit floats
+
+// A finite double beyond fp32 becomes the largest float, not inf: its group is kept exact, not declared broken.
+HF_ACTNN_HD float double_to_float(double v) {
+  const double most = (double)float_of(0x7F7FFFFFu);
+  const bool finite = v - v == 0.0;
+  return (float)(finite && v > most ? most : finite && v < -most ? -most : v);
+}
 
 // ---------------------------------------------------------------- 16-bit floats, to nearest even
 
@@ -223,6 +267,33 @@ HF_ACTNN_HD uint16_t float_to_half(float x) {
   }
   bits += 0xFFFu + ((bits >> 13) & 1u);
   return (uint16_t)(sign | ((bits - 0x38000000u) >> 13));
+}
+
+// ---------------------------------------------------------------- dtypes
+
+HF_ACTNN_HD int64_t item_size(int dtype) {
+  return dtype == kFloat64 || dtype == kInt64   ? 8
+         : dtype == kFloat32 || dtype == kInt32 ? 4
+         : dtype <= kBFloat16                   ? 2
+                                                : 1;
+}
+
+// The bits that hold a value in a dtype, for what a mask's bit stands for.
+HF_ACTNN_HD uint64_t pattern(double value, int dtype) {
+  uint64_t bits;
+  if (dtype == kFloat64)
+    memcpy(&bits, &value, 8);
+  else if (dtype == kFloat32)
+    bits = bits_of((float)value);
+  else if (dtype == kFloat16)
+    bits = float_to_half((float)value);
+  else if (dtype == kBFloat16)
+    bits = float_to_bf16((float)value);
+  else if (dtype == kBool)
+    bits = value != 0.0;
+  else
+    bits = (uint8_t)(int64_t)value;
+  return bits;
 }
 
 }  // namespace hf_actnn

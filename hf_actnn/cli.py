@@ -38,6 +38,7 @@ def environment() -> dict[str, Any]:
             "gpus": gpus,
         },
         "cpu_kernels": native.status(),
+        "cuda_kernels": native.cuda_status(),
     }
 
 

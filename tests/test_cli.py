@@ -15,6 +15,7 @@ def test_env_names_versions_machine_and_kernels(capsys):
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert "cpu_kernels" in printed
+    assert "cuda_kernels" in printed
 
 
 def test_env_as_json(capsys):

@@ -10,13 +10,6 @@ namespace {
 constexpr int64_t kBatch = 4096;
 constexpr int64_t kPad = 64;  // floats that vector loops may touch beyond a buffer's end
 
-inline int64_t item_size(int dtype) {
-  return dtype == kFloat64 || dtype == kInt64   ? 8
-         : dtype == kFloat32 || dtype == kInt32 ? 4
-         : dtype <= kBFloat16                   ? 2
-                                                : 1;
-}
-
 inline void bf16_to_floats(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + Simd::W <= n; i += Simd::W) Simd::store(out + i, Simd::load_bf16(x + i));
@@ -29,14 +22,8 @@ inline void half_to_floats(const uint16_t* x, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = half_to_float(x[i]);
 }
 
-// A finite double beyond fp32 becomes the largest float, not inf: its group is kept exact, not declared broken.
 inline void doubles_to_floats(const double* x, int64_t n, float* out) {
-  const double most = (double)float_of(0x7F7FFFFFu);
-  for (int64_t i = 0; i < n; ++i) {
-    const double v = x[i];
-    const bool finite = v - v == 0.0;
-    out[i] = (float)(finite && v > most ? most : finite && v < -most ? -most : v);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = double_to_float(x[i]);
 }
 
 // The values [at, at + n) of a tensor in fp32: where they lie if they are fp32, else in buffer.

@@ -12,15 +12,6 @@ inline int64_t mask_group_size(int64_t group, int64_t numel) {
   return left < kMaskGroup ? left : kMaskGroup;
 }
 
-template <int P, class T>
-bool holds(T x, T lo, T hi) {
-  if (P == kNotLe) return !(x <= lo);
-  if (P == kGt) return x > lo;
-  if (P == kInside) return !(x <= lo || x >= hi);
-  if (P == kStrictInside) return x > lo && x < hi;
-  return x != 0;
-}
-
 template <int P>
 void test_floats(const float* x, int64_t n, float lo, float hi, uint8_t* out) {
   constexpr int W = Simd::W;
@@ -71,23 +62,6 @@ void pack_mask(const PackMaskArgs& args, int64_t first, int64_t last) {
 template <class T>
 void choose(const uint8_t* bits, int64_t n, T on, T off, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = bits[i] != 0 ? on : off;
-}
-
-inline uint64_t pattern(double value, int dtype) {
-  uint64_t bits;
-  if (dtype == kFloat64)
-    memcpy(&bits, &value, 8);
-  else if (dtype == kFloat32)
-    bits = bits_of((float)value);
-  else if (dtype == kFloat16)
-    bits = float_to_half((float)value);
-  else if (dtype == kBFloat16)
-    bits = float_to_bf16((float)value);
-  else if (dtype == kBool)
-    bits = value != 0.0;
-  else
-    bits = (uint8_t)(int64_t)value;
-  return bits;
 }
 
 // Calls put(e, value) for every vector of a full group: bit J of its byte i is element 32 * J + i.

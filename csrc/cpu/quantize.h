@@ -280,10 +280,7 @@ void ranges(const RangesArgs& args, int64_t first, int64_t last) {
     Cursor each = start;
     for (int i = 0; i < batch.count; ++i, each.next())
       batch.range(i, x + (each.position - start.position), each.size());
-    for (int i = 0; i < batch.count; ++i) {
-      const bool coded = (batch.nan[i] == 0) & (batch.lo[i] > -kExactFrom) & (batch.hi[i] < kExactFrom);
-      args.ranges[g + i] = either(coded, batch.hi[i] - batch.lo[i], 0.0f);
-    }
+    for (int i = 0; i < batch.count; ++i) args.ranges[g + i] = group_range(batch.lo[i], batch.hi[i], batch.nan[i] != 0);
   }
 }
 

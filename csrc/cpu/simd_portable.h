@@ -183,8 +183,9 @@ struct Simd {
   // Dither of blocks of 256 elements, from call q on: for each block the sixteen words of four calls, then three times
   // these words xor themselves, each call's sixteen bytes turned by one, two and three.
   static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+    const PhiloxKeys keys = philox_keys(seed);
     for (int64_t block = 0; block < count; ++block, q += 4, out += kDitherBlock / 4) {
-      for (int call = 0; call < 4; ++call) philox(q + (uint64_t)call, stream, seed, out + 4 * call);
+      for (int call = 0; call < 4; ++call) philox(q + (uint64_t)call, stream, keys, out + 4 * call);
       for (int k = 1; k < 4; ++k)
         for (int i = 0; i < 16; ++i) out[16 * k + i] = dither_word(out + i / 4 * 4, i % 4, k);
     }

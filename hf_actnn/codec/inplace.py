@@ -23,7 +23,7 @@ def scale_by_mask_(values: Tensor, codes: Tensor, on: float) -> Tensor:
     Returns:
         ``values``, changed in place.
     """
-    kernels = ops._direct(values) if values.dtype == torch.float32 else None
+    kernels = ops._direct(values) if ops._on_cpu(values) and values.dtype == torch.float32 else None
     if kernels is None:
         flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
         flat.mul_(ops.unpack_mask(codes, values.numel(), on, 0.0, values.dtype))
@@ -45,7 +45,7 @@ def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     channels = values.shape[1]
     inner = _inner(values)
-    same = values.dtype == scale.dtype == shift.dtype == torch.float32 and values.device == scale.device
+    same = values.dtype == scale.dtype == shift.dtype == torch.float32 and ops._on_cpu(values) and scale.is_cpu
     kernels = ops._direct(values) if same and inner and scale.is_contiguous() and shift.is_contiguous() else None
     if kernels is None:
         view = (1, channels) + (1,) * (values.dim() - 2)
@@ -78,7 +78,7 @@ def normalize_(values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | No
     parts = [part for part in (mean, factor, weight, bias) if part is not None]
     plain = all(part.dtype == torch.float32 and part.is_contiguous() for part in (values, *parts))
     width = values.numel() // mean.numel() if mean.numel() else 0
-    kernels = ops._direct(values) if plain and width and all(part.is_cpu for part in parts) else None
+    kernels = ops._direct(values) if plain and width and all(ops._on_cpu(part) for part in (values, *parts)) else None
     if kernels is None:
         values.sub_(mean).mul_(factor)
         if weight is not None:

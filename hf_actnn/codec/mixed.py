@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_actnn.codec import buffers, native, ops, reference
+from hf_actnn.codec import ops, reference
 
 # --------------------------------------------------------------------------- checks
 
@@ -62,8 +62,16 @@ def _check_widths(widths: Tensor) -> None:
         )
 
 
-def _check_quantize(x: Tensor, widths: Tensor, row_length: int, group_size: int, nbytes: int | None = None):
+def _check_quantize(
+    x: Tensor,
+    widths: Tensor,
+    row_length: int,
+    group_size: int,
+    advance: Tensor | None,
+    nbytes: int | None = None,
+):
     ops._check_flat(x, "x", ops.FLOATS)
+    ops._check_advance(advance, x)
     at = plan(x.numel(), row_length, widths, group_size)
     if nbytes is not None and nbytes != at.nbytes:
         ops._fail(
@@ -82,7 +90,18 @@ def _check_dequantize(
     ops._check_coded(codes, meta, plan(numel, row_length, widths, group_size), dtype)
 
 
-# --------------------------------------------------------------------------- kernels behind the operators (CPU)
+# --------------------------------------------------------------------------- kernels behind the operators
+
+
+def _room(widths: Tensor, beside: Tensor) -> Tensor | None:
+    """Room for where each sample's codes begin, which CUDA's kernels look up."""
+    return None if ops._on_cpu(beside) else torch.empty(widths.numel(), dtype=torch.int64, device=beside.device)
+
+
+def _places(widths: Tensor, room: Tensor | None) -> tuple[int, ...]:
+    """The widths as a kernel takes them."""
+    samples = (widths.data_ptr(), widths.numel())
+    return samples if room is None else (*samples, room.data_ptr())
 
 
 def _native_quantize(
@@ -94,23 +113,23 @@ def _native_quantize(
     group_size: int,
     seed: int,
     stream: int,
-) -> tuple[Tensor, Tensor, int]:
-    widths = widths.contiguous()
-    codes = torch.empty(at.nbytes, dtype=torch.uint8)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16)
-    exact = kernels.quantize_mixed(
+    advance: Tensor | None,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int | None]:
+    widths, room = widths.contiguous(), _room(widths, x)
+    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
+    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
+    exact = ops._launch(
+        kernels.quantize_mixed,
+        x,
         x.data_ptr(),
         ops._CODE[x.dtype],
         x.numel(),
         row_length,
         group_size,
-        widths.data_ptr(),
-        widths.numel(),
-        seed,
-        stream,
-        codes.data_ptr(),
-        meta.data_ptr(),
-        torch.get_num_threads(),
+        *_places(widths, room),
+        *ops._draw(x, seed, stream, advance),
+        *ops._coded(codes, meta, count),
     )
     return codes, meta, exact
 
@@ -125,19 +144,19 @@ def _native_dequantize(
     numel: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    widths = widths.contiguous()
-    out = buffers.empty(numel, dtype)
-    kernels.dequantize_mixed(
+    widths, room = widths.contiguous(), _room(widths, codes)
+    out = ops._empty(numel, dtype, codes)
+    ops._launch(
+        kernels.dequantize_mixed,
+        codes,
         codes.data_ptr(),
         meta.data_ptr(),
         numel,
         row_length,
         group_size,
-        widths.data_ptr(),
-        widths.numel(),
+        *_places(widths, room),
         ops._CODE[dtype],
         out.data_ptr(),
-        torch.get_num_threads(),
     )
     return out
 
@@ -145,21 +164,22 @@ def _native_dequantize(
 # --------------------------------------------------------------------------- operators
 
 
-def _quantize_cpu(x, widths, row_length, group_size, nbytes, seed, stream):
-    at = _check_quantize(x, widths, row_length, group_size, nbytes)
-    kernels = native.module()
+def _quantize_compiled(x, widths, row_length, group_size, nbytes, seed, stream, advance=None):
+    at = _check_quantize(x, widths, row_length, group_size, advance, nbytes)
+    kernels = ops._kernels(x)
     if kernels is None:
-        return reference.quantize_mixed(x, widths, row_length, group_size, seed, stream)
-    codes, meta, exact = _native_quantize(kernels, x, at, widths, row_length, group_size, seed, stream)
-    return codes, meta, torch.tensor([exact], dtype=torch.int32)
+        return reference.quantize_mixed(x, widths, row_length, group_size, seed, stream, advance)
+    count = None if ops._on_cpu(x) else torch.zeros(1, dtype=torch.int32, device=x.device)
+    codes, meta, exact = _native_quantize(kernels, x, at, widths, row_length, group_size, seed, stream, advance, count)
+    return codes, meta, torch.tensor([exact], dtype=torch.int32) if count is None else count
 
 
-def _quantize_elsewhere(x, widths, row_length, group_size, nbytes, seed, stream):
-    _check_quantize(x, widths, row_length, group_size, nbytes)
-    return reference.quantize_mixed(x, widths, row_length, group_size, seed, stream)
+def _quantize_elsewhere(x, widths, row_length, group_size, nbytes, seed, stream, advance=None):
+    _check_quantize(x, widths, row_length, group_size, advance, nbytes)
+    return reference.quantize_mixed(x, widths, row_length, group_size, seed, stream, advance)
 
 
-def _quantize_fake(x, widths, row_length, group_size, nbytes, seed, stream):
+def _quantize_fake(x, widths, row_length, group_size, nbytes, seed, stream, advance=None):
     at = reference.layout(x.numel(), row_length, 1, group_size)
     return (
         x.new_empty(nbytes, dtype=torch.uint8),
@@ -168,9 +188,9 @@ def _quantize_fake(x, widths, row_length, group_size, nbytes, seed, stream):
     )
 
 
-def _dequantize_cpu(codes, meta, widths, row_length, group_size, numel, dtype):
+def _dequantize_compiled(codes, meta, widths, row_length, group_size, numel, dtype):
     _check_dequantize(codes, meta, widths, row_length, group_size, numel, dtype)
-    kernels = native.module()
+    kernels = ops._kernels(codes)
     if kernels is None:
         return reference.dequantize_mixed(codes, meta, widths, row_length, group_size, numel, dtype)
     return _native_dequantize(kernels, codes, meta, widths, row_length, group_size, numel, dtype)
@@ -182,16 +202,16 @@ def _dequantize_elsewhere(codes, meta, widths, row_length, group_size, numel, dt
 
 
 ops._operator(
-    "quantize_mixed(Tensor x, Tensor widths, SymInt row_length, int group_size, SymInt nbytes, int seed, int stream) "
-    "-> (Tensor, Tensor, Tensor)",
-    _quantize_cpu,
+    "quantize_mixed(Tensor x, Tensor widths, SymInt row_length, int group_size, SymInt nbytes, int seed, int stream, "
+    "Tensor? advance=None) -> (Tensor, Tensor, Tensor)",
+    _quantize_compiled,
     _quantize_elsewhere,
     _quantize_fake,
 )
 ops._operator(
     "dequantize_mixed(Tensor codes, Tensor meta, Tensor widths, SymInt row_length, int group_size, SymInt numel, "
     "ScalarType dtype) -> Tensor",
-    _dequantize_cpu,
+    _dequantize_compiled,
     _dequantize_elsewhere,
     lambda codes, meta, widths, row_length, group_size, numel, dtype: codes.new_empty(numel, dtype=dtype),
 )
@@ -201,16 +221,23 @@ ops._operator(
 
 
 def quantize(
-    x: Tensor, widths: Tensor, row_length: int, group_size: int, seed: int = 0, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor | int]:
+    x: Tensor,
+    widths: Tensor,
+    row_length: int,
+    group_size: int,
+    seed: int = 0,
+    stream: int = 0,
+    advance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | int | None]:
     """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize_mixed`. The count of exact groups comes as
-    an integer where reading it costs nothing."""
+    :func:`hf_actnn.codec.ops.quantize` gives it."""
     seed, stream = ops._signed(seed), ops._signed(stream)
     kernels = ops._direct(x)
-    at = _check_quantize(x, widths, row_length, group_size)
+    at = _check_quantize(x, widths, row_length, group_size, advance)
     if kernels is None:
-        return torch.ops.hf_actnn.quantize_mixed(x, owned(widths), row_length, group_size, at.nbytes, seed, stream)
-    return _native_quantize(kernels, x, at, widths, row_length, group_size, seed, stream)
+        widths = owned(widths)
+        return torch.ops.hf_actnn.quantize_mixed(x, widths, row_length, group_size, at.nbytes, seed, stream, advance)
+    return _native_quantize(kernels, x, at, widths, row_length, group_size, seed, stream, advance)
 
 
 def dequantize(
@@ -227,6 +254,6 @@ def dequantize(
 def owned(widths: Tensor) -> Tensor:
     """A copy that nobody else writes to; a fake one where all tensors are, in which operators take no real one."""
     _check_widths(widths)
-    if ops._direct(widths) is not None:
+    if ops._plain(widths):
         return widths.clone(memory_format=torch.contiguous_format)
     return torch.tensor(widths.tolist(), dtype=torch.uint8)

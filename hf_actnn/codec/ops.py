@@ -1,10 +1,10 @@
 """The codec as torch operators: schema, checks and fake implementations together.
 
 In namespace ``hf_actnn``: ``quantize``, ``dequantize``, ``pack_mask``, ``unpack_mask``, ``pack_uint``, ``unpack_uint``.
-All work on flat tensors and are functional. CPU tensors go to the compiled kernels, any other device (and a CPU without
-them) to ``reference.py``; the bytes are the same. The functions of the same names in this module are the way in: they
-call the kernels directly where nothing is tracing, since a dispatched call costs three times a direct one and a
-training step makes hundreds.
+All work on flat tensors and are functional. CPU and CUDA tensors go to the compiled kernels, those of any other device
+and where there are no kernels to ``reference.py``; the bytes are the same. The functions of the same names in this
+module are the way in: they call the kernels directly where nothing is tracing, since a dispatched call costs three
+times a direct one and a training step makes hundreds.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def plan(numel: int, row_length: int, bits: int, group_size: int) -> reference.L
     return reference.layout(numel, row_length, bits, group_size)
 
 
-def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int) -> reference.Layout:
+def _check_quantize(x: Tensor, bits: int, row_length: int, group_size: int, advance: Tensor | None) -> reference.Layout:
     _check_flat(x, "x", FLOATS)
+    _check_advance(advance, x)
     return plan(x.numel(), row_length, bits, group_size)
 
 
@@ -184,13 +185,61 @@ def _check_unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype)
         _fail("Unsupported dtype", where="dtype", expected=_names(INTS), received=str(dtype), next_step=_CONVERT)
 
 
+def _check_advance(advance: Tensor | None, x: Tensor) -> None:
+    if advance is None:
+        return
+    if advance.dtype != torch.int64 or advance.numel() != 1 or advance.device != x.device:
+        _fail(
+            "This cannot advance the stream",
+            where="advance",
+            expected=f"one int64 on {x.device}",
+            received=f"{advance.dtype} of shape {tuple(advance.shape)} on {advance.device}",
+            next_step="Pass a tensor of one number that lies where the values do, or none",
+        )
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor that nothing traces or wraps."""
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() != 0 or is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Which of the two compiled modules a CPU or CUDA tensor goes to; their calls differ in the last arguments."""
+    return x.is_cpu
+
+
+def _kernels(x: Tensor) -> Any:
+    """The compiled module for the device of ``x``, a CPU or CUDA tensor, or None."""
+    return native.module() if _on_cpu(x) else native.cuda(x.device.index)
+
+
 def _direct(x: Tensor) -> Any:
-    """The compiled module if ``x`` is a plain CPU tensor that nothing traces, else None."""
-    if type(x) is not Tensor or not x.is_cpu or torch._C._len_torch_dispatch_stack() != 0 or is_compiling():
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return None
-    return native.module()
+    """The compiled module if ``x`` is a plain CPU or CUDA tensor that nothing traces, else None."""
+    return _kernels(x) if (x.is_cpu or x.is_cuda) and _plain(x) else None
+
+
+def _launch(kernel: Any, x: Tensor, *arguments: Any) -> Any:
+    """Call a kernel with what it has to know of where ``x`` is: the threads it may use; on CUDA the device, which is
+    the current one meanwhile, and its current stream."""
+    if _on_cpu(x):
+        return kernel(*arguments, torch.get_num_threads())
+    device = x.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if device == torch._C._cuda_getDevice():
+        return kernel(*arguments, device, stream)
+    with torch.cuda.device(device):
+        return kernel(*arguments, device, stream)
+
+
+def _empty(numel: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
+    """Room for dequantised values, on the device of ``beside``."""
+    return buffers.empty(numel, dtype) if _on_cpu(beside) else torch.empty(numel, dtype=dtype, device=beside.device)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _signed(value: int) -> int:
@@ -199,28 +248,42 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-# --------------------------------------------------------------------------- kernels behind the operators (CPU)
+# --------------------------------------------------------------------------- kernels behind the operators
 
 
 def _native_quantize(
-    kernels: Any, x: Tensor, at: reference.Layout, bits: int, row_length: int, group_size: int, seed: int, stream: int
-):
-    codes = torch.empty(at.nbytes, dtype=torch.uint8)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16)
-    exact = kernels.quantize(
-        x.data_ptr(),
-        _CODE[x.dtype],
-        x.numel(),
-        row_length,
-        group_size,
-        bits,
-        seed,
-        stream,
-        codes.data_ptr(),
-        meta.data_ptr(),
-        torch.get_num_threads(),
-    )
+    kernels: Any,
+    x: Tensor,
+    at: reference.Layout,
+    bits: int,
+    row_length: int,
+    group_size: int,
+    seed: int,
+    stream: int,
+    advance: Tensor | None,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, int | None]:
+    """Codes, metadata and, on a CPU, the number of exact groups; on CUDA it is added to ``count``, if there is one."""
+    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
+    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
+    cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits)
+    draw, coded = _draw(x, seed, stream, advance), _coded(codes, meta, count)
+    exact = _launch(kernels.quantize, x, *cut, *draw, *coded)
     return codes, meta, exact
+
+
+def _draw(x: Tensor, seed: int, stream: int, advance: Tensor | None) -> tuple[int, ...]:
+    """What a kernel draws its dither from; CUDA's reads ``advance`` when it runs."""
+    if _on_cpu(x):
+        return seed, stream if advance is None else _signed(stream + int(advance))
+    return seed, stream, _address(advance)
+
+
+def _coded(codes: Tensor, meta: Tensor, count: Tensor | None) -> tuple[int, ...]:
+    """Where a kernel writes to."""
+    if _on_cpu(codes):
+        return codes.data_ptr(), meta.data_ptr()
+    return codes.data_ptr(), meta.data_ptr(), _address(count)
 
 
 def _native_dequantize(
@@ -233,8 +296,10 @@ def _native_dequantize(
     numel: int,
     dtype: torch.dtype,
 ):
-    out = buffers.empty(numel, dtype)
-    kernels.dequantize(
+    out = _empty(numel, dtype, codes)
+    _launch(
+        kernels.dequantize,
+        codes,
         codes.data_ptr(),
         meta.data_ptr(),
         numel,
@@ -243,41 +308,33 @@ def _native_dequantize(
         bits,
         _CODE[dtype],
         out.data_ptr(),
-        torch.get_num_threads(),
     )
     return out
 
 
 def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8)
-    kernels.pack_mask(
-        x.data_ptr(),
-        _CODE[x.dtype],
-        x.numel(),
-        _PREDICATE[predicate],
-        lo,
-        hi,
-        codes.data_ptr(),
-        torch.get_num_threads(),
+    codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
+    _launch(
+        kernels.pack_mask, x, x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr()
     )
     return codes
 
 
 def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
-    out = buffers.empty(numel, dtype)
-    kernels.unpack_mask(codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr(), torch.get_num_threads())
+    out = _empty(numel, dtype, codes)
+    _launch(kernels.unpack_mask, codes, codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr())
     return out
 
 
 def _native_pack_uint(kernels: Any, values: Tensor, bits: int) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8)
-    kernels.pack_uint(values.data_ptr(), values.numel(), bits, codes.data_ptr(), torch.get_num_threads())
+    codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    _launch(kernels.pack_uint, values, values.data_ptr(), values.numel(), bits, codes.data_ptr())
     return codes
 
 
 def _native_unpack_uint(kernels: Any, codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(numel, dtype=dtype)
-    kernels.unpack_uint(codes.data_ptr(), numel, bits, _CODE[dtype], out.data_ptr(), torch.get_num_threads())
+    out = torch.empty(numel, dtype=dtype, device=codes.device)
+    _launch(kernels.unpack_uint, codes, codes.data_ptr(), numel, bits, _CODE[dtype], out.data_ptr())
     return out
 
 
@@ -286,29 +343,31 @@ def _native_unpack_uint(kernels: Any, codes: Tensor, bits: int, numel: int, dtyp
 _library = torch.library.Library("hf_actnn", "DEF")
 
 
-def _operator(schema: str, cpu: Any, elsewhere: Any, fake: Any) -> None:
+def _operator(schema: str, compiled: Any, elsewhere: Any, fake: Any) -> None:
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, cpu, "CPU")
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, compiled, device)
     _library.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_actnn::{name}", fake, lib=_library)
 
 
-def _quantize_cpu(x, bits, row_length, group_size, seed, stream):
-    at = _check_quantize(x, bits, row_length, group_size)
-    kernels = native.module()
+def _quantize_compiled(x, bits, row_length, group_size, seed, stream, advance=None):
+    at = _check_quantize(x, bits, row_length, group_size, advance)
+    kernels = _kernels(x)
     if kernels is None:
-        return reference.quantize(x, bits, row_length, group_size, seed, stream)
-    codes, meta, exact = _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream)
-    return codes, meta, torch.tensor([exact], dtype=torch.int32)
+        return reference.quantize(x, bits, row_length, group_size, seed, stream, advance)
+    count = None if _on_cpu(x) else torch.zeros(1, dtype=torch.int32, device=x.device)
+    codes, meta, exact = _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream, advance, count)
+    return codes, meta, torch.tensor([exact], dtype=torch.int32) if count is None else count
 
 
-def _quantize_elsewhere(x, bits, row_length, group_size, seed, stream):
-    _check_quantize(x, bits, row_length, group_size)
-    return reference.quantize(x, bits, row_length, group_size, seed, stream)
+def _quantize_elsewhere(x, bits, row_length, group_size, seed, stream, advance=None):
+    _check_quantize(x, bits, row_length, group_size, advance)
+    return reference.quantize(x, bits, row_length, group_size, seed, stream, advance)
 
 
-def _quantize_fake(x, bits, row_length, group_size, seed, stream):
+def _quantize_fake(x, bits, row_length, group_size, seed, stream, advance=None):
     at = reference.layout(x.numel(), row_length, bits, group_size)
     return (
         x.new_empty(at.nbytes, dtype=torch.uint8),
@@ -317,9 +376,9 @@ def _quantize_fake(x, bits, row_length, group_size, seed, stream):
     )
 
 
-def _dequantize_cpu(codes, meta, bits, row_length, group_size, numel, dtype):
+def _dequantize_compiled(codes, meta, bits, row_length, group_size, numel, dtype):
     _check_dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
-    kernels = native.module()
+    kernels = _kernels(codes)
     if kernels is None:
         return reference.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
     return _native_dequantize(kernels, codes, meta, bits, row_length, group_size, numel, dtype)
@@ -330,9 +389,9 @@ def _dequantize_elsewhere(codes, meta, bits, row_length, group_size, numel, dtyp
     return reference.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
 
 
-def _pack_mask_cpu(x, predicate, threshold_lo, threshold_hi):
+def _pack_mask_compiled(x, predicate, threshold_lo, threshold_hi):
     _check_pack_mask(x, predicate)
-    kernels = native.module()
+    kernels = _kernels(x)
     if kernels is None:
         return reference.pack_mask(x, predicate, threshold_lo, threshold_hi)
     return _native_pack_mask(kernels, x, predicate, threshold_lo, threshold_hi)
@@ -343,9 +402,9 @@ def _pack_mask_elsewhere(x, predicate, threshold_lo, threshold_hi):
     return reference.pack_mask(x, predicate, threshold_lo, threshold_hi)
 
 
-def _unpack_mask_cpu(codes, numel, on, off, dtype):
+def _unpack_mask_compiled(codes, numel, on, off, dtype):
     _check_unpack_mask(codes, numel, dtype)
-    kernels = native.module()
+    kernels = _kernels(codes)
     if kernels is None:
         return reference.unpack_mask(codes, numel, on, off, dtype)
     return _native_unpack_mask(kernels, codes, numel, on, off, dtype)
@@ -356,10 +415,10 @@ def _unpack_mask_elsewhere(codes, numel, on, off, dtype):
     return reference.unpack_mask(codes, numel, on, off, dtype)
 
 
-def _pack_uint_cpu(values, bits):
+def _pack_uint_compiled(values, bits):
     check_bits(bits)
     _check_flat(values, "values", (torch.uint8,))
-    kernels = native.module()
+    kernels = _kernels(values)
     return reference.pack_uint(values, bits) if kernels is None else _native_pack_uint(kernels, values, bits)
 
 
@@ -369,9 +428,9 @@ def _pack_uint_elsewhere(values, bits):
     return reference.pack_uint(values, bits)
 
 
-def _unpack_uint_cpu(codes, bits, numel, dtype):
+def _unpack_uint_compiled(codes, bits, numel, dtype):
     _check_unpack_uint(codes, bits, numel, dtype)
-    kernels = native.module()
+    kernels = _kernels(codes)
     if kernels is None:
         return reference.unpack_uint(codes, bits, numel, dtype)
     return _native_unpack_uint(kernels, codes, bits, numel, dtype)
@@ -383,21 +442,22 @@ def _unpack_uint_elsewhere(codes, bits, numel, dtype):
 
 
 _operator(
-    "quantize(Tensor x, int bits, SymInt row_length, int group_size, int seed, int stream) -> (Tensor, Tensor, Tensor)",
-    _quantize_cpu,
+    "quantize(Tensor x, int bits, SymInt row_length, int group_size, int seed, int stream, Tensor? advance=None) "
+    "-> (Tensor, Tensor, Tensor)",
+    _quantize_compiled,
     _quantize_elsewhere,
     _quantize_fake,
 )
 _operator(
     "dequantize(Tensor codes, Tensor meta, int bits, SymInt row_length, int group_size, SymInt numel, "
     "ScalarType dtype) -> Tensor",
-    _dequantize_cpu,
+    _dequantize_compiled,
     _dequantize_elsewhere,
     lambda codes, meta, bits, row_length, group_size, numel, dtype: codes.new_empty(numel, dtype=dtype),
 )
 _operator(
     "pack_mask(Tensor x, str predicate, float threshold_lo, float threshold_hi) -> Tensor",
-    _pack_mask_cpu,
+    _pack_mask_compiled,
     _pack_mask_elsewhere,
     lambda x, predicate, threshold_lo, threshold_hi: x.new_empty(
         reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8
@@ -405,19 +465,19 @@ _operator(
 )
 _operator(
     "unpack_mask(Tensor codes, SymInt numel, float on, float off, ScalarType dtype) -> Tensor",
-    _unpack_mask_cpu,
+    _unpack_mask_compiled,
     _unpack_mask_elsewhere,
     lambda codes, numel, on, off, dtype: codes.new_empty(numel, dtype=dtype),
 )
 _operator(
     "pack_uint(Tensor values, int bits) -> Tensor",
-    _pack_uint_cpu,
+    _pack_uint_compiled,
     _pack_uint_elsewhere,
     lambda values, bits: values.new_empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8),
 )
 _operator(
     "unpack_uint(Tensor codes, int bits, SymInt numel, ScalarType dtype) -> Tensor",
-    _unpack_uint_cpu,
+    _unpack_uint_compiled,
     _unpack_uint_elsewhere,
     lambda codes, bits, numel, dtype: codes.new_empty(numel, dtype=dtype),
 )
@@ -427,16 +487,22 @@ _operator(
 
 
 def quantize(
-    x: Tensor, bits: int, row_length: int, group_size: int, seed: int = 0, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor | int]:
+    x: Tensor,
+    bits: int,
+    row_length: int,
+    group_size: int,
+    seed: int = 0,
+    stream: int = 0,
+    advance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | int | None]:
     """Quantise a flat tensor; see :func:`hf_actnn.codec.reference.quantize`. The count of exact groups comes as an
-    integer where reading it costs nothing."""
+    integer where reading it costs nothing, and as None where counting takes a launch of its own."""
     seed, stream = _signed(seed), _signed(stream)
     kernels = _direct(x)
     if kernels is None:
-        return torch.ops.hf_actnn.quantize(x, bits, row_length, group_size, seed, stream)
-    at = _check_quantize(x, bits, row_length, group_size)
-    return _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream)
+        return torch.ops.hf_actnn.quantize(x, bits, row_length, group_size, seed, stream, advance)
+    at = _check_quantize(x, bits, row_length, group_size, advance)
+    return _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream, advance)
 
 
 def dequantize(
@@ -475,7 +541,7 @@ def pack_uint(values: Tensor, bits: int) -> Tensor:
     kernels = _direct(values)
     if kernels is None:
         return torch.ops.hf_actnn.pack_uint(values, bits)
-    return _pack_uint_cpu(values, bits)
+    return _pack_uint_compiled(values, bits)
 
 
 def unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -483,4 +549,4 @@ def unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype = torch
     kernels = _direct(codes)
     if kernels is None:
         return torch.ops.hf_actnn.unpack_uint(codes, bits, numel, dtype)
-    return _unpack_uint_cpu(codes, bits, numel, dtype)
+    return _unpack_uint_compiled(codes, bits, numel, dtype)

@@ -16,12 +16,13 @@ from hf_actnn.errors import CodecError, message
 class Code(NamedTuple):
     """How flat values become codes and come back. Register one in :data:`CODES` to use it by name."""
 
-    #: (flat, bits, row_length, group_size, seed, stream) -> codes, meta, number of groups to keep exact
-    quantize: Callable[..., tuple[Tensor, Tensor, Tensor | int]]
+    #: (flat, bits, row_length, group_size, seed, stream) -> codes, meta, number of groups to keep exact, where known;
+    #: advance, a tensor, is passed by name where there is one
+    quantize: Callable[..., tuple[Tensor, Tensor, Tensor | int | None]]
     #: (codes, meta, bits, row_length, group_size, numel, dtype) -> flat
     dequantize: Callable[..., Tensor]
     #: The same with widths ``[samples]`` in place of bits, where the code has such a thing.
-    quantize_mixed: Callable[..., tuple[Tensor, Tensor, Tensor | int]] | None = None
+    quantize_mixed: Callable[..., tuple[Tensor, Tensor, Tensor | int | None]] | None = None
     dequantize_mixed: Callable[..., Tensor] | None = None
 
 
@@ -164,10 +165,10 @@ def flatten(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     return x.as_strided((x.numel(),), (1,), x.storage_offset()), x.shape, x.stride()
 
 
-def _count(exact: Tensor | int) -> int:
+def _count(exact: Tensor | int | None) -> int:
     """How many groups to keep exact, where that can be read for nothing; elsewhere they come back as nan."""
-    if isinstance(exact, int):
-        return exact
+    if exact is None or isinstance(exact, int):
+        return exact or 0
     readable = exact.device.type == "cpu" and type(exact) is Tensor and not torch.compiler.is_compiling()
     return int(exact) if readable else 0
 
@@ -198,6 +199,7 @@ def quantize(
     stream: int = 0,
     row_length: int | None = None,
     code: str = "uniform",
+    advance: Tensor | None = None,
 ) -> PackedTensor:
     """Keep a tensor in ``bits`` bits per element; its expectation over seeds is the tensor itself.
 
@@ -212,6 +214,8 @@ def quantize(
         row_length: elements of a row in storage order, which no group straddles. By default one sample of a tensor of
             four or more dimensions, else the innermost dimension in storage.
         code: name in :data:`CODES`.
+        advance: None, or one int64 on the device of ``x`` that is added to ``stream`` when the values are coded. A
+            CUDA graph that captures this call and counts there draws other numbers in each replay.
 
     Returns:
         The packed tensor. On a CPU, groups with values from 2^126 on are kept exact; on other devices, where finding
@@ -243,6 +247,7 @@ def quantize(
     if row_length is None:
         row_length = default_row_length(shape, stride)
     widths = None
+    more = {} if advance is None else {"advance": advance}
     if isinstance(bits, Tensor):
         to_codes = CODES[code].quantize_mixed
         if to_codes is None:
@@ -255,11 +260,11 @@ def quantize(
                     next_step=f"Register {code!r} with quantize_mixed and dequantize_mixed, or pass an integer",
                 )
             )
-        codes, meta, exact = to_codes(flat, bits, row_length, group_size, seed, stream)
+        codes, meta, exact = to_codes(flat, bits, row_length, group_size, seed, stream, **more)
         widths = mixed.owned(bits)
         width: int | float = sum(bits.tolist()) / bits.numel()
     else:
-        codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream)
+        codes, meta, exact = CODES[code].quantize(flat, bits, row_length, group_size, seed, stream, **more)
         width = bits
     patch = None
     if _count(exact):

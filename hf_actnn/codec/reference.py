@@ -78,13 +78,13 @@ def layout(numel: int, row_length: int, bits: int, group_size: int) -> Layout:
     return Layout(n_rows, k, group, tail, full, last, row_bytes, n_rows * k, n_rows * row_bytes)
 
 
-def philox(q: Tensor, seed: int, stream: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(q: Tensor, seed: int, stream: int | Tensor, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32 (Salmon et al., SC 2011) at counters ``(q, stream)`` under the key ``seed``.
 
     Args:
         q: ``[n]`` int64, the low 64 bits of the counter.
         seed: 64-bit key, as any Python integer.
-        stream: the high 64 bits of the counter.
+        stream: the high 64 bits of the counter; an int64 of any sign, if it is a tensor.
         rounds: of the generator; only its own tests ask for another number.
 
     Returns:
@@ -97,7 +97,7 @@ def philox(q: Tensor, seed: int, stream: int, rounds: int = ROUNDS) -> tuple[Ten
         return ((high + (low >> 16)) >> 16) & _MASK32, (((high & 0xFFFF) << 16) + low) & _MASK32
 
     c0, c1 = q & _MASK32, (q >> 32) & _MASK32
-    c2, c3 = torch.full_like(q, stream & _MASK32), torch.full_like(q, (stream >> 32) & _MASK32)
+    c2, c3 = torch.zeros_like(q) + (stream & _MASK32), torch.zeros_like(q) + (stream >> 32 & _MASK32)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(rounds):
         hi0, lo0 = mul(c0, 0xD2511F53)
@@ -107,7 +107,7 @@ def philox(q: Tensor, seed: int, stream: int, rounds: int = ROUNDS) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def dither(n_groups: int, group: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+def dither(n_groups: int, group: int, seed: int, stream: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
     ``(byte + 1/2) / 256``, so centred within a step.
 
@@ -225,8 +225,22 @@ def unpack_planes(packed: Tensor, bits: int, group: int) -> Tensor:
     return codes
 
 
+def _sequence(stream: int, advance: Tensor | None) -> int | Tensor:
+    """The stream that dither is drawn from, modulo 2^64."""
+    if advance is None:
+        return stream
+    stream &= 0xFFFFFFFFFFFFFFFF
+    return advance + (stream - (1 << 64) if stream >> 63 else stream)
+
+
 def quantize(
-    x: Tensor, bits: int, row_length: int, group_size: int, seed: int, stream: int
+    x: Tensor,
+    bits: int,
+    row_length: int,
+    group_size: int,
+    seed: int,
+    stream: int,
+    advance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a flat tensor.
 
@@ -237,13 +251,15 @@ def quantize(
         group_size: the most elements that share a minimum and a step.
         seed: key of the dither's generator.
         stream: which of the key's 2^64 sequences; one per tensor kept.
+        advance: None, or one int64 that is added to the stream, modulo 2^64. It is read where the tensor lies, so a
+            captured CUDA graph that counts there draws other numbers in each replay.
 
     Returns:
         Codes ``[nbytes]`` uint8, metadata ``[n_groups, 2]`` bf16 (minimum, step) and the number of groups that must be
         kept exact, ``[1]`` int32.
     """
     at = layout(x.numel(), row_length, bits, group_size)
-    u = dither(at.n_groups, at.group, seed, stream, x.device)
+    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), x.device)
     return quantize_with(x, u, bits, row_length, group_size)
 
 
@@ -327,7 +343,13 @@ def _by_width(widths: Tensor, sizes: list[int], device: torch.device) -> Iterato
 
 
 def quantize_mixed(
-    x: Tensor, widths: Tensor, row_length: int, group_size: int, seed: int, stream: int
+    x: Tensor,
+    widths: Tensor,
+    row_length: int,
+    group_size: int,
+    seed: int,
+    stream: int,
+    advance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`quantize` with a width for each of ``S`` equal, consecutive samples.
 
@@ -338,6 +360,7 @@ def quantize_mixed(
         group_size: the most elements that share a minimum and a step.
         seed: key of the dither's generator.
         stream: which of the key's sequences.
+        advance: what is added to it, or None.
 
     Returns:
         As :func:`quantize` does. A sample's codes and metadata are those of the uniform call with its width; codes
@@ -346,9 +369,9 @@ def quantize_mixed(
     n, device = widths.numel(), x.device
     at = layout(x.numel(), row_length, 1, group_size)
     if at.n_groups == 0:
-        return quantize(x, 1, row_length, group_size, seed, stream)
+        return quantize(x, 1, row_length, group_size, seed, stream, advance)
     sizes = sample_nbytes(x.numel() // n, row_length, group_size)
-    u = dither(at.n_groups, at.group, seed, stream, device).view(n, -1, at.group)
+    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), device).view(n, -1, at.group)
     nbytes = sum(sizes[bits] for bits in widths.tolist())
     codes = torch.empty(nbytes, dtype=torch.uint8, device=device)
     meta = torch.empty(n, at.n_groups // n, 2, dtype=torch.bfloat16, device=device)

@@ -41,17 +41,15 @@ def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_
     kernels = ops._direct(flat)
     if kernels is None:
         return reference.sample_spread(flat, samples, row_length, group_size)
-    out = torch.zeros(samples, dtype=torch.float64)
-    kernels.sample_spread(
-        flat.data_ptr(),
-        ops._CODE[flat.dtype],
-        flat.numel(),
-        row_length,
-        group_size,
-        samples,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    out = torch.zeros(samples, dtype=torch.float64, device=flat.device)
+    cut = (flat.data_ptr(), ops._CODE[flat.dtype], flat.numel(), row_length, group_size, samples)
+    if ops._on_cpu(flat):
+        ops._launch(kernels.sample_spread, flat, *cut, out.data_ptr())
+    else:
+        ranges = torch.empty(
+            reference.layout(flat.numel(), row_length, 1, group_size).n_groups, dtype=torch.float32, device=flat.device
+        )
+        ops._launch(kernels.sample_spread, flat, *cut, ranges.data_ptr(), out.data_ptr())
     return out
 
 

@@ -68,8 +68,60 @@ def test_broken_module_is_an_error():
 
 
 def test_import_is_lazy():
-    done = run("import sys, hf_actnn.codec; print('hf_actnn._native_cpu' in sys.modules)")
-    assert done.stdout.strip() == "False", done.stderr
+    done = run("import sys, hf_actnn.codec; print([n for n in sys.modules if n.startswith('hf_actnn._native')])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_missing_cuda_module_warns_once_with_the_cost():
+    hide = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'hf_actnn._native_cuda' else find(n, *a); "
+    )
+    done = run(
+        hide + "from hf_actnn.codec import native; native.cuda_status(); print(native.cuda(0), native.cuda(1)); "
+        "print(native.cuda_status()['reason'])"
+    )
+    assert done.stdout.split("\n")[:2] == ["None None", "hf_actnn._native_cuda is not built"], done.stderr
+    assert done.stderr.count("ActNNWarning") == 1
+    assert "some 400 kernel launches" in done.stderr
+    assert "HF_ACTNN_BUILD=cuda" in done.stderr
+
+
+def test_the_cost_of_the_reference_is_what_the_warning_says():
+    """Operations that launch a kernel on a device; views launch none."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from hf_actnn.codec import reference
+
+    class Count(TorchDispatchMode):
+        launches = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.launches += not func.is_view
+            return out
+
+    with Count() as count:
+        reference.quantize(torch.randn(1024), 2, 256, 256, 0, 0)
+    assert 300 < count.launches < 500
+
+
+def test_cuda_module_that_no_device_runs_is_an_error():
+    """As on a machine without a driver: said when a tensor arrives, with the runtime's own words."""
+    fake = (
+        "import sys, types; m = types.ModuleType('hf_actnn._native_cuda'); "
+        "m.__spec__ = __import__('importlib.machinery', fromlist=['x']).ModuleSpec(m.__name__, None)\n"
+        "def probe(device): raise RuntimeError('loading the kernels on CUDA device 0: no kernel image')\n"
+        "m.probe = probe; m.architectures = lambda: '8.0;9.0'; sys.modules[m.__name__] = m\n"
+        "from hf_actnn.codec import native\n"
+        "print(native.cuda_status()['architectures'])\n"
+        "native.cuda(0)"
+    )
+    done = run(fake)
+    assert done.stdout.strip() == "8.0;9.0"
+    for words in ("NativeError", "cuda:0", "8.0;9.0", "no kernel image", "TORCH_CUDA_ARCH_LIST"):
+        assert words in done.stderr
 
 
 def test_status():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_actnn.codec import ops, quantize, reference
+from hf_actnn.codec import mixed, ops, quantize, reference
 from hf_actnn.errors import CodecError
 
 X = torch.randn(600)
@@ -71,6 +71,8 @@ def test_fake_mode_takes_the_operator():
         (lambda: OPS.dequantize(CODES[1:], META, 3, 200, 64, 600, torch.float32), ("codes", "bytes")),
         (lambda: OPS.dequantize(CODES, META[1:], 3, 200, 64, 600, torch.float32), ("metadata", "(12, 2)", "(11, 2)")),
         (lambda: OPS.dequantize(CODES, META, 3, 200, 64, 600, torch.int32), ("dtype", "torch.int32")),
+        (lambda: ops.quantize(X, 3, 200, 64, 1, 2, torch.zeros(1)), ("advance", "int64", "torch.float32")),
+        (lambda: OPS.quantize(X, 3, 200, 64, 1, 2, torch.zeros(2, dtype=torch.int64)), ("advance", "(2,)")),
     ],
 )
 def test_checks(call, words):
@@ -78,3 +80,17 @@ def test_checks(call, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_advance_is_added_to_the_stream():
+    """By the kernels, by the operator and by the specification; a sum beyond 64 bits wraps round."""
+    widths = torch.tensor([2, 5, 8], dtype=torch.uint8)
+    for stream, step in ((2, 5), (2**33, -3), (2**63 - 1, 2), (2**64 - 1, 1)):
+        advance = torch.tensor([step])
+        for module, bits in ((ops, 3), (mixed, widths)):
+            moved = module.quantize(X, bits, 200, 64, 1, stream, advance)[0]
+            assert torch.equal(moved, module.quantize(X, bits, 200, 64, 1, stream + step)[0])
+        expected = ops.quantize(X, 3, 200, 64, 1, stream + step)[0]
+        assert torch.equal(reference.quantize(X, 3, 200, 64, 1, stream, advance)[0], expected)
+        assert torch.equal(OPS.quantize(X, 3, 200, 64, 1, ops._signed(stream), advance)[0], expected)
+        assert torch.equal(quantize(X, 3, 64, 1, stream, row_length=200, advance=advance).codes, expected)

@@ -1,0 +1,53 @@
+// What the CUDA kernels offer to the bindings, and to the tests that run them on a CPU. Every call puts its work on the
+// caller's stream and returns; nothing waits for the device. Addresses are of device memory, flat, and may be aligned
+// to one element only.
+#pragma once
+
+#include <cstdint>
+
+#include "../codec.h"
+
+namespace hf_actnn {
+
+// Where the work goes: a device's number and a stream's handle, as torch gives them. The device is the caller's current
+// one.
+struct Target {
+  int device;
+  uintptr_t stream;
+};
+
+// How a flat tensor is cut. With widths, samples equal parts have each their own number of bits, and places
+// [samples] says in device memory where the codes of each begin: byte * 16 + bits.
+struct Cut {
+  int64_t numel, row_length, group_size;
+  int bits;
+  int64_t samples;
+  const int64_t* places;
+};
+
+// The generator's key and sequence. What advance points to, if anything, is added to the sequence when the kernel runs:
+// a captured graph that counts there draws other numbers in each replay.
+struct Draw {
+  uint64_t seed, stream;
+  const int64_t* advance;
+};
+
+void quantize(const void* x, int dtype, const Cut& cut, const Draw& draw, uint8_t* codes, uint32_t* meta, int* exact,
+              const Target& target);
+void dequantize(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, void* out, const Target& target);
+// Writes places from numbers of the host, which travel as arguments of the launch: no copy that a stream would have to
+// wait for, or a captured graph would repeat from memory that is gone.
+void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target);
+void sample_spread(const void* x, int dtype, const Cut& cut, float* ranges, double* out, const Target& target);
+void pack_mask(const void* x, int dtype, int64_t numel, int predicate, double lo, double hi, uint8_t* codes,
+               const Target& target);
+void unpack_mask(const uint8_t* codes, int64_t numel, int dtype, double on, double off, void* out,
+                 const Target& target);
+void pack_uint(const uint8_t* values, int64_t numel, int bits, uint8_t* codes, const Target& target);
+void unpack_uint(const uint8_t* codes, int64_t numel, int bits, int dtype, void* out, const Target& target);
+
+// Throws if the device cannot run these kernels, with what the runtime says: no driver, one that is too old, or a
+// device of an architecture that was not built for.
+void probe(int device);
+
+}  // namespace hf_actnn

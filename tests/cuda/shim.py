@@ -1,0 +1,246 @@
+"""Runs the CUDA kernels on a CPU: builds their sources against shim.h, and hands them torch's memory.
+
+The runner is a process of its own, so the address and undefined-behaviour sanitizers can watch it: what they find ends
+it, and the test that asked gets their words.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_actnn.codec import ops, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("quantize.cu", "dequantize.cu", "masks.cu", "samples.cu")
+KERNELS = ("quantize", "dequantize", "spread", "pack_mask", "unpack_mask", "pack_uint", "unpack_uint")
+FLAGS = ["-std=c++17", "-g0", "-ffp-contract=off", "-fno-math-errno", "-DHF_ACTNN_SHIM"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# In what order the lanes of a block run between two barriers.
+ORDERS = {"forwards": 0, "backwards": 1, "odd first": 2}
+
+
+def build(folder: Path, sources: Path = ROOT, sanitize: bool = True) -> Path:
+    """The runner, compiled from the kernels under ``sources``."""
+    flags = ["-O1", *SANITIZE] if sanitize else ["-O0"]
+    return compiled(folder, "runner", [sources / "tests" / "cuda" / "runner.cpp"], sources, flags)
+
+
+def build_module(folder: Path) -> Path:
+    """The Python module of the CUDA kernels, with kernels that run on the CPU."""
+    import sysconfig
+
+    import pybind11
+
+    flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", '-DHF_ACTNN_ARCHITECTURES="none"']
+    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    return compiled(folder, "_native_cuda.so", [ROOT / "csrc" / "cuda" / "bindings.cpp"], ROOT, flags)
+
+
+def compiled(folder: Path, name: str, units: list[Path], sources: Path, flags: list[str]) -> Path:
+    """A program or library of these units, the kernels and the shim; a second caller waits for the first one's."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the kernels for the CPU with")
+    folder.mkdir(parents=True, exist_ok=True)
+    built, here = folder / name, sources / "tests" / "cuda"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            units = [*units, here / "shim.cpp", *(sources / "csrc" / "cuda" / name for name in SOURCES)]
+            done = subprocess.run(
+                [
+                    compiler,
+                    *FLAGS,
+                    *flags,
+                    f"-I{here}",
+                    "-include",
+                    "shim.h",
+                    "-x",
+                    "c++",
+                    *map(str, units),
+                    "-o",
+                    f"{built}.unfinished",
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            Path(f"{built}.unfinished").rename(built)
+    return built
+
+
+class Buffer(NamedTuple):
+    """Memory of a job: how large it is, how far from an address divisible by 16, and the part that has contents."""
+
+    size: int
+    contents: bytes | None = None  #: None for an output
+    offset: int = 0
+    window: int = 0
+    length: int | None = None  #: of an output's window, where it is not all of it
+    zero: bool = False  #: an output that the kernel adds to
+
+    def describe(self) -> bytes:
+        length = self.size if self.length is None else self.length
+        if self.contents is not None:
+            length = len(self.contents)
+        return struct.pack("<6q", self.size, self.offset, self.window, length, self.contents is None, self.zero)
+
+
+def bytes_of(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+class Shim:
+    """One runner; the calls have the arguments of the operators they stand for."""
+
+    def __init__(self, runner: Path) -> None:
+        self.process = subprocess.Popen(
+            [str(runner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.order = "forwards"
+        #: How far, in elements, tensors lie from an address divisible by 16.
+        self.offset = 0
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def run(self, kernel: str, buffers: list[Buffer], blocks: tuple[int, int] = (0, -1), **fields) -> list[bytes]:
+        """Run a kernel; the contents of its outputs come back."""
+        names = ("dtype", "numel", "row_length", "group_size", "bits", "samples", "seed", "stream", "predicate")
+        numbers = [KERNELS.index(kernel), *(fields.get(name, 0) for name in names)]
+        numbers += [*blocks, ORDERS[self.order], len(buffers)]
+        job = struct.pack("<14q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
+        results = []
+        try:
+            self.process.stdin.write(job)
+            for buffer in buffers:
+                self.process.stdin.write(buffer.describe() + (buffer.contents or b""))
+            self.process.stdin.flush()
+            for buffer in buffers:
+                if buffer.contents is None:
+                    n = buffer.size if buffer.length is None else buffer.length
+                    data = self.process.stdout.read(n)
+                    if len(data) != n:
+                        raise BrokenPipeError
+                    results.append(data)
+        except BrokenPipeError:
+            raise RuntimeError(self.process.stderr.read().decode()[-4000:]) from None
+        return results
+
+    def _of(self, x: Tensor) -> Buffer:
+        return Buffer(x.nbytes, bytes_of(x), self.offset * x.element_size() % 16)
+
+    def _out(self, numel: int, dtype: torch.dtype) -> Buffer:
+        return Buffer(numel * dtype.itemsize, None, self.offset * dtype.itemsize % 16)
+
+    def quantize(
+        self,
+        x: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        seed: int,
+        stream: int,
+        advance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        places, fields, nbytes = cut(x.numel(), bits, row_length, group_size)
+        at = reference.layout(x.numel(), row_length, 1, group_size)
+        counter = b"" if advance is None else bytes_of(advance)
+        codes, meta, exact = self.run(
+            "quantize",
+            [
+                places,
+                Buffer(len(counter), counter),
+                self._of(x),
+                Buffer(nbytes, None, self.offset % 16),
+                Buffer(4 * at.n_groups),
+                Buffer(4, zero=True),
+            ],
+            dtype=ops._CODE[x.dtype],
+            seed=ops._signed(seed),
+            stream=ops._signed(stream),
+            **fields,
+        )
+        return tensor(codes, torch.uint8), tensor(meta, torch.bfloat16).view(-1, 2), tensor(exact, torch.int32)
+
+    def dequantize(
+        self,
+        codes: Tensor,
+        meta: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        numel: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        places, fields, _ = cut(numel, bits, row_length, group_size)
+        buffers = [
+            places,
+            Buffer(codes.nbytes, bytes_of(codes), self.offset % 16),
+            Buffer(meta.nbytes, bytes_of(meta)),
+            self._out(numel, dtype),
+        ]
+        return tensor(self.run("dequantize", buffers, dtype=ops._CODE[dtype], **fields)[0], dtype)
+
+    def sample_spread(self, x: Tensor, samples: int, row_length: int, group_size: int) -> Tensor:
+        at = reference.layout(x.numel(), row_length, 1, group_size)
+        out = self.run(
+            "spread",
+            [Buffer(0, b""), self._of(x), Buffer(4 * at.n_groups), Buffer(8 * samples)],
+            dtype=ops._CODE[x.dtype],
+            numel=x.numel(),
+            row_length=row_length,
+            group_size=group_size,
+            bits=1,
+            samples=samples,
+        )
+        return tensor(out[1], torch.float64)
+
+    def pack_mask(self, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
+        codes = Buffer(reference.uint_nbytes(x.numel(), 1), None, self.offset % 16)
+        fields = {"dtype": ops._CODE[x.dtype], "numel": x.numel(), "lo": lo, "hi": hi}
+        number = reference.PREDICATES.index(predicate)
+        return tensor(self.run("pack_mask", [self._of(x), codes], predicate=number, **fields)[0], torch.uint8)
+
+    def unpack_mask(self, codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
+        buffers = [Buffer(codes.nbytes, bytes_of(codes), self.offset % 16), self._out(numel, dtype)]
+        out = self.run("unpack_mask", buffers, dtype=ops._CODE[dtype], numel=numel, lo=off, hi=on)
+        return tensor(out[0], dtype)
+
+    def pack_uint(self, values: Tensor, bits: int) -> Tensor:
+        codes = Buffer(reference.uint_nbytes(values.numel(), bits), None, self.offset % 16)
+        return tensor(self.run("pack_uint", [self._of(values), codes], numel=values.numel(), bits=bits)[0], torch.uint8)
+
+    def unpack_uint(self, codes: Tensor, bits: int, numel: int, dtype: torch.dtype) -> Tensor:
+        buffers = [Buffer(codes.nbytes, bytes_of(codes), self.offset % 16), self._out(numel, dtype)]
+        return tensor(self.run("unpack_uint", buffers, dtype=ops._CODE[dtype], numel=numel, bits=bits)[0], dtype)
+
+
+def cut(numel: int, bits: int | Tensor, row_length: int, group_size: int) -> tuple[Buffer, dict[str, int], int]:
+    """The places of mixed widths, what a job says of the cut, and the bytes of all codes."""
+    fields = {"numel": numel, "row_length": row_length, "group_size": group_size, "bits": 0, "samples": 0}
+    if isinstance(bits, int):
+        fields["bits"] = bits
+        return Buffer(0, b""), fields, reference.layout(numel, row_length, bits, group_size).nbytes
+    sizes = reference.sample_nbytes(numel // bits.numel(), row_length, group_size)
+    size = torch.tensor(sizes)[bits.long()]
+    fields["samples"] = bits.numel()
+    places = ((size.cumsum(0) - size) << 4) + bits.long()
+    return Buffer(places.nbytes, bytes_of(places)), fields, int(size.sum())

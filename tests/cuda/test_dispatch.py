@@ -1,0 +1,148 @@
+"""From Python to the CUDA kernels and back: operators, bindings, kernels, all but the device.
+
+CPU tensors are sent the way of CUDA tensors, to a module built from csrc/cuda whose kernels run on the CPU.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import hf_actnn
+from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, reference, sample_spread
+from hf_actnn.codec import unpack_mask as to_values
+from hf_actnn.codec import unpack_uint as to_integers
+from tests.cuda.test_on_cpu import DTYPES, same, sample
+from tests.models import assert_same, gradients
+
+LAUNCH = ops._launch
+WIDTHS = torch.tensor([1, 8, 2, 2, 3, 7, 5, 4, 6, 1], dtype=torch.uint8)
+
+
+class Counted:
+    """A module that counts the calls of each of its functions."""
+
+    def __init__(self, module) -> None:
+        self.module, self.calls = module, {}
+
+    def __getattr__(self, name):
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return getattr(self.module, name)
+
+
+@pytest.fixture(autouse=True)
+def kernels(module, monkeypatch):
+    counted = Counted(module)
+    monkeypatch.setattr(ops, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(ops, "_launch", lambda kernel, x, *arguments: kernel(*arguments, 0, 0))
+    monkeypatch.setattr(native, "cuda", lambda device: counted)
+    return counted
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row_length", [256, 96, 50])
+def test_uniform_and_mixed(kernels, dtype, row_length):
+    x = sample(row_length * 20, dtype, 1)
+    for module, bits, specified, back in (
+        (ops, 3, reference.quantize, reference.dequantize),
+        (mixed, WIDTHS, reference.quantize_mixed, reference.dequantize_mixed),
+    ):
+        expected = specified(x, bits, row_length, 256, 1, 2)
+        codes, meta, exact = module.quantize(x, bits, row_length, 256, 1, 2)
+        assert same(codes, expected[0])
+        assert same(meta, expected[1])
+        assert exact is None
+        values = module.dequantize(codes, meta, bits, row_length, 256, x.numel(), torch.float32)
+        assert same(values, back(*expected[:2], bits, row_length, 256, x.numel(), torch.float32))
+        advance = torch.tensor([5])
+        moved = module.quantize(x, bits, row_length, 256, 1, 2, advance)[0]
+        assert same(moved, specified(x, bits, row_length, 256, 1, 7)[0])
+    for name in ("quantize", "dequantize", "quantize_mixed", "dequantize_mixed"):
+        assert kernels.calls[name] > 0
+
+
+def test_operators_count_exact_groups(kernels):
+    x = torch.randn(2560)
+    x[300], x[900] = 1e38, -2e38
+    got = torch.ops.hf_actnn.quantize(x, 2, 256, 256, 1, 2)
+    assert all(same(a, b) for a, b in zip(got, reference.quantize(x, 2, 256, 256, 1, 2), strict=True))
+    nbytes = mixed.plan(2560, 256, WIDTHS, 256).nbytes
+    got = torch.ops.hf_actnn.quantize_mixed(x, WIDTHS, 256, 256, nbytes, 1, 2)
+    assert all(same(a, b) for a, b in zip(got, reference.quantize_mixed(x, WIDTHS, 256, 256, 1, 2), strict=True))
+    assert int(got[2]) == 2
+
+
+def test_masks_integers_and_spread(kernels):
+    x = sample(3000, torch.float32, 1)
+    codes = pack_mask(x, "inside", -0.5, 0.5)
+    assert same(codes, reference.pack_mask(x, "inside", -0.5, 0.5))
+    assert same(
+        to_values(codes, 3000, 2.0, -1.0, torch.float16), reference.unpack_mask(codes, 3000, 2.0, -1.0, torch.float16)
+    )
+    values = (torch.arange(3000) % 9).to(torch.uint8)
+    codes = pack_uint(values, 4)
+    assert same(codes, reference.pack_uint(values, 4))
+    assert torch.equal(to_integers(codes, 4, 3000, torch.int64), values.long())
+    torch.testing.assert_close(sample_spread(x, 10, 300), reference.sample_spread(x, 10, 300, 256), rtol=1e-12, atol=0)
+    assert {"pack_mask", "unpack_mask", "pack_uint", "unpack_uint", "sample_spread"} <= kernels.calls.keys()
+
+
+def test_a_group_that_is_huge_comes_back_as_nan(kernels):
+    """Finding out would stall the device, so nothing is patched."""
+    x = torch.ones(512)
+    x[3] = 1e38
+    packed = quantize(x, 2)
+    assert packed.patch is None
+    assert packed.dequantize()[:256].isnan().all()
+    assert packed.dequantize()[256:].eq(1).all()
+
+
+def test_empty_tensors(kernels):
+    assert quantize(torch.empty(0, 8), 2).dequantize().shape == (0, 8)
+    assert quantize(torch.empty(0, 8), WIDTHS).dequantize().shape == (0, 8)
+    assert pack_mask(torch.empty(0), "gt").numel() == 0
+
+
+def test_a_model_has_the_gradients_of_the_cpu_kernels(kernels, monkeypatch):
+    """The bytes are the same, so the backward pass is, bit for bit."""
+
+    def model():
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.GELU())
+        return hf_actnn.convert(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 5 * 5, 4)), "L2")
+
+    def step():
+        made = model()
+        torch.manual_seed(1)
+        made(torch.randn(4, 3, 16, 16)).square().sum().backward()
+        return gradients(made)
+
+    on_cuda = step()
+    assert kernels.calls["quantize"] > 0
+    assert kernels.calls["pack_mask"] > 0
+    monkeypatch.undo()
+    assert_same(on_cuda, step())
+
+
+@pytest.mark.parametrize("current", [1, 0])
+def test_a_launch_has_its_tensors_device_and_stream(monkeypatch, current):
+    """And the device is the current one while it is made, as it is not always before and after."""
+    devices = [current]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            devices.append(self.index)
+
+        def __exit__(self, *_):
+            devices.pop()
+
+    class Values:
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: devices[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    assert LAUNCH(lambda *arguments: (devices[-1], *arguments), Values(), 7) == (1, 7, 1, 101)
+    assert devices == [current]

@@ -1,0 +1,281 @@
+"""The CUDA kernels on a GPU: bytes, streams, devices, graphs, no waiting, and what compute-sanitizer says."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import hf_actnn
+from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, reference, sample_spread
+from hf_actnn.codec import unpack_mask as to_values
+from hf_actnn.codec import unpack_uint as to_integers
+from tests.cuda.test_on_cpu import CUTS, DTYPES, Large, same, sample
+
+pytestmark = pytest.mark.gpu
+WIDTHS = torch.tensor([1, 8, 2, 2, 3, 7, 5, 4, 6, 1], dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def built():
+    if native.cuda(0) is None:
+        pytest.skip("the CUDA kernels are not built")
+
+
+def check(x: torch.Tensor, bits, row_length: int, group_size: int = 256, seed: int = 3, stream: int = 2**33 + 7):
+    """``x`` on the CPU; the kernels' bytes for it are the specification's."""
+    device, n = torch.device("cuda"), x.numel()
+    y = x.to(device)
+    module = ops if isinstance(bits, int) else mixed
+    specified = reference.quantize if isinstance(bits, int) else reference.quantize_mixed
+    back = reference.dequantize if isinstance(bits, int) else reference.dequantize_mixed
+    codes, meta, exact = specified(x, bits, row_length, group_size, seed, stream)
+    assert ops._direct(y) is native.cuda(0)
+    got = module.quantize(y, bits, row_length, group_size, seed, stream)
+    assert same(got[0].cpu(), codes)
+    assert same(got[1].cpu(), meta)
+    assert got[2] is None
+    for dtype in DTYPES:
+        values = module.dequantize(codes.to(device), meta.to(device), bits, row_length, group_size, n, dtype)
+        assert same(values.cpu(), back(codes, meta, bits, row_length, group_size, n, dtype)), dtype
+    if isinstance(bits, int):
+        counted = torch.ops.hf_actnn.quantize(y, bits, row_length, group_size, seed, stream)
+        assert same(counted[0].cpu(), codes)
+        assert same(counted[2].cpu(), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_bytes(name, dtype):
+    row_length, group_size, rows = CUTS[name]
+    for bits in range(1, 9):
+        check(sample(rows[-1] * row_length, dtype, bits), bits, row_length, group_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row_length", [256, 192, 1000, 500_009])
+def test_bytes_of_large_tensors(row_length, dtype):
+    rows = 600_000 // row_length
+    for bits in (2, 3, 8):
+        check(sample(rows * row_length, dtype, bits), bits, row_length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row_length", [256, 64, 250, 7])
+def test_bytes_of_mixed_widths(row_length, dtype):
+    check(sample(len(WIDTHS) * 21 * row_length, dtype, 1), WIDTHS, row_length)
+
+
+def test_bytes_of_unaligned_memory():
+    for dtype in DTYPES:
+        x = sample(1 + 256 * 40, dtype, 1)
+        codes, meta, _ = reference.quantize(x[1:], 3, 256, 256, 1, 2)
+        got = ops.quantize(x.cuda()[1:], 3, 256, 256, 1, 2)
+        assert same(got[0].cpu(), codes)
+        assert same(got[1].cpu(), meta)
+
+
+def test_bytes_of_more_than_2_to_the_31_elements():
+    large = Large(torch.bfloat16, 256, 2, elements=2**31)
+    if torch.cuda.mem_get_info()[0] < 3 * large.numel:
+        pytest.skip("less memory than such a tensor and its codes take")
+    x = torch.zeros(large.numel, dtype=torch.bfloat16, device="cuda")
+    x[-large.x.numel() :] = large.x.cuda()
+    codes, meta, _ = ops.quantize(x, 2, 256, 256, 5, 6)
+    assert same(codes[-large.codes.numel() :].cpu(), large.codes)
+    assert same(meta[-len(large.meta) :].cpu(), large.meta)
+    del x
+    values = ops.dequantize(codes, meta, 2, 256, 256, large.numel, torch.bfloat16)[-large.x.numel() :]
+    expected = reference.dequantize(large.codes, large.meta, 2, 256, 256, large.x.numel(), torch.bfloat16)
+    assert same(values.cpu(), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_masks_and_small_integers(offset):
+    for n in (1, 255, 256, 257, 100_003):
+        for dtype in DTYPES:
+            x = sample(n + offset, dtype, 1)[offset:]
+            y = sample(n + offset, dtype, 1).cuda()[offset:]
+            for name in reference.PREDICATES:
+                codes = reference.pack_mask(x, name, -0.25, 0.5)
+                assert same(pack_mask(y, name, -0.25, 0.5).cpu(), codes)
+            values = to_values(codes.cuda(), n, 2.5, -1.25, dtype)
+            assert same(values.cpu(), reference.unpack_mask(codes, n, 2.5, -1.25, dtype))
+        x = (torch.arange(n) * 37 % 256).to(torch.uint8)
+        for bits in range(1, 9):
+            codes = reference.pack_uint(x, bits)
+            assert same(pack_uint(x.cuda(), bits).cpu(), codes)
+            for dtype in ops.INTS:
+                got = to_integers(codes.cuda(), bits, n, dtype)
+                assert same(got.cpu(), reference.unpack_uint(codes, bits, n, dtype))
+
+
+def test_sample_spread():
+    x = sample(20 * 3000, torch.float32, 1)
+    got = sample_spread(x.cuda(), 20, 300)
+    torch.testing.assert_close(got.cpu(), reference.sample_spread(x, 20, 300, 256), rtol=1e-12, atol=0)
+
+
+def test_the_current_stream_is_used():
+    """Values that appear late on a side stream: work on any other stream would read what was there before."""
+    x, y = sample(256 * 4000, torch.float32, 1), torch.zeros(256 * 4000, device="cuda")
+    late = x.cuda()
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        y.copy_(late)
+        packed = quantize(y, 2, seed=1, stream=2)
+        mixed_codes = quantize(y, WIDTHS, row_length=256, seed=1, stream=2)
+        back = packed.dequantize()
+    side.synchronize()
+    expected = quantize(x, 2, seed=1, stream=2)
+    assert same(packed.codes.cpu(), expected.codes)
+    assert same(mixed_codes.codes.cpu(), quantize(x, WIDTHS, row_length=256, seed=1, stream=2).codes)
+    codes, meta = expected.codes, expected.meta
+    assert same(back.cpu(), reference.dequantize(codes, meta, 2, x.numel(), 256, x.numel(), x.dtype))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one():
+    x = sample(256 * 40, torch.float32, 1)
+    with torch.cuda.device(0):
+        packed = quantize(x.to("cuda:1"), 2, seed=1)
+        assert packed.codes.device == packed.dequantize().device == torch.device("cuda:1")
+        assert torch.cuda.current_device() == 0
+        assert torch.zeros(1, device="cuda").device == torch.device("cuda:0")
+    assert same(packed.codes.cpu(), quantize(x, 2, seed=1).codes)
+
+
+@pytest.mark.parametrize("bits", [2, WIDTHS], ids=["uniform", "mixed"])
+def test_a_graph_draws_other_numbers_in_each_replay(bits):
+    x = sample(256 * 400, torch.float32, 1)
+    y, step = x.cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    arguments = {"row_length": 256, "seed": 1, "stream": 7, "advance": step}
+    quantize(y, bits, **arguments).dequantize()  # loads the kernels, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        packed = quantize(y, bits, **arguments)
+        back = packed.dequantize()
+        step += 1
+    seen = []
+    for replay in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = quantize(x, bits, row_length=256, seed=1, stream=7 + replay)
+        assert same(packed.codes.cpu(), expected.codes), replay
+        seen.append(back.clone())
+    assert not same(seen[0], seen[1])
+
+
+def test_nothing_waits_for_the_device():
+    x = sample(256 * 400, torch.float32, 1).cuda()
+    flat, offsets = x.view(-1), torch.ones(1000, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        quantize(x, 2).dequantize()
+        quantize(x, WIDTHS, row_length=256).dequantize()
+        to_values(pack_mask(flat, "gt"), flat.numel())
+        to_integers(pack_uint(offsets, 4), 4, 1000)
+        sample_spread(x, 10, 256)
+        torch.ops.hf_actnn.quantize(flat, 2, 256, 256, 0, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.LayerNorm(32 * 8 * 8),
+        nn.Linear(32 * 8 * 8, 10),
+    )
+
+
+def train(device: str, level: str, steps: int) -> list[float]:
+    model = hf_actnn.convert(network(), level).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(16, 3, 16, 16, generator=generator).to(device)
+        target = torch.randint(10, (16,), generator=generator).to(device)
+        loss = nn.functional.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [float(loss) for loss in losses]
+
+
+@pytest.mark.parametrize("level", ["L1", "L2"])
+def test_training_is_that_of_the_cpu(level, monkeypatch):
+    """Dither is the same; sums of many products are not rounded alike, and now and then that changes a code."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    on_cpu, on_gpu = train("cpu", level, 10), train("cuda", level, 10)
+    assert on_gpu == pytest.approx(on_cpu, rel=0.02)
+
+
+def test_a_training_step_does_not_wait_for_the_device():
+    model = hf_actnn.convert(network(), "L2").cuda()
+    x, target = torch.randn(16, 3, 16, 16, device="cuda"), torch.zeros(16, dtype=torch.int64, device="cuda")
+
+    def step():
+        nn.functional.cross_entropy(model(x), target).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Every kernel once, on small tensors of exactly the size asked for.
+SMALL_CASE = """
+import torch
+from hf_actnn.codec import pack_mask, pack_uint, quantize, sample_spread, unpack_mask, unpack_uint
+widths = torch.tensor([1, 2, 3, 8, 5], dtype=torch.uint8)
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    for row in (256, 192, 250, 7, 3000):
+        x = torch.randn(15, row, device="cuda").to(dtype)
+        for bits in (1, 3, 8, widths):
+            quantize(x, bits, group_size=1000 if row == 3000 else 256, row_length=row).dequantize()
+        sample_spread(x, 5, row)
+        flat = x.view(-1)
+        unpack_mask(pack_mask(flat, "gt"), flat.numel(), 1.0, 0.0, dtype)
+values = torch.randint(9, (1000,), device="cuda").to(torch.uint8)
+for dtype in (torch.uint8, torch.int32, torch.int64):
+    unpack_uint(pack_uint(values, 4), 4, 1000, dtype)
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer here")
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASE],
+        # Without torch's cache every tensor is an allocation, and its end is where the tool thinks it is.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "done" in done.stdout

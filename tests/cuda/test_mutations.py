@@ -1,0 +1,80 @@
+"""The tests of the kernels fail where a kernel is wrong: each mutation here breaks one thing on purpose."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.cuda import shim
+from tests.cuda.test_on_cpu import check, sample
+
+
+def values(row_length: int) -> torch.Tensor:
+    return sample(row_length * 37, torch.float32, 1)
+
+
+def unaligned(kernels) -> None:
+    kernels.offset = 1
+    check(kernels, values(256), 2, 256, 256)
+
+
+def backwards(kernels) -> None:
+    kernels.order = "backwards"
+    check(kernels, values(64), 2, 64, 256)
+
+
+# name: file, what stands there, what is put there, whether a sanitizer has to notice, the check that must fail
+MUTATIONS = {
+    "a shuffle": (
+        "device.cuh",
+        "__shfl_xor_sync(0xFFFFFFFFu, r.hi, offset)",
+        "__shfl_xor_sync(0xFFFFFFFFu, r.hi, offset ^ 1)",
+        False,
+        lambda kernels: check(kernels, values(256), 2, 256, 256),
+    ),
+    "a bound": (
+        "quantize.cu",
+        "const bool mine = wanted < groups.at.n_groups;",
+        "const bool mine = wanted <= groups.at.n_groups;",
+        True,
+        lambda kernels: check(kernels, values(256), 2, 256, 256),
+    ),
+    "a seed": (
+        "quantize.cu",
+        "keys(philox_keys(draw.seed))",
+        "keys(philox_keys(draw.seed + 1))",
+        False,
+        lambda kernels: check(kernels, values(256), 2, 256, 256),
+    ),
+    "a barrier": (
+        "quantize.cu",
+        "    __syncwarp();\n    if (mine)",
+        "    if (mine)",
+        False,
+        backwards,
+    ),
+    "a test of alignment": (
+        "quantize.cu",
+        "if (even(groups) && aligned(x, 16) && aligned(codes, 16))",
+        "if (even(groups))",
+        True,
+        unaligned,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_noticed(name, tmp_path):
+    file, before, after, sanitize, examine = MUTATIONS[name]
+    for folder in ("csrc", "tests/cuda"):
+        shutil.copytree(shim.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert text.count(before) == 1, "the source has changed: put the mutation where it belongs now"
+    source.write_text(text.replace(before, after))
+    running = shim.Shim(shim.build(tmp_path / "build", tmp_path, sanitize))
+    with pytest.raises(RuntimeError if sanitize else AssertionError) as caught:
+        examine(running)
+    running.close()
+    if sanitize:
+        assert "AddressSanitizer" in str(caught.value) or "runtime error" in str(caught.value)
