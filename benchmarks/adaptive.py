@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import hf_actnn
 
-INTERVAL = 40
+INTERVAL = 20
 #: Batches whose gradients are computed at each point, exactly and compressed.
 BATCHES = 32
 Batches = Callable[[], tuple[Tensor, Tensor]]
@@ -190,7 +190,7 @@ def added_variance(task: Task, model: nn.Module, batches: Batches) -> dict[str, 
     sizes = {name: mean[name].numel() for name in names}
     # A bias before a normalisation has a gradient of rounding errors.
     usual = statistics.median(minibatch[name] / sizes[name] for name in names)
-    alive = [name for name in names if minibatch[name] / sizes[name] > 1e-9 * usual]
+    alive = [name for name in names if minibatch[name] / sizes[name] > 1e-6 * usual]
     shares = [statistics.mean(error[name] / minibatch[name] for name in alive) for error in errors]
     return {
         "share": statistics.mean(shares),
