@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ from hf_actnn.saving.kept import (
     Kept,
     Mask,
     Masked,
+    Offsets,
     Quantized,
     Recipe,
+    TwoValued,
+    View,
     fills_its_memory,
     is_dense,
 )
@@ -188,17 +192,60 @@ class Call:
         tensor = slot.tensor
         assert tensor is not None
         slot.reason = reason
-        if tensor.dtype == torch.bool and self.policy.bits is not None and tensor.numel() >= self.policy.min_numel:
-            found = self.scope.registry.find(tensor)
-            flat = flat_storage(tensor) if found is None else None
-            if flat is not None and not self.is_weight(tensor):  # a bit says all that a byte does
-                found = Mask(codec.pack_mask(flat, "nonzero", 0.0, 0.0), Geometry(tensor), 1.0, 0.0)
-                self.scope.registry.learn(tensor, found)
-            if found is not None:
-                slot.kept = found
-                return found
-        slot.kept = exact(self.scope, tensor, slot.where)
+        kept = self.two_valued(tensor) if tensor.dtype == torch.bool and not self.is_weight(tensor) else None
+        slot.kept = kept or exact(self.scope, tensor, slot.where)
         return slot.kept
+
+    def two_valued(self, tensor: Tensor) -> Kept | None:
+        """What gives a tensor back, to the bit, from one bit for each value; None where there are more than two values.
+
+        Booleans have two. Elsewhere one has to look, for which a device other than the CPU would have to be waited for.
+        """
+        registry = self.scope.registry
+        if self.policy.bits is None or tensor.requires_grad or registry.is_stored_weight(tensor):
+            return None
+        found = registry.find(tensor)
+        if found is not None:
+            return found if found.same_bits and not isinstance(found, Exact) else None
+        once = without_repeats(tensor.detach())
+        flat = flat_storage(once)
+        if flat is None or flat.numel() < max(self.policy.min_numel, 1):
+            return None
+        split = two_values(flat)
+        if split is None:
+            return None
+        kept: Kept = TwoValued(codec.pack_mask(split.upper, "nonzero"), Geometry(once), split.on, split.off)
+        registry.learn(once, kept)
+        if once.shape != tensor.shape:
+            kept = View(kept, tensor.shape, tensor.stride(), 0)
+            registry.learn(tensor, kept)
+        return kept
+
+    def whole_numbers(self, slot: Slot, count: int, other: int | None = None) -> None:
+        """Keep an int64 save, whose values lie in ``[0, count)`` or equal ``other``, in as many bits as these need.
+
+        What is kept already, has gaps, is small, or has more than 256 values is left.
+        """
+        tensor = slot.tensor
+        assert tensor is not None
+        symbols = count + (other is not None)
+        registry = self.scope.registry
+        if tensor.dtype != torch.int64 or not 0 < symbols <= 256 or registry.find(tensor) is not None:
+            return
+        flat = flat_storage(tensor)
+        if self.policy.bits is None or flat is None or flat.numel() < max(self.policy.min_numel, 1):
+            return
+        geometry, bits = Geometry(tensor), max(1, (symbols - 1).bit_length())
+        if other is not None:
+            flat = torch.where(flat == other, count, flat)
+
+        def decode(values: Tensor) -> Tensor:
+            values = values.to(torch.int64)
+            return geometry.from_flat(values if other is None else torch.where(values == count, other, values))
+
+        kept = Offsets(codec.pack_uint(flat.to(torch.uint8), bits), bits, tensor.numel(), decode)
+        registry.learn(tensor, kept)
+        slot.kept = kept
 
     def exact_rest(self, reason: str) -> None:
         for slot, _ in self.open_slots():
@@ -433,6 +480,50 @@ def flat_storage(tensor: Tensor) -> Tensor | None:
     if not fills_its_memory(tensor):
         return None
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def without_repeats(tensor: Tensor) -> Tensor:
+    """A view of an expanded tensor in which each value of its memory stands once."""
+    steps = tensor.stride()
+    if 0 not in steps:
+        return tensor
+    shape = [1 if step == 0 else size for step, size in zip(steps, tensor.shape, strict=True)]
+    return tensor.as_strided(shape, steps, tensor.storage_offset())
+
+
+class Split(NamedTuple):
+    """A tensor of two values: where it holds ``on``; elsewhere it holds ``off``."""
+
+    upper: Tensor
+    on: float
+    off: float
+
+
+_AS_INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float64: torch.int64,
+}
+
+
+def two_values(flat: Tensor) -> Split | None:
+    """How a flat tensor splits in two values; None where it does not, or where to tell would stall its device.
+
+    Bits are compared: zeros of both signs are two values.
+    """
+    if flat.dtype == torch.bool:
+        return Split(flat, 1.0, 0.0)
+    integers = _AS_INTEGERS.get(flat.dtype)
+    if integers is None or flat.device.type != "cpu":
+        return None
+    bits = flat.view(integers)
+    least, most = bits.aminmax()
+    upper = bits == most
+    if not bool((upper | (bits == least)).all()):
+        return None
+    on, off = most.view(flat.dtype).item(), least.view(flat.dtype).item()
+    return None if math.isnan(on) or math.isnan(off) else Split(upper, on, off)  # there are many kinds of nan
 
 
 @lru_cache(maxsize=4096)

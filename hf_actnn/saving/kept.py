@@ -212,11 +212,20 @@ class Mask(Kept):
         return self.codes.untyped_storage().nbytes()
 
 
+class TwoValued(Mask):
+    """A tensor that holds two values and no others, to the bit: a boolean one, or a mask that attention adds."""
+
+    __slots__ = ()
+    same_bits = True
+
+
 class Offsets(Kept):
-    """Small integers in a few bits; ``decode`` turns them into what was saved (a pooling's flat indices)."""
+    """Small integers in a few bits; ``decode`` turns them into what was saved: a pooling's flat indices, say, or the
+    classes of pixels."""
 
     __slots__ = ("codes", "bits", "numel", "decode")
     kind = "offsets"
+    same_bits = True
 
     def __init__(self, codes: Tensor, bits: int, numel: int, decode: Callable[[Tensor], Tensor]) -> None:
         self.codes, self.bits, self.numel, self.decode = codes, bits, numel, decode

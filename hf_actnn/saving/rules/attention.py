@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_actnn.errors import SavedTensorError, message
 from hf_actnn.saving.call import Slot, exact
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Recipe, Rerun, Rerunnable, fills_its_memory
+from hf_actnn.saving.kept import Exact, Kept, Recipe, Rerun, Rerunnable, fills_its_memory
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
         None,
     )
     if mask_slot is not None:
-        parents.append(call.exact(mask_slot, "an attention mask"))
+        parents.append(_keep_mask(call, mask_slot))
     elif isinstance(mask, Tensor):
-        parents.append(exact(call.scope, mask, call.where))  # a boolean mask, which torch saves a float copy of
+        parents.append(_kept_mask(call, mask))  # a boolean mask, which torch saves a float copy of
     again = _again(
         call, _fused(call, backend), [argument.requires_grad for argument in (query, key, value)], len(slots)
     )
@@ -99,6 +99,17 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
         slot.kept = Rerunnable(group, index, own=True)
         if slot not in inputs and call.same_storage(tensor, call.output):
             call.scope.registry.learn(tensor, Rerunnable(group, index, own=False), LAST)
+
+
+def _keep_mask(call: Call, slot: Slot) -> Kept:
+    assert slot.tensor is not None
+    kept = call.two_valued(slot.tensor)
+    return call.exact(slot, "an attention mask") if kept is None else call.keep(slot, kept)
+
+
+def _kept_mask(call: Call, mask: Tensor) -> Kept:
+    """A mask that autograd does not save, to the bit."""
+    return call.two_valued(mask) or exact(call.scope, mask, call.where)
 
 
 #: Runs the attention of (query, key, value, mask); returns its output.
@@ -194,14 +205,15 @@ def _keep_mathematical(call: Call) -> bool:
     if any(call.is_weight(tensor) for tensor in (query, key, value)):
         return False  # learned queries
     probabilities = query.shape[:-1].numel() * key.shape[-2]
-    if isinstance(mask, Tensor) and not call.is_weight(mask) and _MASK_SHARE * mask.numel() > probabilities:
+    kept_mask = _kept_mask(call, mask) if isinstance(mask, Tensor) else None
+    if isinstance(kept_mask, Exact) and not call.is_weight(mask) and _MASK_SHARE * mask.numel() > probabilities:
         return False
     inputs = [Slot(tensor, call.where) for tensor in (query, key, value)]
     call.data_all(inputs, LAST)
     parents = [slot.kept for slot in inputs if slot.kept is not None]
     flags = [tensor.requires_grad for tensor in (query, key, value)]
-    if isinstance(mask, Tensor):
-        parents.append(exact(call.scope, mask, call.where))
+    if kept_mask is not None:
+        parents.append(kept_mask)
         flags.append(mask.requires_grad)
     options = {"scale": call.kwargs.get("scale")}
     if call.kwargs.get("enable_gqa", False):
