@@ -33,6 +33,7 @@ from hf_actnn.saving.kept import (
 from hf_actnn.saving.tape import Item, samples_in_order
 
 if TYPE_CHECKING:
+    from hf_actnn.saving.identity import Registry
     from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.scope import Scope
 
@@ -591,7 +592,9 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
         return registry.reference(tensor, where)
     found = registry.find(tensor)
     # Whatever is known of a tensor computed from parameters and constants gives it back exactly: none of it is coded.
-    if found is not None and (found.same_bits or found.kind == "recipe: cast" or registry.is_weight(tensor)):
+    if found is not None and (found.kind == "recipe: cast" or registry.is_weight(tensor)):
+        return found
+    if found is not None and found.same_bits and _extra_nbytes(registry, found) <= tensor.untyped_storage().nbytes():
         return found
     parameter = _cast_parameter(tensor, scope)
     if parameter is not None and parameter.dtype != tensor.dtype:
@@ -602,6 +605,12 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     if not registry.is_weight(tensor):
         registry.learn(tensor, kept)
     return kept
+
+
+def _extra_nbytes(registry: Registry, found: Kept) -> int:
+    """Bytes of tensors that a recipe would hold and nothing else does."""
+    extra = {storage_key(leaf.tensor): leaf.nbytes for leaf in found.leaves() if isinstance(leaf, Exact)}
+    return sum(nbytes for key, nbytes in extra.items() if not registry.is_held(key))
 
 
 def recast(source: Kept, weight: Tensor, copy: Tensor) -> Kept | None:

@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class _Entry:
-    __slots__ = ("weak", "version", "layout", "whole", "known", "closed")
+    __slots__ = ("weak", "version", "layout", "whole", "known", "closed", "differentiated", "held")
 
     def __init__(self, weak: StorageWeakRef, version: int) -> None:
         self.weak = weak
@@ -41,6 +41,8 @@ class _Entry:
         self.whole: Kept | None = None
         self.known: dict[tuple, Kept] = {}
         self.closed = False
+        self.differentiated = False  # an operation that is differentiated made it
+        self.held = False  # some of it is kept by reference
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -104,11 +106,22 @@ class Registry:
         entry = self._entry(tensor)
         entry.layout, entry.whole, entry.known, entry.closed = None, None, {}, True
 
-    def produced(self, tensor: Tensor, rows: str | None) -> None:
+    def produced(self, tensor: Tensor, rows: str | None, differentiated: bool = False) -> None:
         """Note the shape in which an operation made a tensor, before views of it are saved."""
         entry = self._entry(tensor)
+        entry.differentiated |= differentiated
         if entry.layout is None and not entry.closed and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
+
+    def is_differentiated(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of the memory of one that an operation of the graph made."""
+        entry = self._entries.get(storage_key(tensor))
+        return entry is not None and entry.differentiated
+
+    def is_held(self, key: int) -> bool:
+        """Whether a storage is held for the backward pass anyway."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.held
 
     def layout(self, tensor: Tensor) -> Layout | None:
         """The layout this tensor is a view of, if it is known and of the tensor's dtype."""
@@ -142,6 +155,8 @@ class Registry:
         entry = self._entry(tensor)
         if entry.closed:
             return
+        if isinstance(kept, Exact):
+            entry.held = True
         if entry.layout is None and fills_its_memory(tensor):
             entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
         entry.known[_view_key(tensor)] = kept

@@ -203,6 +203,8 @@ class Scope:
                     replay.learn(call)
             elif rule is not None and rule.integers and isinstance(output, Tensor):
                 rule.keep(call)
+            else:
+                self._learn_by_element(call)
             return
         if isinstance(out, Tensor):
             alive = out.requires_grad
@@ -230,7 +232,7 @@ class Scope:
             call.exact_rest("computed from parameters and constants alone")
         else:
             if differentiable and _has_storage(output):
-                self.registry.produced(output, self._rows(call))
+                self.registry.produced(output, self._rows(call), alive)
             if call.slots or (rule is not None and rule.without_saves):
                 # As torch.no_grad does, without the microseconds of a context manager written in Python.
                 before = torch.is_grad_enabled()
@@ -239,8 +241,16 @@ class Scope:
                     self._keep(call)
                 finally:
                     torch._C._set_grad_enabled(before)
+            if not alive:
+                self._learn_by_element(call)
         for slot in call.slots:
             self._decided(slot, call.path, call.name)
+
+    @staticmethod
+    def _learn_by_element(call: Call) -> None:
+        if call.policy.bits is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                replay.learn_by_element(call)
 
     def _keep(self, call: Call) -> None:
         rule = call.rule
