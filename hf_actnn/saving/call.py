@@ -278,7 +278,7 @@ class Call:
                 self.exact(slot, "not floating point")
             elif self.is_weight(tensor):
                 self.exact(slot, "computed from parameters alone")
-            elif (found := registry.find(tensor)) is not None and not self._dearer_than_code(found, tensor):
+            elif (found := registry.find(tensor)) is not None and (found := self._affordable(found, tensor)):
                 slot.kept = found
             else:
                 pending.setdefault(storage_key(tensor), []).append(slot)
@@ -324,6 +324,31 @@ class Call:
             slot.kept = found
             if isinstance(found, Exact):
                 slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
+
+    def _affordable(self, found: Kept, tensor: Tensor) -> Kept | None:
+        """What gives back a tensor that may be coded, other than a code of it.
+
+        That is ``found`` where it is the cheaper, or a code of the smaller tensor that it was enlarged from; or None.
+        """
+        if not self._dearer_than_code(found, tensor):
+            return found
+        if not isinstance(found, Recipe) or not found.linear:
+            return None
+        source = found.parents[0]
+        policy = self.policy
+        if not isinstance(source, Exact) or policy.bits is None or source.tensor.numel() >= tensor.numel():
+            return None
+        times = tensor.numel() / max(source.tensor.numel(), 1)
+        finer = policy.for_source_of(times)
+        if finer.uniform >= times * policy.uniform:
+            return None
+        self.policy = finer
+        try:
+            kept = found.of([self.data(Slot(source.tensor, self.where))])
+        finally:
+            self.policy = policy
+        self.scope.registry.learn(tensor, kept)
+        return kept
 
     def _dearer_than_code(self, found: Kept, tensor: Tensor) -> bool:
         """Whether a recipe holds more bytes, in tensors kept exactly for its sake, than a code of its result would."""
@@ -422,6 +447,7 @@ class Call:
         *,
         writes: bool = False,
         repeats: bool = False,
+        linear: bool = False,
         output: Tensor | None = None,
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
@@ -432,9 +458,8 @@ class Call:
             return
         if repeats and function is not None:
             function = as_now(function, output.device.type)
-        kept = Recipe(
-            name, function, [parent for parent in parents if parent is not None], output, writes=writes, repeats=repeats
-        )
+        known = [parent for parent in parents if parent is not None]
+        kept = Recipe(name, function, known, output, writes=writes, repeats=repeats, linear=linear)
         if fills_its_memory(output):
             self.scope.registry.learn(output, kept)
             for parent in kept.parents:

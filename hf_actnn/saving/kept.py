@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -283,9 +284,10 @@ class Recipe(Kept):
     """A tensor rebuilt from others that are kept. ``function`` gets their values, each of them the recipe's own to
     overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
     the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
-    that parents of the same bits give a result of the same bits."""
+    that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
+    gives a result that is."""
 
-    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats")
+    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats", "linear")
 
     def __init__(
         self,
@@ -296,10 +298,17 @@ class Recipe(Kept):
         *,
         writes: bool = False,
         repeats: bool = False,
+        linear: bool = False,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
-        self.repeats = repeats
+        self.repeats, self.linear = repeats, linear
         self.geometry = Geometry(like)
+
+    def of(self, parents: Sequence[Kept]) -> Recipe:
+        """The same recipe of other parents."""
+        made = copy.copy(self)
+        made.parents = tuple(parents)
+        return made
 
     @property
     def fresh(self) -> bool:  # type: ignore[override]
