@@ -34,6 +34,7 @@ from hf_actnn.saving.tape import Item, samples_in_order
 
 if TYPE_CHECKING:
     from hf_actnn.saving.identity import Registry
+    from hf_actnn.saving.policy import Policy
     from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.scope import Scope
 
@@ -86,19 +87,21 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
                     yield item
 
 
-_NEVER, _ALWAYS = -1, 0
+_NEVER, _ALWAYS, _OTHERS = -1, 0, -2
 
 
 class _Writes(dict[Any, int]):
     """Torch function -> whether it writes to its first argument: never, always (by torch's naming), or if the argument
-    of this position, called ``inplace``, says so."""
+    of this position, called ``inplace``, says so; or to others."""
 
     def __missing__(self, function: Any) -> int:
         name = getattr(function, "__name__", "").partition(".")[0]
         own = name.endswith("_") and not name.endswith("__")
         code = getattr(function, "__code__", None)
         names = code.co_varnames[: code.co_argcount] if code is not None else ()
-        if own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
+        if function in (F.batch_norm, F.embedding):
+            self[function] = _OTHERS
+        elif own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
             self[function] = _ALWAYS
         else:
             self[function] = names.index("inplace") if "inplace" in names else _NEVER
@@ -114,6 +117,8 @@ _WRITES = _Writes()
 def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor]:
     """The tensors that a torch function is about to write to."""
     when = _WRITES[function]
+    if when == _NEVER and not (kwargs and "out" in kwargs):
+        return ()
     found: list[Any] = []
     if when == _ALWAYS or (when > 0 and (args[when] if when < len(args) else kwargs.get("inplace", False))):
         found = [*args[:1], kwargs.get("input")]
@@ -129,28 +134,35 @@ def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor
 class Call:
     """A torch function while it runs. Rules read it and fill its slots."""
 
-    __slots__ = ("scope", "function", "rule", "args", "kwargs", "slots", "out", "policy", "path", "before")
+    __slots__ = (
+        *("scope", "function", "rule", "args", "kwargs", "slots", "out", "output", "policy", "path", "before"),
+        *("name", "_where"),
+    )
 
     def __init__(self, scope: Scope, function: Callable, rule: Rule | None, args: tuple, kwargs: dict) -> None:
         self.scope, self.function, self.rule = scope, function, rule
         self.args, self.kwargs = args, kwargs
         self.slots: list[Slot] = []
+        self.path, self.policy = scope.places[-1]
+        #: What the function returned; of several results the first.
         self.out: Any = None
-        self.path, self.policy = scope.position()
+        self.output: Any = None
         #: What gives the first argument back, asked before an in-place operation overwrites it.
         self.before: Kept | None = None
-        if rule is not None and rule.needs_before and args and isinstance(args[0], Tensor):
-            self.before = scope.registry.find(args[0])
-
-    @property
-    def name(self) -> str:
-        if self.rule is not None:
-            return self.rule.name
-        return getattr(self.function, "__name__", str(self.function))
+        if rule is None:
+            self.name = getattr(function, "__name__", "") or str(function)
+        else:
+            self.name = rule.name
+            if rule.needs_before and args and isinstance(args[0], Tensor):
+                self.before = scope.registry.find(args[0])
+        self._where = ""
 
     @property
     def where(self) -> str:
-        return f"{self.path or 'the model'}, {self.name}"
+        """For messages. Most calls save nothing, and need none."""
+        if not self._where:
+            self._where = f"{self.path or 'the model'}, {self.name}"
+        return self._where
 
     # -- what the function was given ---------------------------------------------------------------------------------
 
@@ -159,13 +171,12 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
-    @property
-    def output(self) -> Tensor:
-        return self.out[0] if isinstance(self.out, (tuple, list)) else self.out
-
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter, a buffer, or computed from these alone (casts included)."""
-        return self.scope.registry.is_weight(tensor) or _cast_parameter(tensor, self.scope) is not None
+        scope = self.scope
+        if scope.registry.is_weight(tensor):
+            return True
+        return scope.is_casting() and _cast_parameter(tensor, scope) is not None
 
     @property
     def in_place(self) -> bool:
@@ -173,7 +184,9 @@ class Call:
 
     @staticmethod
     def same_storage(a: Tensor, b: Any) -> bool:
-        return isinstance(b, Tensor) and storage_key(a) == storage_key(b)
+        if a is b:
+            return True
+        return isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
     @classmethod
     def same_view(cls, a: Tensor, b: Any) -> bool:
@@ -196,6 +209,15 @@ class Call:
         kept = self.two_valued(tensor) if tensor.dtype == torch.bool and not self.is_weight(tensor) else None
         slot.kept = kept or exact(self.scope, tensor, slot.where)
         return slot.kept
+
+    def own(self, slot: Slot, reason: str) -> Kept:
+        """Keep by reference what the operation made for its own backward pass; nobody else can save or write to it."""
+        tensor = slot.tensor
+        assert tensor is not None
+        slot.reason = reason
+        slot.kept = kept = Exact(tensor, where=self.where)
+        kept.lent = True
+        return kept
 
     def two_valued(self, tensor: Tensor) -> Kept | None:
         """What gives a tensor back, to the bit, from one bit for each value; None where there are more than two values.
@@ -249,8 +271,9 @@ class Call:
         slot.kept = kept
 
     def exact_rest(self, reason: str) -> None:
-        for slot, _ in self.open_slots():
-            self.exact(slot, reason)
+        for slot in self.slots:
+            if slot.kept is None:
+                self.exact(slot, reason)
 
     def blank(self, slot: Slot) -> None:
         """Keep the shape alone."""
@@ -278,12 +301,45 @@ class Call:
                 self.exact(slot, "not floating point")
             elif self.is_weight(tensor):
                 self.exact(slot, "computed from parameters alone")
-            elif (found := registry.find(tensor)) is not None and (found := self._affordable(found, tensor)):
-                slot.kept = found
             else:
-                pending.setdefault(storage_key(tensor), []).append(slot)
+                found = registry.find(tensor)
+                if found is not None:
+                    found = self._affordable(found, tensor)
+                if found is not None:
+                    slot.kept = found
+                elif not self._data_of_its_own(slot, rows):
+                    pending.setdefault(storage_key(tensor), []).append(slot)
         for group in pending.values():
             self._data_of_one_storage(group, rows)
+
+    def _data_of_its_own(self, slot: Slot, rows: str | None) -> bool:
+        """The usual case of :meth:`_data_of_one_storage`: the save is all that its storage holds, in whatever shape.
+        False for any other.
+
+        Groups follow the rows of the shape in which an operation made it. Whose values are whose, where bits are
+        chosen by sample, is told by that shape too: then any other is left.
+        """
+        tensor, registry = slot.tensor, self.scope.registry
+        assert tensor is not None
+        layout = registry.layout(tensor)
+        if layout is None:
+            return False
+        if not layout.is_of(tensor) and (
+            self.scope.adaptation is not None
+            or layout.numel != tensor.numel()
+            or layout.offset != tensor.storage_offset()
+            or not fills_its_memory(tensor)
+        ):
+            return False
+        kept = self._code(tensor, self._row_length(layout.shape, layout.stride, layout.rows or rows, tensor.itemsize))
+        self._packed(slot, kept)
+        registry.learn(tensor, kept)
+        return True
+
+    def _packed(self, slot: Slot, kept: Kept) -> None:
+        slot.kept = kept
+        if isinstance(kept, Exact):
+            slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
 
     def _data_of_one_storage(self, slots: list[Slot], rows: str | None) -> None:
         registry = self.scope.registry
@@ -321,9 +377,7 @@ class Call:
                 if found is None:
                     found = kept if base is tensor else self.pack(tensor, rows, within)
                     registry.learn(tensor, found, rows)
-            slot.kept = found
-            if isinstance(found, Exact):
-                slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
+            self._packed(slot, found)
 
     def _affordable(self, found: Kept, tensor: Tensor) -> Kept | None:
         """What gives back a tensor that may be coded, other than a code of it.
@@ -363,17 +417,20 @@ class Call:
         Args:
             within: length of the rows of the memory that the tensor is a part of; 0 if it is all there is.
         """
+        return self._code(tensor, self._row_length(tensor.shape, tensor.stride(), rows, tensor.itemsize, within))
+
+    def _row_length(
+        self, shape: torch.Size, stride: tuple[int, ...], rows: str | None, itemsize: int, within: int = 0
+    ) -> int:
         policy = self.policy
-        numel = tensor.numel()
-        if policy.bits is None or numel < max(policy.min_numel, 1):
+        return 0 if policy.bits is None else coded_row_length(shape, stride, rows, within, itemsize, policy)
+
+    def _code(self, tensor: Tensor, length: int) -> Kept:
+        """A code of the tensor in rows of this length; 0: the tensor itself."""
+        if length == 0:
             return Exact(tensor, where=self.where)
-        shape, stride = tensor.shape, tensor.stride()
-        length = row_length(shape, stride, rows)
-        if length < within:
-            length = max(length, length_in_row(shape, stride, within))
+        policy = self.policy
         bits: int | Tensor = policy.uniform
-        if codec.packed_nbytes(numel, length, bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
-            return Exact(tensor, where=self.where)
         scope, item, samples = self.scope, "", 1
         if scope.adaptation is not None:
             item = scope.item(self)
@@ -397,13 +454,14 @@ class Call:
         """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""
         tensor = slot.tensor
         assert tensor is not None
+        if self.same_storage(tensor, argument):
+            return self.data(slot, rows)
         registry = self.scope.registry
-        if self.in_place and argument is self.args[0] and not self.same_storage(tensor, argument):
+        if self.in_place and argument is self.args[0]:
             # The argument holds the output by now; autograd saved a copy of what it held, which `before` gives back.
             return self.keep(slot, self.before) if self.before is not None else self.data(slot, rows)
         copied = (
             isinstance(argument, Tensor)
-            and not self.same_storage(tensor, argument)
             and argument.numel() == tensor.numel()
             and argument.is_floating_point()
             and registry.find(tensor) is None
@@ -452,18 +510,19 @@ class Call:
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
         output = self.output if output is None else output
-        if self.policy.bits is None or any(parent is None for parent in parents):
+        if self.policy.bits is None or None in parents or not fills_its_memory(output):
             return
-        if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
+        if type(parents[0]) is Exact and all(type(one) is Exact and one.parameter for one in parents):
             return
         if repeats and function is not None:
             function = as_now(function, output.device.type)
-        known = [parent for parent in parents if parent is not None]
+        known: Sequence[Kept] = parents  # type: ignore[assignment]
         kept = Recipe(name, function, known, output, writes=writes, repeats=repeats, linear=linear)
-        if fills_its_memory(output):
-            self.scope.registry.learn(output, kept)
-            for parent in kept.parents:
-                self.scope.session.lend(parent)
+        scope = self.scope
+        scope.registry.learn(output, kept)
+        for parent in known:
+            if type(parent) is Exact or type(parent) is View:
+                scope.session.lend(parent)
 
     def again_on_first(self) -> Callable[[Any], Tensor] | None:
         """This function of another first argument, all others being as they are now; None where one is a tensor.
@@ -567,6 +626,21 @@ def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> 
 
 
 @lru_cache(maxsize=4096)
+def coded_row_length(
+    shape: torch.Size, stride: tuple[int, ...], rows: str | None, within: int, itemsize: int, policy: Policy
+) -> int:
+    """Length of the rows in which a tensor is coded; 0 where a code would not pay."""
+    numel = shape.numel()
+    if numel < max(policy.min_numel, 1):
+        return 0
+    length = row_length(shape, stride, rows)
+    if length < within:
+        length = max(length, length_in_row(shape, stride, within))
+    nbytes = codec.packed_nbytes(numel, length, policy.uniform, policy.group_size)
+    return 0 if nbytes > WORTHWHILE * numel * itemsize else length
+
+
+@lru_cache(maxsize=4096)
 def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> int:
     """How much of a row of ``within`` values a view takes in one stretch: the heads of a projection cut into heads are
     one stretch of a token, though each is a dimension of its own. 1 where a stretch would run over a row's end."""
@@ -581,8 +655,6 @@ def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> in
 
 def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:
     """The parameter that autocast's copy was made from, read off the copy's graph."""
-    if not torch._C._is_any_autocast_enabled():  # reading a graph from Python is slow
-        return None
     node = tensor.grad_fn
     for _ in range(4):
         if node is None:
@@ -621,7 +693,7 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
         return found
     if found is not None and found.same_bits and _extra_nbytes(registry, found) <= tensor.untyped_storage().nbytes():
         return found
-    parameter = _cast_parameter(tensor, scope)
+    parameter = _cast_parameter(tensor, scope) if scope.is_casting() else None
     if parameter is not None and parameter.dtype != tensor.dtype:
         recipe = recast(Exact(parameter, parameter=True, where=where), parameter, tensor)
         if recipe is not None:
