@@ -273,7 +273,10 @@ class View(Kept):
         return self.parent.same_bits
 
     def get(self) -> Tensor:
-        value = self.parent.get()
+        return self.of(self.parent.get())
+
+    def of(self, value: Tensor) -> Tensor:
+        """This view of what the parent has given back."""
         return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
 
     def leaves(self) -> Iterator[Kept]:
@@ -382,12 +385,12 @@ class Rerun:
     def take(self, index: int, own: bool) -> Tensor:
         if probe.values is not None:
             if id(self) not in probe.values:
-                probe.values[id(self)] = self.function(*[parent.get() for parent in self.parents])
+                probe.values[id(self)] = self._run()
             return probe.values[id(self)][index]
         with self._lock:
             values = self._values
             if values is None:
-                values = self.function(*[parent.get() for parent in self.parents])
+                values = self._run()
                 if at_end_of_backward(self.clear):
                     self._values = values
             value = values[index]
@@ -396,6 +399,20 @@ class Rerun:
                 if len(self._taken) == self.owned:
                     self.clear()
             return value
+
+    def _run(self) -> list[Tensor]:
+        """Its parents are views of one tensor as a rule, the projection to q, k and v, which is rebuilt once."""
+        wholes: dict[int, Tensor] = {}
+        values = []
+        for parent in self.parents:
+            if type(parent) is not View:
+                values.append(parent.get())
+                continue
+            whole = wholes.get(id(parent.parent))
+            if whole is None:
+                whole = wholes[id(parent.parent)] = parent.parent.get()
+            values.append(parent.of(whole))
+        return self.function(*values)
 
     def clear(self) -> None:
         with self._lock:
