@@ -136,6 +136,15 @@ def _check_dequantize(
 
 
 def _check_coded(codes: Tensor, meta: Tensor, at: reference.Layout, dtype: torch.dtype) -> None:
+    if (  # at a glance, as always but once
+        (codes.dtype, codes.shape) == (torch.uint8, (at.nbytes,))
+        and (meta.dtype, meta.shape) == (torch.bfloat16, (at.n_groups, 2))
+        and codes.is_contiguous()
+        and meta.is_contiguous()
+        and meta.device == codes.device
+        and dtype in FLOATS
+    ):
+        return
     _check_codes(codes, at.nbytes)
     if meta.dtype != torch.bfloat16 or meta.shape != (at.n_groups, 2) or not meta.is_contiguous():
         _fail(
@@ -184,11 +193,12 @@ def _check_unpack_uint(codes: Tensor, bits: int, numel: int, dtype: torch.dtype)
         _fail("Unsupported dtype", where="dtype", expected=_names(INTS), received=str(dtype), next_step=_CONVERT)
 
 
+_dispatch_modes, _is_wrapped = torch._C._len_torch_dispatch_stack, torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def _direct(x: Tensor) -> Any:
     """The compiled module if ``x`` is a plain CPU tensor that nothing traces, else None."""
-    if type(x) is not Tensor or not x.is_cpu or torch._C._len_torch_dispatch_stack() != 0 or is_compiling():
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if type(x) is not Tensor or not x.is_cpu or _dispatch_modes() != 0 or is_compiling() or _is_wrapped(x):
         return None
     return native.module()
 
