@@ -75,10 +75,11 @@ def normalize_(values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | No
     Returns:
         ``values``, changed in place.
     """
-    parts = [part for part in (mean, factor, weight, bias) if part is not None]
-    plain = all(part.dtype == torch.float32 and part.is_contiguous() for part in (values, *parts))
     width = values.numel() // mean.numel() if mean.numel() else 0
-    kernels = ops._direct(values) if plain and width and all(ops._on_cpu(part) for part in (values, *parts)) else None
+    kernels = ops._direct(values) if width and ops._on_cpu(values) else None
+    for part in (values, mean, factor, weight, bias):
+        if part is not None and not (part.dtype is torch.float32 and ops._on_cpu(part) and part.is_contiguous()):
+            kernels = None
     if kernels is None:
         values.sub_(mean).mul_(factor)
         if weight is not None:

@@ -137,6 +137,15 @@ def _check_dequantize(
 
 
 def _check_coded(codes: Tensor, meta: Tensor, at: reference.Layout, dtype: torch.dtype) -> None:
+    if (  # at a glance, as always but once
+        (codes.dtype, codes.shape) == (torch.uint8, (at.nbytes,))
+        and (meta.dtype, meta.shape) == (torch.bfloat16, (at.n_groups, 2))
+        and codes.is_contiguous()
+        and meta.is_contiguous()
+        and meta.device == codes.device
+        and dtype in FLOATS
+    ):
+        return
     _check_codes(codes, at.nbytes)
     if meta.dtype != torch.bfloat16 or meta.shape != (at.n_groups, 2) or not meta.is_contiguous():
         _fail(
@@ -198,11 +207,12 @@ def _check_advance(advance: Tensor | None, x: Tensor) -> None:
         )
 
 
+_dispatch_modes, _is_wrapped = torch._C._len_torch_dispatch_stack, torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def _plain(x: Tensor) -> bool:
     """Whether ``x`` is a tensor that nothing traces or wraps."""
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() != 0 or is_compiling():
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return type(x) is Tensor and _dispatch_modes() == 0 and not is_compiling() and not _is_wrapped(x)
 
 
 def _on_cpu(x: Tensor) -> bool:

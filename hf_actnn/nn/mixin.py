@@ -44,7 +44,7 @@ class Compressed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().__call__  # type: ignore[misc]
         member: Member | None = self.__dict__.get(ATTRIBUTE)
-        if SAMPLE_ID in kwargs:
+        if kwargs and SAMPLE_ID in kwargs:
             kwargs = _without_ids(self, member, kwargs)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)

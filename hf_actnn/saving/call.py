@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,19 @@ from hf_actnn.saving.kept import (
     Kept,
     Mask,
     Masked,
+    Offsets,
     Quantized,
     Recipe,
+    TwoValued,
+    View,
     fills_its_memory,
     is_dense,
 )
 from hf_actnn.saving.tape import Item, samples_in_order
 
 if TYPE_CHECKING:
+    from hf_actnn.saving.identity import Registry
+    from hf_actnn.saving.policy import Policy
     from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.scope import Scope
 
@@ -81,19 +87,21 @@ def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
                     yield item
 
 
-_NEVER, _ALWAYS = -1, 0
+_NEVER, _ALWAYS, _OTHERS = -1, 0, -2
 
 
 class _Writes(dict[Any, int]):
     """Torch function -> whether it writes to its first argument: never, always (by torch's naming), or if the argument
-    of this position, called ``inplace``, says so."""
+    of this position, called ``inplace``, says so; or to others."""
 
     def __missing__(self, function: Any) -> int:
         name = getattr(function, "__name__", "").partition(".")[0]
         own = name.endswith("_") and not name.endswith("__")
         code = getattr(function, "__code__", None)
         names = code.co_varnames[: code.co_argcount] if code is not None else ()
-        if own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
+        if function in (F.batch_norm, F.embedding):
+            self[function] = _OTHERS
+        elif own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
             self[function] = _ALWAYS
         else:
             self[function] = names.index("inplace") if "inplace" in names else _NEVER
@@ -109,6 +117,8 @@ _WRITES = _Writes()
 def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor]:
     """The tensors that a torch function is about to write to."""
     when = _WRITES[function]
+    if when == _NEVER and not (kwargs and "out" in kwargs):
+        return ()
     found: list[Any] = []
     if when == _ALWAYS or (when > 0 and (args[when] if when < len(args) else kwargs.get("inplace", False))):
         found = [*args[:1], kwargs.get("input")]
@@ -124,28 +134,35 @@ def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor
 class Call:
     """A torch function while it runs. Rules read it and fill its slots."""
 
-    __slots__ = ("scope", "function", "rule", "args", "kwargs", "slots", "out", "policy", "path", "before")
+    __slots__ = (
+        *("scope", "function", "rule", "args", "kwargs", "slots", "out", "output", "policy", "path", "before"),
+        *("name", "_where"),
+    )
 
     def __init__(self, scope: Scope, function: Callable, rule: Rule | None, args: tuple, kwargs: dict) -> None:
         self.scope, self.function, self.rule = scope, function, rule
         self.args, self.kwargs = args, kwargs
         self.slots: list[Slot] = []
+        self.path, self.policy = scope.places[-1]
+        #: What the function returned; of several results the first.
         self.out: Any = None
-        self.path, self.policy = scope.position()
+        self.output: Any = None
         #: What gives the first argument back, asked before an in-place operation overwrites it.
         self.before: Kept | None = None
-        if rule is not None and rule.needs_before and args and isinstance(args[0], Tensor):
-            self.before = scope.registry.find(args[0])
-
-    @property
-    def name(self) -> str:
-        if self.rule is not None:
-            return self.rule.name
-        return getattr(self.function, "__name__", str(self.function))
+        if rule is None:
+            self.name = getattr(function, "__name__", "") or str(function)
+        else:
+            self.name = rule.name
+            if rule.needs_before and args and isinstance(args[0], Tensor):
+                self.before = scope.registry.find(args[0])
+        self._where = ""
 
     @property
     def where(self) -> str:
-        return f"{self.path or 'the model'}, {self.name}"
+        """For messages. Most calls save nothing, and need none."""
+        if not self._where:
+            self._where = f"{self.path or 'the model'}, {self.name}"
+        return self._where
 
     # -- what the function was given ---------------------------------------------------------------------------------
 
@@ -154,13 +171,12 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
-    @property
-    def output(self) -> Tensor:
-        return self.out[0] if isinstance(self.out, (tuple, list)) else self.out
-
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter, a buffer, or computed from these alone (casts included)."""
-        return self.scope.registry.is_weight(tensor) or _cast_parameter(tensor, self.scope) is not None
+        scope = self.scope
+        if scope.registry.is_weight(tensor):
+            return True
+        return scope.is_casting() and _cast_parameter(tensor, scope) is not None
 
     @property
     def in_place(self) -> bool:
@@ -168,7 +184,9 @@ class Call:
 
     @staticmethod
     def same_storage(a: Tensor, b: Any) -> bool:
-        return isinstance(b, Tensor) and storage_key(a) == storage_key(b)
+        if a is b:
+            return True
+        return isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
     @classmethod
     def same_view(cls, a: Tensor, b: Any) -> bool:
@@ -188,21 +206,74 @@ class Call:
         tensor = slot.tensor
         assert tensor is not None
         slot.reason = reason
-        if tensor.dtype == torch.bool and self.policy.bits is not None and tensor.numel() >= self.policy.min_numel:
-            found = self.scope.registry.find(tensor)
-            flat = flat_storage(tensor) if found is None else None
-            if flat is not None and not self.is_weight(tensor):  # a bit says all that a byte does
-                found = Mask(codec.pack_mask(flat, "nonzero", 0.0, 0.0), Geometry(tensor), 1.0, 0.0)
-                self.scope.registry.learn(tensor, found)
-            if found is not None:
-                slot.kept = found
-                return found
-        slot.kept = exact(self.scope, tensor, slot.where)
+        kept = self.two_valued(tensor) if tensor.dtype == torch.bool and not self.is_weight(tensor) else None
+        slot.kept = kept or exact(self.scope, tensor, slot.where)
         return slot.kept
 
+    def own(self, slot: Slot, reason: str) -> Kept:
+        """Keep by reference what the operation made for its own backward pass; nobody else can save or write to it."""
+        tensor = slot.tensor
+        assert tensor is not None
+        slot.reason = reason
+        slot.kept = kept = Exact(tensor, where=self.where)
+        kept.lent = True
+        return kept
+
+    def two_valued(self, tensor: Tensor) -> Kept | None:
+        """What gives a tensor back, to the bit, from one bit for each value; None where there are more than two values.
+
+        Booleans have two. Elsewhere one has to look, for which a device other than the CPU would have to be waited for.
+        """
+        registry = self.scope.registry
+        if self.policy.bits is None or tensor.requires_grad or registry.is_stored_weight(tensor):
+            return None
+        found = registry.find(tensor)
+        if found is not None:
+            return found if found.same_bits and not isinstance(found, Exact) else None
+        once = without_repeats(tensor.detach())
+        flat = flat_storage(once)
+        if flat is None or flat.numel() < max(self.policy.min_numel, 1):
+            return None
+        split = two_values(flat)
+        if split is None:
+            return None
+        kept: Kept = TwoValued(codec.pack_mask(split.upper, "nonzero"), Geometry(once), split.on, split.off)
+        registry.learn(once, kept)
+        if once.shape != tensor.shape:
+            kept = View(kept, tensor.shape, tensor.stride(), 0)
+            registry.learn(tensor, kept)
+        return kept
+
+    def whole_numbers(self, slot: Slot, count: int, other: int | None = None) -> None:
+        """Keep an int64 save, whose values lie in ``[0, count)`` or equal ``other``, in as many bits as these need.
+
+        What is kept already, has gaps, is small, or has more than 256 values is left.
+        """
+        tensor = slot.tensor
+        assert tensor is not None
+        symbols = count + (other is not None)
+        registry = self.scope.registry
+        if tensor.dtype != torch.int64 or not 0 < symbols <= 256 or registry.find(tensor) is not None:
+            return
+        flat = flat_storage(tensor)
+        if self.policy.bits is None or flat is None or flat.numel() < max(self.policy.min_numel, 1):
+            return
+        geometry, bits = Geometry(tensor), max(1, (symbols - 1).bit_length())
+        if other is not None:
+            flat = torch.where(flat == other, count, flat)
+
+        def decode(values: Tensor) -> Tensor:
+            values = values.to(torch.int64)
+            return geometry.from_flat(values if other is None else torch.where(values == count, other, values))
+
+        kept = Offsets(codec.pack_uint(flat.to(torch.uint8), bits), bits, tensor.numel(), decode)
+        registry.learn(tensor, kept)
+        slot.kept = kept
+
     def exact_rest(self, reason: str) -> None:
-        for slot, _ in self.open_slots():
-            self.exact(slot, reason)
+        for slot in self.slots:
+            if slot.kept is None:
+                self.exact(slot, reason)
 
     def blank(self, slot: Slot) -> None:
         """Keep the shape alone."""
@@ -230,12 +301,45 @@ class Call:
                 self.exact(slot, "not floating point")
             elif self.is_weight(tensor):
                 self.exact(slot, "computed from parameters alone")
-            elif (found := registry.find(tensor)) is not None and not self._dearer_than_code(found, tensor):
-                slot.kept = found
             else:
-                pending.setdefault(storage_key(tensor), []).append(slot)
+                found = registry.find(tensor)
+                if found is not None:
+                    found = self._affordable(found, tensor)
+                if found is not None:
+                    slot.kept = found
+                elif not self._data_of_its_own(slot, rows):
+                    pending.setdefault(storage_key(tensor), []).append(slot)
         for group in pending.values():
             self._data_of_one_storage(group, rows)
+
+    def _data_of_its_own(self, slot: Slot, rows: str | None) -> bool:
+        """The usual case of :meth:`_data_of_one_storage`: the save is all that its storage holds, in whatever shape.
+        False for any other.
+
+        Groups follow the rows of the shape in which an operation made it. Whose values are whose, where bits are
+        chosen by sample, is told by that shape too: then any other is left.
+        """
+        tensor, registry = slot.tensor, self.scope.registry
+        assert tensor is not None
+        layout = registry.layout(tensor)
+        if layout is None:
+            return False
+        if not layout.is_of(tensor) and (
+            self.scope.adaptation is not None
+            or layout.numel != tensor.numel()
+            or layout.offset != tensor.storage_offset()
+            or not fills_its_memory(tensor)
+        ):
+            return False
+        kept = self._code(tensor, self._row_length(layout.shape, layout.stride, layout.rows or rows, tensor.itemsize))
+        self._packed(slot, kept)
+        registry.learn(tensor, kept)
+        return True
+
+    def _packed(self, slot: Slot, kept: Kept) -> None:
+        slot.kept = kept
+        if isinstance(kept, Exact):
+            slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
 
     def _data_of_one_storage(self, slots: list[Slot], rows: str | None) -> None:
         registry = self.scope.registry
@@ -273,9 +377,32 @@ class Call:
                 if found is None:
                     found = kept if base is tensor else self.pack(tensor, rows, within)
                     registry.learn(tensor, found, rows)
-            slot.kept = found
-            if isinstance(found, Exact):
-                slot.reason = "too small to pay" if self.policy.bits else self.policy.reason
+            self._packed(slot, found)
+
+    def _affordable(self, found: Kept, tensor: Tensor) -> Kept | None:
+        """What gives back a tensor that may be coded, other than a code of it.
+
+        That is ``found`` where it is the cheaper, or a code of the smaller tensor that it was enlarged from; or None.
+        """
+        if not self._dearer_than_code(found, tensor):
+            return found
+        if not isinstance(found, Recipe) or not found.linear:
+            return None
+        source = found.parents[0]
+        policy = self.policy
+        if not isinstance(source, Exact) or policy.bits is None or source.tensor.numel() >= tensor.numel():
+            return None
+        times = tensor.numel() / max(source.tensor.numel(), 1)
+        finer = policy.for_source_of(times)
+        if finer.uniform >= times * policy.uniform:
+            return None
+        self.policy = finer
+        try:
+            kept = found.of([self.data(Slot(source.tensor, self.where))])
+        finally:
+            self.policy = policy
+        self.scope.registry.learn(tensor, kept)
+        return kept
 
     def _dearer_than_code(self, found: Kept, tensor: Tensor) -> bool:
         """Whether a recipe holds more bytes, in tensors kept exactly for its sake, than a code of its result would."""
@@ -290,17 +417,20 @@ class Call:
         Args:
             within: length of the rows of the memory that the tensor is a part of; 0 if it is all there is.
         """
+        return self._code(tensor, self._row_length(tensor.shape, tensor.stride(), rows, tensor.itemsize, within))
+
+    def _row_length(
+        self, shape: torch.Size, stride: tuple[int, ...], rows: str | None, itemsize: int, within: int = 0
+    ) -> int:
         policy = self.policy
-        numel = tensor.numel()
-        if policy.bits is None or numel < max(policy.min_numel, 1):
+        return 0 if policy.bits is None else coded_row_length(shape, stride, rows, within, itemsize, policy)
+
+    def _code(self, tensor: Tensor, length: int) -> Kept:
+        """A code of the tensor in rows of this length; 0: the tensor itself."""
+        if length == 0:
             return Exact(tensor, where=self.where)
-        shape, stride = tensor.shape, tensor.stride()
-        length = row_length(shape, stride, rows)
-        if length < within:
-            length = max(length, length_in_row(shape, stride, within))
+        policy = self.policy
         bits: int | Tensor = policy.uniform
-        if codec.packed_nbytes(numel, length, bits, policy.group_size) > WORTHWHILE * numel * tensor.itemsize:
-            return Exact(tensor, where=self.where)
         scope, item, samples = self.scope, "", 1
         if scope.adaptation is not None:
             item = scope.item(self)
@@ -324,13 +454,14 @@ class Call:
         """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""
         tensor = slot.tensor
         assert tensor is not None
+        if self.same_storage(tensor, argument):
+            return self.data(slot, rows)
         registry = self.scope.registry
-        if self.in_place and argument is self.args[0] and not self.same_storage(tensor, argument):
+        if self.in_place and argument is self.args[0]:
             # The argument holds the output by now; autograd saved a copy of what it held, which `before` gives back.
             return self.keep(slot, self.before) if self.before is not None else self.data(slot, rows)
         copied = (
             isinstance(argument, Tensor)
-            and not self.same_storage(tensor, argument)
             and argument.numel() == tensor.numel()
             and argument.is_floating_point()
             and registry.find(tensor) is None
@@ -374,23 +505,24 @@ class Call:
         *,
         writes: bool = False,
         repeats: bool = False,
+        linear: bool = False,
         output: Tensor | None = None,
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
         output = self.output if output is None else output
-        if self.policy.bits is None or any(parent is None for parent in parents):
+        if self.policy.bits is None or None in parents or not fills_its_memory(output):
             return
-        if all(isinstance(parent, Exact) and parent.parameter for parent in parents):
+        if type(parents[0]) is Exact and all(type(one) is Exact and one.parameter for one in parents):
             return
         if repeats and function is not None:
             function = as_now(function, output.device.type)
-        kept = Recipe(
-            name, function, [parent for parent in parents if parent is not None], output, writes=writes, repeats=repeats
-        )
-        if fills_its_memory(output):
-            self.scope.registry.learn(output, kept)
-            for parent in kept.parents:
-                self.scope.session.lend(parent)
+        known: Sequence[Kept] = parents  # type: ignore[assignment]
+        kept = Recipe(name, function, known, output, writes=writes, repeats=repeats, linear=linear)
+        scope = self.scope
+        scope.registry.learn(output, kept)
+        for parent in known:
+            if type(parent) is Exact or type(parent) is View:
+                scope.session.lend(parent)
 
     def again_on_first(self) -> Callable[[Any], Tensor] | None:
         """This function of another first argument, all others being as they are now; None where one is a tensor.
@@ -435,6 +567,50 @@ def flat_storage(tensor: Tensor) -> Tensor | None:
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def without_repeats(tensor: Tensor) -> Tensor:
+    """A view of an expanded tensor in which each value of its memory stands once."""
+    steps = tensor.stride()
+    if 0 not in steps:
+        return tensor
+    shape = [1 if step == 0 else size for step, size in zip(steps, tensor.shape, strict=True)]
+    return tensor.as_strided(shape, steps, tensor.storage_offset())
+
+
+class Split(NamedTuple):
+    """A tensor of two values: where it holds ``on``; elsewhere it holds ``off``."""
+
+    upper: Tensor
+    on: float
+    off: float
+
+
+_AS_INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float64: torch.int64,
+}
+
+
+def two_values(flat: Tensor) -> Split | None:
+    """How a flat tensor splits in two values; None where it does not, or where to tell would stall its device.
+
+    Bits are compared: zeros of both signs are two values.
+    """
+    if flat.dtype == torch.bool:
+        return Split(flat, 1.0, 0.0)
+    integers = _AS_INTEGERS.get(flat.dtype)
+    if integers is None or flat.device.type != "cpu":
+        return None
+    bits = flat.view(integers)
+    least, most = bits.aminmax()
+    upper = bits == most
+    if not bool((upper | (bits == least)).all()):
+        return None
+    on, off = most.view(flat.dtype).item(), least.view(flat.dtype).item()
+    return None if math.isnan(on) or math.isnan(off) else Split(upper, on, off)  # there are many kinds of nan
+
+
 @lru_cache(maxsize=4096)
 def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> int:
     """Values in a row, which no group straddles: a token, or one sample of a convolution's activation."""
@@ -447,6 +623,21 @@ def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> 
     if rows == SAMPLE:
         return numel // shape[0] if len(shape) > 1 else numel
     return sizes[0]
+
+
+@lru_cache(maxsize=4096)
+def coded_row_length(
+    shape: torch.Size, stride: tuple[int, ...], rows: str | None, within: int, itemsize: int, policy: Policy
+) -> int:
+    """Length of the rows in which a tensor is coded; 0 where a code would not pay."""
+    numel = shape.numel()
+    if numel < max(policy.min_numel, 1):
+        return 0
+    length = row_length(shape, stride, rows)
+    if length < within:
+        length = max(length, length_in_row(shape, stride, within))
+    nbytes = codec.packed_nbytes(numel, length, policy.uniform, policy.group_size)
+    return 0 if nbytes > WORTHWHILE * numel * itemsize else length
 
 
 @lru_cache(maxsize=4096)
@@ -464,8 +655,6 @@ def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> in
 
 def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:
     """The parameter that autocast's copy was made from, read off the copy's graph."""
-    if not torch._C._is_any_autocast_enabled():  # reading a graph from Python is slow
-        return None
     node = tensor.grad_fn
     for _ in range(4):
         if node is None:
@@ -500,9 +689,11 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
         return registry.reference(tensor, where)
     found = registry.find(tensor)
     # Whatever is known of a tensor computed from parameters and constants gives it back exactly: none of it is coded.
-    if found is not None and (found.same_bits or found.kind == "recipe: cast" or registry.is_weight(tensor)):
+    if found is not None and (found.kind == "recipe: cast" or registry.is_weight(tensor)):
         return found
-    parameter = _cast_parameter(tensor, scope)
+    if found is not None and found.same_bits and _extra_nbytes(registry, found) <= tensor.untyped_storage().nbytes():
+        return found
+    parameter = _cast_parameter(tensor, scope) if scope.is_casting() else None
     if parameter is not None and parameter.dtype != tensor.dtype:
         recipe = recast(Exact(parameter, parameter=True, where=where), parameter, tensor)
         if recipe is not None:
@@ -511,6 +702,12 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     if not registry.is_weight(tensor):
         registry.learn(tensor, kept)
     return kept
+
+
+def _extra_nbytes(registry: Registry, found: Kept) -> int:
+    """Bytes of tensors that a recipe would hold and nothing else does."""
+    extra = {storage_key(leaf.tensor): leaf.nbytes for leaf in found.leaves() if isinstance(leaf, Exact)}
+    return sum(nbytes for key, nbytes in extra.items() if not registry.is_held(key))
 
 
 def recast(source: Kept, weight: Tensor, copy: Tensor) -> Kept | None:

@@ -2,49 +2,73 @@
 
 Keyed by storage, version and view. A storage is followed by a weak reference, whose control block keeps its address
 from being used again, for as long as the registry lives: one forward pass.
+
+All of this is asked several times for every operation, so lookups are few and plain.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_actnn.saving.kept import Exact, Kept, View, fills_its_memory
 
 LAST, SAMPLE = "last", "sample"
-
-
-class Layout(NamedTuple):
-    """The dense tensor that first filled a storage: the shape in which its rows are known."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    rows: str | None
-
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
-
-
-class _Entry:
-    __slots__ = ("weak", "version", "layout", "whole", "known", "closed")
-
-    def __init__(self, weak: StorageWeakRef, version: int) -> None:
-        self.weak = weak
-        self.version = version
-        self.layout: Layout | None = None
-        self.whole: Kept | None = None
-        self.known: dict[tuple, Kept] = {}
-        self.closed = False
+_NEVER = -1
 
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+class Layout:
+    """The dense tensor that first filled a storage: the shape in which its rows are known."""
+
+    __slots__ = ("shape", "stride", "offset", "dtype", "rows", "numel")
+
+    def __init__(self, tensor: Tensor, rows: str | None) -> None:
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.offset, self.numel = int(tensor.storage_offset()), tensor.numel()
+        self.rows = rows
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this storage is the very one that filled it."""
+        return (
+            tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.storage_offset() == self.offset
+            and tensor.dtype == self.dtype
+        )
+
+
+class _Entry:
+    """What is known of one storage.
+
+    Attributes:
+        version: that the storage had.
+        layout: None where no dense tensor filled it.
+        own: gives the layout's tensor back.
+        whole: gives it back, or the same values in the same memory in another shape.
+        views: (offset, shape, strides, dtype) -> what gives back that view of the storage.
+        derived: version at which it was computed from parameters and constants alone.
+        differentiated: an operation of the graph made it.
+        held: some of it is kept by reference.
+        closed: nothing is trusted any more.
+    """
+
+    __slots__ = ("version", "layout", "own", "whole", "views", "derived", "differentiated", "held", "closed")
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.layout: Layout | None = None
+        self.own: Kept | None = None
+        self.whole: Kept | None = None
+        self.views: dict[tuple, Kept] | None = None
+        self.derived = _NEVER
+        self.differentiated = self.held = self.closed = False
+
+    def forget(self) -> None:
+        self.own = self.whole = self.views = None
 
 
 def _view_key(tensor: Tensor) -> tuple:
@@ -52,26 +76,35 @@ def _view_key(tensor: Tensor) -> tuple:
 
 
 class Registry:
-    """What one forward pass knows of the tensors it has seen."""
+    """What one forward pass knows of the tensors it has seen. :meth:`release` it at the end."""
 
     def __init__(self, weights: set[int]) -> None:
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, _Entry] = {}  # by storage; each key is a weak reference too
         self._weights = weights  # storages of parameters and buffers; alive as long as the model
-        self._derived: dict[int, tuple[StorageWeakRef, int]] = {}
         self._references: dict[int, Exact] = {}
+
+    def release(self) -> None:
+        """Let the storages' addresses be used again; nothing is known afterwards."""
+        entries, self._entries = self._entries, {}
+        for weak in entries:
+            torch.UntypedStorage._free_weak_ref(weak)
+
+    def __del__(self) -> None:
+        if self._entries:
+            self.release()
 
     # -- parameters, buffers, and what is computed from them alone ----------------------------------------------------
 
     def is_weight(self, tensor: Tensor) -> bool:
-        key = storage_key(tensor)
+        key = tensor.untyped_storage()._cdata
         if key in self._weights:
             return True
-        derived = self._derived.get(key)
-        return derived is not None and derived[1] == tensor._version  # since written to: it may hold anything
+        entry = self._entries.get(key)
+        return entry is not None and entry.derived == tensor._version  # since written to: it may hold anything
 
     def is_stored_weight(self, tensor: Tensor) -> bool:
         """Whether the bytes belong to the model itself."""
-        return storage_key(tensor) in self._weights
+        return tensor.untyped_storage()._cdata in self._weights
 
     def reference(self, weight: Tensor, where: str) -> Exact:
         """A parameter or buffer by reference, one for all that save it."""
@@ -83,9 +116,8 @@ class Registry:
         return kept
 
     def mark_derived(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._weights:
-            self._derived[storage._cdata] = (StorageWeakRef(storage), tensor._version)
+        if tensor.untyped_storage()._cdata not in self._weights:
+            self._entry(tensor).derived = tensor._version
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -93,48 +125,70 @@ class Registry:
         storage = tensor.untyped_storage()
         entry = self._entries.get(storage._cdata)
         if entry is None:
-            entry = self._entries[storage._cdata] = _Entry(StorageWeakRef(storage), tensor._version)
+            entry = _Entry(tensor._version)
+            self._entries[storage._weak_ref()] = entry  # type: ignore[index]
         elif entry.version != tensor._version:
             # Written in place since: what was kept holds the old values.
-            entry.version, entry.whole, entry.known = tensor._version, None, {}
+            entry.version = tensor._version
+            entry.forget()
         return entry
 
     def close(self, tensor: Tensor) -> None:
         """Trust nothing about this memory any more: ``tensor.data`` was read, and writes through it are not counted."""
         entry = self._entry(tensor)
-        entry.layout, entry.whole, entry.known, entry.closed = None, None, {}, True
+        entry.forget()
+        entry.layout, entry.closed = None, True
 
-    def produced(self, tensor: Tensor, rows: str | None) -> None:
+    def produced(self, tensor: Tensor, rows: str | None, differentiated: bool = False) -> None:
         """Note the shape in which an operation made a tensor, before views of it are saved."""
         entry = self._entry(tensor)
+        if differentiated:
+            entry.differentiated = True
         if entry.layout is None and not entry.closed and fills_its_memory(tensor):
-            entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
+            entry.layout = Layout(tensor, rows)
+
+    def is_differentiated(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of the memory of one that an operation of the graph made."""
+        entry = self._entries.get(storage_key(tensor))
+        return entry is not None and entry.differentiated
+
+    def is_held(self, key: int) -> bool:
+        """Whether a storage is held for the backward pass anyway."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.held
 
     def layout(self, tensor: Tensor) -> Layout | None:
         """The layout this tensor is a view of, if it is known and of the tensor's dtype."""
-        entry = self._entries.get(storage_key(tensor))
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
         if entry is None or entry.layout is None or entry.layout.dtype != tensor.dtype:
             return None
         return entry.layout
 
     def rows(self, tensor: Tensor) -> str | None:
         """How the rows of a tensor's storage run, where its producer said so."""
-        entry = self._entries.get(storage_key(tensor))
-        return entry.layout.rows if entry is not None and entry.layout is not None else None
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return None if entry is None or entry.layout is None else entry.layout.rows
 
     def find(self, tensor: Tensor) -> Kept | None:
         """What gives this very tensor back, if it is kept already in whatever view."""
-        entry = self._entries.get(storage_key(tensor))
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
         if entry is None or entry.version != tensor._version:
             return None
-        kept = entry.known.get(_view_key(tensor))
-        if kept is not None:
-            return kept
-        layout = entry.layout
-        if entry.whole is None or layout is None or layout.dtype != tensor.dtype:
+        layout, views, whole = entry.layout, entry.views, entry.whole
+        if views is None and whole is None:
             return None
-        kept = View(entry.whole, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - layout.offset)
-        entry.known[_view_key(tensor)] = kept
+        if layout is not None and layout.is_of(tensor):
+            if entry.own is None and whole is not None:
+                entry.own = View(whole, layout.shape, layout.stride, 0)
+            return entry.own
+        key = _view_key(tensor)
+        kept = None if views is None else views.get(key)
+        if kept is not None or whole is None or layout is None or layout.dtype != tensor.dtype:
+            return kept
+        kept = View(whole, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - layout.offset)
+        if views is None:
+            views = entry.views = {}
+        views[key] = kept
         return kept
 
     def learn(self, tensor: Tensor, kept: Kept, rows: str | None = None) -> None:
@@ -142,14 +196,23 @@ class Registry:
         entry = self._entry(tensor)
         if entry.closed:
             return
-        if entry.layout is None and fills_its_memory(tensor):
-            entry.layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, rows)
-        entry.known[_view_key(tensor)] = kept
+        if type(kept) is Exact:
+            entry.held = True
+        dense = fills_its_memory(tensor)
         layout = entry.layout
+        if layout is None and dense:
+            layout = entry.layout = Layout(tensor, rows)
+        if layout is not None and layout.is_of(tensor):
+            entry.own = entry.whole = kept
+            return
+        if entry.views is None:
+            entry.views = {}
+        entry.views[_view_key(tensor)] = kept
         if (
-            layout is not None
+            dense
+            and layout is not None
             and layout.numel == tensor.numel()
             and layout.dtype == tensor.dtype
-            and (layout.offset == tensor.storage_offset() and fills_its_memory(tensor))
+            and layout.offset == tensor.storage_offset()
         ):
             entry.whole = kept

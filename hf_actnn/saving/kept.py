@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -212,11 +213,20 @@ class Mask(Kept):
         return self.codes.untyped_storage().nbytes()
 
 
+class TwoValued(Mask):
+    """A tensor that holds two values and no others, to the bit: a boolean one, or a mask that attention adds."""
+
+    __slots__ = ()
+    same_bits = True
+
+
 class Offsets(Kept):
-    """Small integers in a few bits; ``decode`` turns them into what was saved (a pooling's flat indices)."""
+    """Small integers in a few bits; ``decode`` turns them into what was saved: a pooling's flat indices, say, or the
+    classes of pixels."""
 
     __slots__ = ("codes", "bits", "numel", "decode")
     kind = "offsets"
+    same_bits = True
 
     def __init__(self, codes: Tensor, bits: int, numel: int, decode: Callable[[Tensor], Tensor]) -> None:
         self.codes, self.bits, self.numel, self.decode = codes, bits, numel, decode
@@ -263,7 +273,10 @@ class View(Kept):
         return self.parent.same_bits
 
     def get(self) -> Tensor:
-        value = self.parent.get()
+        return self.of(self.parent.get())
+
+    def of(self, value: Tensor) -> Tensor:
+        """This view of what the parent has given back."""
         return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
 
     def leaves(self) -> Iterator[Kept]:
@@ -274,9 +287,10 @@ class Recipe(Kept):
     """A tensor rebuilt from others that are kept. ``function`` gets their values, each of them the recipe's own to
     overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
     the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
-    that parents of the same bits give a result of the same bits."""
+    that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
+    gives a result that is."""
 
-    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats")
+    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats", "linear")
 
     def __init__(
         self,
@@ -287,10 +301,17 @@ class Recipe(Kept):
         *,
         writes: bool = False,
         repeats: bool = False,
+        linear: bool = False,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
-        self.repeats = repeats
+        self.repeats, self.linear = repeats, linear
         self.geometry = Geometry(like)
+
+    def of(self, parents: Sequence[Kept]) -> Recipe:
+        """The same recipe of other parents."""
+        made = copy.copy(self)
+        made.parents = tuple(parents)
+        return made
 
     @property
     def fresh(self) -> bool:  # type: ignore[override]
@@ -364,12 +385,12 @@ class Rerun:
     def take(self, index: int, own: bool) -> Tensor:
         if probe.values is not None:
             if id(self) not in probe.values:
-                probe.values[id(self)] = self.function(*[parent.get() for parent in self.parents])
+                probe.values[id(self)] = self._run()
             return probe.values[id(self)][index]
         with self._lock:
             values = self._values
             if values is None:
-                values = self.function(*[parent.get() for parent in self.parents])
+                values = self._run()
                 if at_end_of_backward(self.clear):
                     self._values = values
             value = values[index]
@@ -378,6 +399,20 @@ class Rerun:
                 if len(self._taken) == self.owned:
                     self.clear()
             return value
+
+    def _run(self) -> list[Tensor]:
+        """Its parents are views of one tensor as a rule, the projection to q, k and v, which is rebuilt once."""
+        wholes: dict[int, Tensor] = {}
+        values = []
+        for parent in self.parents:
+            if type(parent) is not View:
+                values.append(parent.get())
+                continue
+            whole = wholes.get(id(parent.parent))
+            if whole is None:
+                whole = wholes[id(parent.parent)] = parent.parent.get()
+            values.append(parent.of(whole))
+        return self.function(*values)
 
     def clear(self) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -38,6 +39,17 @@ class Policy(NamedTuple):
     @property
     def is_fixed(self) -> bool:
         return self.low == self.high
+
+    def for_source_of(self, times: float) -> Policy:
+        """The policy for a tensor from which one is made, linearly, that has so many times as many values.
+
+        Where one error stands behind ``times`` values, errors that would have averaged out add up: the variance of what
+        is summed over them is that many times larger at worst. A bit divides it by four.
+        """
+        if self.bits is None or not self.is_fixed:  # who chooses bits measures what errors do
+            return self
+        bits = min(int(self.bits) + math.ceil(math.log(times, 4)), MAX_BITS)
+        return self._replace(bits=bits, low=bits, high=bits)
 
 
 def _covers(pattern: str, path: str) -> bool:

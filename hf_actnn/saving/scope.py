@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,7 +29,18 @@ from hf_actnn.saving.tape import Tape, batch_size, seed_of
 if TYPE_CHECKING:
     from hf_actnn.saving.session import Adaptation, Session
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What is on in a thread."""
+
+    scope: Scope | None = None
+
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+
+
+_thread = _Thread()
+_STRIDED = torch.strided
 _DATA = vars(torch._C.TensorBase)["data"]
 _GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
 
@@ -46,15 +57,12 @@ class Observer(Protocol):
 
 def current() -> Scope | None:
     """The scope that is on in this thread."""
-    return getattr(_thread, "scope", None)
+    return _thread.scope
 
 
 def observers() -> list[Observer]:
     """The observers of this thread."""
-    found = getattr(_thread, "observers", None)
-    if found is None:
-        found = _thread.observers = []
-    return found
+    return _thread.observers
 
 
 class Scope:
@@ -130,12 +138,16 @@ class Scope:
 
     def _close(self) -> None:
         """Let go of what refers back here: a cycle would hold every code until the collector runs."""
+        self.registry.release()
         del self._hooks, self._mode, self.registry, self._first
         del self.root
         self.tape = None
         codec.settle()
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
+
+    #: Whether autocast is on, and copies of weights may come along: reading a graph from Python is slow.
+    is_casting = staticmethod(torch._C._is_any_autocast_enabled)
 
     def _pack(self, tensor: Tensor) -> Slot:
         call = self.call
@@ -145,27 +157,34 @@ class Scope:
             slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
             slot.kept = exact(self, tensor, slot.where)
             slot.reason = "saved by an autograd.Function or a scripted function"
-            self._decided(slot, path, "autograd.Function")
+            self._decided([slot], path, "autograd.Function")
             return slot
         slot = Slot(tensor, call.where)
         call.slots.append(slot)
         return slot
 
-    def _decided(self, slot: Slot, path: str, function: str) -> None:
-        tensor = slot.tensor
-        assert tensor is not None
-        first = self._first.setdefault(id(slot.kept), slot)
-        if first is not slot and not isinstance(slot.kept, Exact):
-            first.shared = slot.shared = True
-        kind = "parameter" if getattr(slot.kept, "parameter", False) else slot.kept.kind  # type: ignore[union-attr]
-        nbytes = tensor.nbytes
-        self._notes.append((path, function, kind, slot.reason, nbytes))
-        for observer in self._observers:
-            observer.saved(slot, tensor, path, function)
-        slot.tensor = None
-        if first is slot and not isinstance(slot.kept, Exact) and tensor.device.type == "cpu":
+    def _decided(self, slots: list[Slot], path: str, function: str) -> None:
+        replaced = 0  # bytes on the CPU that codes stand for from here on
+        for slot in slots:
+            kept, tensor = slot.kept, slot.tensor
+            assert tensor is not None and kept is not None
+            nbytes = tensor.nbytes
+            if type(kept) is Exact:
+                kind = "parameter" if kept.parameter else "exact"
+            else:
+                kind = kept.kind
+                first = self._first.setdefault(id(kept), slot)
+                if first is not slot:
+                    first.shared = slot.shared = True
+                elif tensor.is_cpu:
+                    replaced += nbytes
+            self._notes.append((path, function, kind, slot.reason, nbytes))
+            for observer in self._observers:
+                observer.saved(slot, tensor, path, function)
+            slot.tensor = None
+        if replaced:
             del tensor
-            codec.dropped(nbytes)
+            codec.dropped(replaced)
 
     # -- torch functions -----------------------------------------------------------------------------------------------
 
@@ -183,7 +202,7 @@ class Scope:
         call = self.call = Call(self, function, rule, args, kwargs)
         constant = self._from_weights_alone(call)  # asked before an in-place operation changes what it was given
         try:
-            call.out = out = function(*args, **kwargs)
+            out = call.out = function(*args, **kwargs)
         finally:
             self.call = outer
         if constant and out is None:  # an assignment to a part of a constant, which stays one
@@ -194,43 +213,24 @@ class Scope:
 
     def _finish(self, call: Call, constant: bool) -> None:
         out, rule = call.out, call.rule
-        output = out[0] if isinstance(out, (tuple, list)) and out else out
-        differentiable = isinstance(output, Tensor) and output.is_floating_point()
-        if not call.slots and not differentiable:
-            if constant and isinstance(out, Tensor) and _has_storage(out):
-                self.registry.mark_derived(out)
-                if call.policy.bits is not None:
-                    replay.learn(call)
-            elif rule is not None and rule.integers and isinstance(output, Tensor):
-                rule.keep(call)
-            return
         if isinstance(out, Tensor):
-            alive = out.requires_grad
+            output, alive = out, out.requires_grad
         else:
+            output = out[0] if isinstance(out, (tuple, list)) and out else out
             alive = out is None or any(tensor.requires_grad for tensor in tensors_in((out,)))
-        if not alive:
-            # No backward pass leads here: what isfinite saves in passing, say, is gone with its graph. (Assigning to a
-            # part of a tensor returns nothing.)
-            for slot in call.slots:
-                assert slot.tensor is not None
-                slot.kept, slot.tensor = Exact(slot.tensor, where=slot.where), None
+        call.output = output
+        differentiable = isinstance(output, Tensor) and output.is_floating_point()
+        if call.slots and not alive:
+            _drop(call)
             if not differentiable:
                 return
-            call.slots = []
-        if constant:
-            for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
-                if _has_storage(tensor):
-                    self.registry.mark_derived(tensor)
-            if call.policy.bits is not None and differentiable:
-                with torch.no_grad():
-                    if rule is not None and rule.lossless:
-                        rule.keep(call)
-                    else:
-                        replay.learn(call)
-            call.exact_rest("computed from parameters and constants alone")
+        if not call.slots and not differentiable:
+            self._finish_integers(call, constant)
+        elif constant:
+            self._finish_constant(call, differentiable)
         else:
-            if differentiable and _has_storage(output):
-                self.registry.produced(output, self._rows(call))
+            if differentiable and output.layout is _STRIDED:
+                self.registry.produced(output, self._rows(call), alive)
             if call.slots or (rule is not None and rule.without_saves):
                 # As torch.no_grad does, without the microseconds of a context manager written in Python.
                 before = torch.is_grad_enabled()
@@ -239,8 +239,42 @@ class Scope:
                     self._keep(call)
                 finally:
                     torch._C._set_grad_enabled(before)
-        for slot in call.slots:
-            self._decided(slot, call.path, call.name)
+            if not alive:
+                self._learn_by_element(call)
+        if call.slots:
+            self._decided(call.slots, call.path, call.name)
+
+    def _finish_integers(self, call: Call, constant: bool) -> None:
+        """An operation that saved nothing, and whose results are no floating-point numbers."""
+        out, rule = call.out, call.rule
+        if constant and isinstance(out, Tensor) and _has_storage(out):
+            self.registry.mark_derived(out)
+            if call.policy.bits is not None:
+                replay.learn(call)
+        elif rule is not None and rule.integers and isinstance(call.output, Tensor):
+            rule.keep(call)
+        else:
+            self._learn_by_element(call)
+
+    def _finish_constant(self, call: Call, differentiable: bool) -> None:
+        """An operation on parameters and constants alone."""
+        out, rule = call.out, call.rule
+        for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+            if _has_storage(tensor):
+                self.registry.mark_derived(tensor)
+        if call.policy.bits is not None and differentiable:
+            with torch.no_grad():
+                if rule is not None and rule.lossless:
+                    rule.keep(call)
+                else:
+                    replay.learn(call)
+        call.exact_rest("computed from parameters and constants alone")
+
+    @staticmethod
+    def _learn_by_element(call: Call) -> None:
+        if call.policy.bits is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                replay.learn_by_element(call)
 
     def _keep(self, call: Call) -> None:
         rule = call.rule
@@ -258,7 +292,7 @@ class Scope:
         is_weight = self.registry.is_weight
         for value in args:
             if isinstance(value, Tensor):
-                if not _has_storage(value) or not is_weight(value):
+                if value.layout is not _STRIDED or not is_weight(value):
                     return False
             elif isinstance(value, (list, tuple)):
                 for tensor in value:
@@ -274,7 +308,7 @@ class Scope:
             return rule.rows
         for value in call.args:
             if isinstance(value, Tensor):
-                if value.is_floating_point() and _has_storage(value):
+                if value.is_floating_point() and value.layout is _STRIDED:
                     return self.registry.rows(value)
             elif isinstance(value, (list, tuple)):
                 for tensor in tensors_in(value):
@@ -341,21 +375,26 @@ def _unpack(slot: Slot) -> Tensor:
 def _given_back(slot: Slot) -> Tensor:
     if probe.read is not None:
         probe.saw(slot)
-    if not torch.is_grad_enabled():  # the usual case: only create_graph=True turns gradients on in a backward pass
+    if torch.is_grad_enabled():  # create_graph=True
+        with torch.no_grad():
+            return slot.get()
+    kept = slot.kept
+    if kept is None or slot.shared:
         return _rebuilt.get(slot)
-    with torch.no_grad():
-        return slot.get()
+    return kept.get()  # the usual case
 
 
-class _IsTensor(dict[type, bool]):
-    """Type -> whether its instances are tensors."""
-
-    def __missing__(self, kind: type) -> bool:
-        self[kind] = issubclass(kind, Tensor)
-        return self[kind]
+#: Types of attributes that are no tensors, of all modules seen.
+_PLAIN_TYPES: set[type] = set()
 
 
-_IS_TENSOR = _IsTensor()
+def _tensors_among(attributes: Collection[Any]) -> list[Tensor]:
+    """Asked of all types at once: most modules have none, and a model has hundreds of modules."""
+    if _PLAIN_TYPES.issuperset(map(type, attributes)):
+        return []
+    found = [value for value in attributes if isinstance(value, Tensor)]
+    _PLAIN_TYPES.update(kind for kind in map(type, attributes) if not issubclass(kind, Tensor))
+    return found
 
 
 def _weights(root: torch.nn.Module) -> set[int]:
@@ -365,22 +404,31 @@ def _weights(root: torch.nn.Module) -> set[int]:
     flattened into one, have their weights there.
     """
     found: set[int] = set()
-    seen: set[torch.nn.Module] = set()
-    open_modules = [root]
+    seen: set[torch.nn.Module | None] = {None}  # a module may be registered as None
+    open_modules: list[torch.nn.Module] = [root]
     while open_modules:
         module = open_modules.pop()
+        if module in seen:
+            continue
         seen.add(module)
-        attributes: Any = vars(module).values()
-        # Asked of all types at once: most modules have none, and a model has hundreds of modules.
-        if any(map(_IS_TENSOR.__getitem__, map(type, attributes))):
-            attributes = [value for value in attributes if isinstance(value, Tensor)]
-        else:
-            attributes = ()
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
-            if tensor is not None and _has_storage(tensor):
+        attributes = vars(module)
+        tensors = _tensors_among(attributes.values())
+        tensors.extend(attributes["_parameters"].values())
+        tensors.extend(attributes["_buffers"].values())
+        for tensor in tensors:
+            if tensor is not None and tensor.layout is _STRIDED:
                 found.add(tensor.untyped_storage()._cdata)
-        open_modules.extend(child for child in module._modules.values() if child is not None and child not in seen)
+        open_modules.extend(attributes["_modules"].values())
     return found
+
+
+def _drop(call: Call) -> None:
+    """No backward pass leads to these saves: what isfinite saves in passing, say, is gone with its graph. (An
+    assignment to a part of a tensor returns nothing, and is none of these.)"""
+    for slot in call.slots:
+        assert slot.tensor is not None
+        slot.kept, slot.tensor = Exact(slot.tensor, where=slot.where), None
+    call.slots = []
 
 
 def _gathers(index: Any) -> bool:
@@ -390,7 +438,7 @@ def _gathers(index: Any) -> bool:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
+    return tensor.layout is _STRIDED
 
 
 def check_can_open() -> None:

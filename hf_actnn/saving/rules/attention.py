@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_actnn.errors import SavedTensorError, message
 from hf_actnn.saving.call import Slot, exact
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Recipe, Rerun, Rerunnable, fills_its_memory
+from hf_actnn.saving.kept import Exact, Kept, Recipe, Rerun, Rerunnable, fills_its_memory
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ _BACKENDS = {
 
 
 def _keep_attention(call: Call) -> None:
-    node = call.output.grad_fn
+    node: Any = call.output.grad_fn
     # A padded head is sliced off after the fused operation.
     for _ in range(2):
         name = node.name() if node is not None else ""
         if name in _BACKENDS:
             _keep_fused(call, _BACKENDS[name])
             return
-        following = node.next_functions if node is not None else ()
+        following: tuple = node.next_functions if node is not None else ()
         node = following[0][0] if len(following) == 1 else None
     if not _keep_mathematical(call):
         _keep_composite(call)
@@ -53,24 +53,11 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
     slots = call.open_slots()
     inputs: list[Slot] = []
     for argument in (query, key, value):
-        matches = [
-            slot
-            for slot, tensor in slots
-            if slot not in inputs
-            and tensor.shape == argument.shape
-            and (call.same_storage(tensor, argument) or tensor.dtype != argument.dtype)
-        ]
-        same_view = [
-            slot
-            for slot in matches
-            if slot.tensor is not None
-            and slot.tensor.stride() == argument.stride()
-            and slot.tensor.storage_offset() == argument.storage_offset()
-        ]
-        if not matches:
+        found = _save_of(call, argument, [pair for pair in slots if pair[0] not in inputs])
+        if found is None:
             call.exact_rest("the fused attention saved copies of its inputs")
             return
-        inputs.append((same_view or matches)[0])
+        inputs.append(found)
     call.data_all(inputs, LAST)
     parents = [slot.kept for slot in inputs]
     mask_slot = next(
@@ -82,9 +69,9 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
         None,
     )
     if mask_slot is not None:
-        parents.append(call.exact(mask_slot, "an attention mask"))
+        parents.append(_keep_mask(call, mask_slot))
     elif isinstance(mask, Tensor):
-        parents.append(exact(call.scope, mask, call.where))  # a boolean mask, which torch saves a float copy of
+        parents.append(_kept_mask(call, mask))  # a boolean mask, which torch saves a float copy of
     again = _again(
         call, _fused(call, backend), [argument.requires_grad for argument in (query, key, value)], len(slots)
     )
@@ -99,6 +86,34 @@ def _keep_fused(call: Call, backend: SDPBackend) -> None:
         slot.kept = Rerunnable(group, index, own=True)
         if slot not in inputs and call.same_storage(tensor, call.output):
             call.scope.registry.learn(tensor, Rerunnable(group, index, own=False), LAST)
+
+
+def _save_of(call: Call, argument: Tensor, slots: list[tuple[Slot, Tensor]]) -> Slot | None:
+    """The save that is an argument: the very tensor, or else the same view of its memory, another of that memory, or a
+    cast."""
+    for slot, tensor in slots:
+        if tensor is argument:
+            return slot
+    matches = [
+        (slot, tensor)
+        for slot, tensor in slots
+        if tensor.shape == argument.shape and (call.same_storage(tensor, argument) or tensor.dtype != argument.dtype)
+    ]
+    for slot, tensor in matches:
+        if tensor.stride() == argument.stride() and tensor.storage_offset() == argument.storage_offset():
+            return slot
+    return matches[0][0] if matches else None
+
+
+def _keep_mask(call: Call, slot: Slot) -> Kept:
+    assert slot.tensor is not None
+    kept = call.two_valued(slot.tensor)
+    return call.exact(slot, "an attention mask") if kept is None else call.keep(slot, kept)
+
+
+def _kept_mask(call: Call, mask: Tensor) -> Kept:
+    """A mask that autograd does not save, to the bit."""
+    return call.two_valued(mask) or exact(call.scope, mask, call.where)
 
 
 #: Runs the attention of (query, key, value, mask); returns its output.
@@ -132,6 +147,27 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
 
 
+class _Recording:
+    """Gradients on, autocast off, and these hooks on what is saved: three contexts in one, for the sake of the many
+    small attentions that a model with windows has."""
+
+    __slots__ = ("pack", "unpack", "device", "before")
+
+    def __init__(self, pack: Callable[[Tensor], int], unpack: Callable[[int], Tensor], device: str) -> None:
+        self.pack, self.unpack, self.device = pack, unpack, device
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled(), torch.is_autocast_enabled(self.device)
+        torch._C._set_grad_enabled(True)
+        torch.set_autocast_enabled(self.device, False)
+        torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
+
+    def __exit__(self, *_: Any) -> None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        torch.set_autocast_enabled(self.device, self.before[1])
+        torch._C._set_grad_enabled(self.before[0])
+
+
 def _again(
     call: Call, attend: Attend, needs_grad: list[bool], count: int, *, with_output: bool = False
 ) -> Callable[..., list[Tensor]]:
@@ -153,11 +189,7 @@ def _again(
             tensor.detach().requires_grad_(flag) if flag else tensor.detach()
             for tensor, flag in zip(inputs, flags, strict=True)
         ]
-        with (
-            torch.enable_grad(),
-            torch.autocast(leaves[0].device.type, enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(record, lambda index: saved[index]),
-        ):
+        with _Recording(record, saved.__getitem__, leaves[0].device.type):
             output = attend(leaves[0], leaves[1], leaves[2], leaves[3] if len(leaves) > 3 else None)
         if len(saved) != count:
             raise SavedTensorError(
@@ -194,14 +226,15 @@ def _keep_mathematical(call: Call) -> bool:
     if any(call.is_weight(tensor) for tensor in (query, key, value)):
         return False  # learned queries
     probabilities = query.shape[:-1].numel() * key.shape[-2]
-    if isinstance(mask, Tensor) and not call.is_weight(mask) and _MASK_SHARE * mask.numel() > probabilities:
+    kept_mask = _kept_mask(call, mask) if isinstance(mask, Tensor) else None
+    if isinstance(kept_mask, Exact) and not call.is_weight(mask) and _MASK_SHARE * mask.numel() > probabilities:
         return False
     inputs = [Slot(tensor, call.where) for tensor in (query, key, value)]
     call.data_all(inputs, LAST)
     parents = [slot.kept for slot in inputs if slot.kept is not None]
     flags = [tensor.requires_grad for tensor in (query, key, value)]
-    if isinstance(mask, Tensor):
-        parents.append(exact(call.scope, mask, call.where))
+    if kept_mask is not None:
+        parents.append(kept_mask)
         flags.append(mask.requires_grad)
     options = {"scale": call.kwargs.get("scale")}
     if call.kwargs.get("enable_gqa", False):

@@ -21,7 +21,29 @@ if TYPE_CHECKING:
 _LOG_SOFTMAX = frozenset(functions("log_softmax"))
 
 
+_OF_CLASSES = frozenset(functions("cross_entropy", "nll_loss"))
+
+
 def _keep_loss(call: Call) -> None:
+    if call.function in _OF_CLASSES:
+        _keep_classes(call)
+    _keep_enlarged(call)
+
+
+def _keep_classes(call: Call) -> None:
+    """The class of each pixel, lossless in a few bits.
+
+    The forward pass has refused whatever is neither a class nor the one to be left out, on a GPU as on the CPU.
+    """
+    data, target = call.argument(0, "input"), call.argument(1, "target")
+    left_out = call.argument(4, "ignore_index", -100)
+    count = data.shape[1] if data.dim() > 1 else data.shape[0]
+    for slot, tensor in call.open_slots():
+        if call.same_storage(tensor, target) and tensor.device.type in ("cpu", "cuda"):
+            call.whole_numbers(slot, count, left_out)
+
+
+def _keep_enlarged(call: Call) -> None:
     data = call.argument(0, "input")
     source = call.kept_of(data)
     if source is None or isinstance(source, Exact) or not source.same_bits:

@@ -25,20 +25,36 @@ _BOUNDED = "the gradient is quadratic in the normalised input, whose statistics 
 _EXACT_NORMS = "normalisations stay exact at this level"
 
 
-def _keep_input(call: Call, rows: str | None) -> Kept | None:
-    """Decide on the save that is the input; None where autograd did not save it."""
+def _keep_input(call: Call, rows: str | None) -> tuple[Kept | None, list[Slot]]:
+    """Decide on the save that is the input.
+
+    Returns:
+        What gives the input back, None where autograd did not save it; and the saves that are neither input nor weight,
+        in the order autograd saved them.
+    """
     data = call.argument(0, "input")
-    for slot, tensor in call.open_slots():
-        if call.same_storage(tensor, data) or (tensor.numel() == data.numel() and not call.is_weight(tensor)):
-            if call.policy.exact_norms:
-                return call.exact(slot, _EXACT_NORMS)
-            return call.data_argument(slot, data, rows)
-    return None
+    source: Kept | None = None
+    rest: list[Slot] = []
+    for slot in call.slots:
+        tensor = slot.tensor
+        assert tensor is not None
+        if source is not None or not call.same_storage(tensor, data):
+            if call.is_weight(tensor):
+                continue
+            if source is not None or tensor.numel() != data.numel():
+                rest.append(slot)
+                continue
+        if call.policy.exact_norms:
+            source = call.exact(slot, _EXACT_NORMS)
+        else:
+            source = call.data_argument(slot, data, rows)
+    return source, rest
 
 
-def _statistics(call: Call) -> list[Slot]:
-    """The saves that are neither input nor weight, in the order autograd saved them."""
-    return [slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)]
+def _keep_statistics(call: Call, slots: list[Slot]) -> list[Kept]:
+    """The two that the operation computed for itself, which nobody else gets to see; fewer if it did not."""
+    found = [slot for slot in slots if slot.tensor is not None and slot.tensor.numel()][-2:]
+    return [call.own(slot, "a statistic") for slot in found] if len(found) == 2 else []
 
 
 def _parameters(call: Call, weight: Any, bias: Any) -> list[Kept]:
@@ -105,16 +121,14 @@ def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
 
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
-    source = _keep_input(call, SAMPLE)
+    source, rest = _keep_input(call, SAMPLE)
     use_batch = training or running_mean is None
     if use_batch:
-        saved = [slot for slot in _statistics(call) if slot.tensor is not None and slot.tensor.numel()]
-        if len(saved) < 2:
-            return
-        mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
+        statistics = _keep_statistics(call, rest)
     else:
-        mean, factor = (exact(call.scope, value, call.where) for value in (running_mean, running_var))
-
+        statistics = [exact(call.scope, value, call.where) for value in (running_mean, running_var)]
+    if not statistics:
+        return
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
     def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
@@ -125,18 +139,17 @@ def _keep_batch_norm(call: Call) -> None:
         shift = (parameters[-1] if has_bias else 0) - middle * scale
         return codec.channel_affine_(_widened(value, scale), scale, shift)
 
-    call.output_recipe(call.name, rebuild, [source, mean, factor, *_parameters(call, weight, bias)], writes=True)
+    call.output_recipe(call.name, rebuild, [source, *statistics, *_parameters(call, weight, bias)], writes=True)
 
 
 def _keep_instance_norm(call: Call) -> None:
     at = call.argument
     data = at(0, "input")
     weight, bias = at(3, "weight"), at(4, "bias")
-    source = _keep_input(call, SAMPLE)
-    saved = [slot for slot in _statistics(call) if slot.tensor is not None and slot.tensor.numel()]
-    if len(saved) < 2 or not at(5, "use_input_stats", True):
+    source, rest = _keep_input(call, SAMPLE)
+    statistics = _keep_statistics(call, rest) if at(5, "use_input_stats", True) else []
+    if not statistics:
         return
-    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
     tail, shape = (1,) * (data.dim() - 2), data.shape
 
     def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
@@ -146,17 +159,15 @@ def _keep_instance_norm(call: Call) -> None:
 
     if source is not None:
         source = call.kept_of(data) or source
-    _register_output(call, source, [mean, factor], weight, bias, normalise, _channel_view(data.dim()))
+    _register_output(call, source, statistics, weight, bias, normalise, _channel_view(data.dim()))
 
 
 def _keep_layer_norm(call: Call) -> None:
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
-    source = _keep_input(call, LAST if len(call.argument(1, "normalized_shape")) == 1 else None)
-    saved = _statistics(call)
-    if len(saved) < 2:
+    source, rest = _keep_input(call, LAST if len(call.argument(1, "normalized_shape")) == 1 else None)
+    statistics = _keep_statistics(call, rest)
+    if not statistics:
         return
-    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
-
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
     def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
@@ -168,18 +179,16 @@ def _keep_layer_norm(call: Call) -> None:
             parameters[-1] if has_bias else None,
         )
 
-    parents = [source, mean, factor, *_parameters(call, weight, bias)]
-    call.output_recipe(call.name, rebuild, parents, writes=True)
+    call.output_recipe(call.name, rebuild, [source, *statistics, *_parameters(call, weight, bias)], writes=True)
 
 
 def _keep_group_norm(call: Call) -> None:
     data, groups = call.argument(0, "input"), call.argument(1, "num_groups")
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
-    source = _keep_input(call, SAMPLE)
-    saved = _statistics(call)
-    if len(saved) < 2:
+    source, rest = _keep_input(call, SAMPLE)
+    statistics = _keep_statistics(call, rest)
+    if not statistics:
         return
-    mean, factor = (call.exact(slot, "a statistic") for slot in saved[-2:])
     tail, channels = (1,) * (data.dim() - 2), data.shape[1]
 
     def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ def _keep_group_norm(call: Call) -> None:
         )
         return value.sub_(middle).mul_(scale)
 
-    _register_output(call, source, [mean, factor], weight, bias, normalise, _channel_view(data.dim()))
+    _register_output(call, source, statistics, weight, bias, normalise, _channel_view(data.dim()))
 
 
 def _keep_rms_norm(call: Call) -> None:

@@ -173,12 +173,12 @@ def _keep_pad(call: Call) -> None:
     _repeat(call, call.before)
 
 
-def _repeat(call: Call, source: Kept | None) -> None:
+def _repeat(call: Call, source: Kept | None, linear: bool = False) -> None:
     """The output is made again from what gives the input back."""
     if source is not None and isinstance(call.out, Tensor) and not call.in_place:
         again = call.again_on_first()
         if again is not None:
-            call.output_recipe(call.name, again, [source], repeats=True)
+            call.output_recipe(call.name, again, [source], repeats=True, linear=linear)
 
 
 #: Where its resized form is so many times larger, an input that is not kept may be kept exactly in its stead.
@@ -192,7 +192,7 @@ def _keep_resized(call: Call) -> None:
         source = Exact(data, where=call.where)  # not learnt: whoever saves the input itself may code it
     if isinstance(source, Exact) and output.numel() < _ENLARGED * data.numel():
         return
-    _repeat(call, source)
+    _repeat(call, source, linear=True)
 
 
 PAD = register(

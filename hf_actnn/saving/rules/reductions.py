@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_actnn import codec
 from hf_actnn.saving.call import row_length
-from hf_actnn.saving.kept import Exact, Geometry, Offsets, Quantized, Recipe, View, fills_its_memory
+from hf_actnn.saving.kept import Exact, Quantized, Recipe, View
 from hf_actnn.saving.rules.attention import opened
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
@@ -130,21 +129,10 @@ def _keep_indices(call: Call) -> None:
     """Where along a dimension the values chosen stood: whole numbers below its length, lossless in a few bits."""
     data, indices = call.argument(0, "input"), call.out[1] if isinstance(call.out, tuple) else None
     for slot, tensor in call.open_slots():
-        if tensor.dtype != torch.int64 or indices is None or not call.same_storage(tensor, indices):
+        if indices is None or not call.same_storage(tensor, indices):
             continue
         dim = call.argument(2 if call.function in _BY_COUNT else 1, "dim", -1)
-        length = data.shape[dim] if isinstance(dim, int) and data.dim() else 0
-        if not 0 < length <= 256 or tensor.numel() < call.policy.min_numel or not fills_its_memory(tensor):
-            continue
-        bits = max(1, (length - 1).bit_length())
-        geometry = Geometry(tensor)
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset()).to(torch.uint8)
-        codes = codec.pack_uint(flat, bits)
-
-        def decode(values: Tensor, geometry: Geometry = geometry) -> Tensor:
-            return geometry.from_flat(values.to(torch.int64))
-
-        call.keep(slot, Offsets(codes, bits, tensor.numel(), decode))
+        call.whole_numbers(slot, data.shape[dim] if isinstance(dim, int) and data.dim() else 0)
 
 
 _BY_COUNT = frozenset(functions("topk", "kthvalue"))

@@ -82,9 +82,8 @@ def register(rule: Rule, targets: Iterable[Callable]) -> Rule:
     return rule
 
 
-def find(function: Callable) -> Rule | None:
-    """The rule of a torch function, or None."""
-    return _RULES.get(function)
+#: The rule of a torch function, or None.
+find = _RULES.get
 
 
 def all_rules() -> list[Rule]:
