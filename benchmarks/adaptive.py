@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import hf_actnn
 
-INTERVAL = 20
+INTERVAL = 10
 #: Batches whose gradients are computed at each point, exactly and compressed.
 BATCHES = 32
 Batches = Callable[[], tuple[Tensor, Tensor]]

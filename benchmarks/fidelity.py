@@ -482,8 +482,9 @@ def _adaptive(results: dict[str, Any]) -> Iterator[str]:
         "",
         'Trainings from random weights with `bits="auto"`: at three points of each the variance that quantisation',
         "adds, by Monte Carlo against exact gradients over several batches, as a share of the mini-batch's own",
-        "variance, measured between exact gradients. Scores are paired by seed and data order. Written from",
-        "`benchmarks/results/adaptive.json`, which `benchmarks/adaptive.py` makes.",
+        "variance, measured between exact gradients; the mean of these shares over all parameters. They are short,",
+        "so bits are chosen anew every 10 steps, where by default it is every 200. Scores are paired by seed and data",
+        "order. Written from `benchmarks/results/adaptive.json`, which `benchmarks/adaptive.py` makes.",
         "",
         "| training | seed | allowed | added at three points | average bits there | bytes per image | at L2 | score "
         "| uncompressed |",

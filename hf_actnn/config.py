@@ -62,8 +62,9 @@ class ActNNConfig:
         min_numel: tensors with fewer values than this are kept exactly; their metadata would cost more than it saves.
         exact_norms: whether what normalisations keep stays exact; ``None`` takes the level's.
         update_interval: optimizer steps between two updates of adaptive bits; ``None`` is 200.
-        max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient, as a share of
-            the variance that drawing the mini-batch gives it; ``None`` is 0.1.
+        max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient of a parameter,
+            as a share of the variance that drawing the mini-batch gives it, on average over parameters; ``None`` is
+            0.1.
         per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.
         swap: swapping to the host; not available yet, so anything but ``None`` raises.
 
@@ -177,7 +178,8 @@ class ActNNConfig:
 
     @property
     def allowed_variance(self) -> float | None:
-        """With ``bits="auto"``, the share of the mini-batch's variance that quantisation may add; else ``None``."""
+        """With ``bits="auto"``, the share of the mini-batch's variance that quantisation may add, on average over
+        parameters; else ``None``."""
         if self.bits != AUTO:
             return None
         return MAX_ADDED_VARIANCE if self.max_added_variance is None else self.max_added_variance

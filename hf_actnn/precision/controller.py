@@ -39,7 +39,7 @@ ALIKE = 0.95
 #: bias before a normalisation is nothing but rounding, and so is what is added to it.
 DEAD = 0.1
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.6
+AIM = 0.5
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
 _VERSION = 1
@@ -95,7 +95,8 @@ class Controller:
         history: one entry per update: ``step``, ``average_bits``, ``bytes_per_sample`` of codes without metadata,
             ``added_variance`` of the gradient by quantisation as a share of that by the drawing of the mini-batch (nan
             where that was not measured), ``relative_variance``: the same relative to the squared response of the
-            parameters to a gradient of random signs.
+            parameters to a gradient of random signs. Both are of the whole gradient, or with ``bits="auto"`` a mean
+            over parameters.
         steps: calls of :meth:`step` so far.
     """
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import hf_actnn
 from hf_actnn.errors import ActNNWarning, ConfigError, ConversionError
 from hf_actnn.precision import controller as module
+from hf_actnn.precision import sensitivity
 from hf_actnn.precision.controller import AIM, MOST_CALLS, Controller
 from hf_actnn.saving import scope
 from tests.precision.small import adaptive, backward, batch, codes, gradient, held, net, train, widths
@@ -497,6 +498,77 @@ def test_auto_takes_the_most_bits_where_the_target_cannot_be_met():
     model, controller = adaptive(bits="auto", max_added_variance=1e-9)
     train(model, controller, range(2))
     assert set(controller.bits().values()) == {8.0}
+
+
+class TwoScales(nn.Module):
+    """Two branches alike, but one's output, and with it the gradients of its parameters, is a thousandth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.small = (
+            nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(x) + 1e-3 * self.small(x)
+
+
+def shares(model: nn.Module, count: int = 48) -> dict[str, float]:
+    """Variance added to the gradient of each parameter over that of the exact one, by Monte Carlo."""
+    exact = hf_actnn.revert(copy.deepcopy(model))
+    added, drawn = {}, {name: [] for name, _ in model.named_parameters()}
+    for seed in range(1000, 1000 + count):
+        backward(model, seed=seed)
+        backward(exact, seed=seed)
+        for (name, found), right in zip(model.named_parameters(), exact.parameters(), strict=True):
+            added[name] = added.get(name, 0.0) + float((found.grad - right.grad).square().sum())
+            drawn[name].append(right.grad.clone())
+    return {name: added[name] / count / float(torch.stack(one).var(0).sum()) for name, one in drawn.items()}
+
+
+def test_auto_leaves_no_parameter_to_the_noise(monkeypatch):
+    """Within a factor of two of what is asked for, on average over parameters; and the smaller branch fares no worse."""
+
+    def run() -> dict[str, float]:
+        model, controller = adaptive(TwoScales(), bits="auto", max_added_variance=0.1, update_interval=4)
+        train(model, controller, range(24), lr=0.0)
+        controller.active = False
+        return shares(model)
+
+    found = run()
+    mean = sum(found.values()) / len(found)
+    assert 0.5 * AIM * 0.1 < mean < 2 * AIM * 0.1
+    assert max(found.values()) < 1
+    small, large = (
+        sum(share for name, share in found.items() if name.startswith(part)) / 6 for part in ("small", "large")
+    )
+    assert small < 3 * large
+    # Summed over all parameters, the variance of the smaller branch is nothing, and so is what it gets.
+    monkeypatch.setattr(sensitivity, "read", lambda tape, weigh, read=sensitivity.read: read(tape))
+    summed = run()
+    assert max(share for name, share in summed.items() if name.startswith("small")) > 3 * max(found.values())
+
+
+def test_auto_does_not_serve_a_bias_that_has_no_gradient():
+    """What a normalisation takes out has a gradient of rounding errors, and any noise is large beside those."""
+
+    def bits(bias: bool) -> float:
+        model = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1, bias=bias), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 16, 3, padding=1, bias=bias), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 8)),
+        )
+        torch.manual_seed(0)
+        for one in model:
+            if hasattr(one, "reset_parameters"):
+                one.reset_parameters()
+        model, controller = adaptive(model, bits="auto", update_interval=4)
+        train(model, controller, range(16), lr=0.0)
+        return controller.history[-1]["average_bits"]
+
+    assert bits(True) < bits(False) + 0.5
 
 
 def test_auto_begins_with_four_bits():

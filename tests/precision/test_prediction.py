@@ -484,6 +484,25 @@ def test_accumulated_gradients_add_up():
     agrees(model, both)
 
 
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_weights_single_out_a_parameter(name):
+    """With the weight of one parameter alone, what a tape says is the variance of that one's gradient."""
+    run = classify(normal(64, 32))
+    model = seeded(mlp)
+    (tape,) = collect(model, run, 3)
+    hf_actnn.controller(model).active = False
+    chosen = dict(model.named_parameters())[name]
+    owner = id(chosen)
+    reading = sensitivity.read(tape, lambda responses, squares: {owner: 2.0})
+    errors = []
+    for _ in range(200):
+        model.zero_grad()
+        run(model)
+        errors.append(chosen.grad.double().flatten())
+    found = sum(one.variance for one in reading.kept.values())
+    assert found == pytest.approx(2 * float(torch.stack(errors).var(0).sum()), rel=0.2)
+
+
 def test_two_backward_passes_of_one_graph():
     """`retain_graph`: what the second pass shows is added to what the first one did. Both read the same codes, so that
     the truth is up to twice that."""
