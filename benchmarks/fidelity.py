@@ -523,7 +523,7 @@ _CONCLUSION = """## What follows
 The same 2 bits for all add to a transformer's gradient from half of what the drawing of the batch adds to more than all
 of it, 4 bits a few percent; a residual network takes 2 bits at a tenth. Most of it comes from a few small tensors, such
 as the inputs of the first and the last layer. With bits chosen per tensor, 2 on average add a few percent at most, in
-transformers too. So L3 is the default; who wants fixed bits takes L2 for transformers.
+transformers too. So bits are chosen by default; who wants fixed bits takes L2 for transformers.
 """
 
 

@@ -35,6 +35,9 @@ UPDATE_INTERVAL = 200
 AUTO = "auto"
 MAX_ADDED_VARIANCE = 0.1
 
+#: What fields hold that nobody has named.
+_UNNAMED: dict[str, Any] = {"level": "", "bits": None}
+
 Override = int | str | tuple[int, int]
 
 
@@ -43,7 +46,7 @@ class ActNNConfig:
     """How activations are kept for the backward pass.
 
     A level is a fixed set of fields; naming a field beside it replaces that field alone. ``ActNNConfig()`` is
-    L3; a whole number of bits without a level is that number everywhere, at L2.
+    ``bits="auto"``; a whole number of bits without a level is that number everywhere, at L2.
 
     Args:
         level: ``"L0"`` keeps everything exactly, ``"L1"`` quantises to 4 bits and leaves what normalisations keep
@@ -93,6 +96,9 @@ class ActNNConfig:
         object.__setattr__(self, "_implied", set())
         if not self.level:
             self._implied.add("level")
+            if self.bits is None and self.per_sample is None and self.per_tensor is None:
+                self._implied.add("bits")
+                object.__setattr__(self, "bits", AUTO)
             whole = isinstance(self.bits, int) and self.bits is not None
             object.__setattr__(self, "level", "L2" if whole else "L3")
         _check_level(self.level)
@@ -197,7 +203,7 @@ class ActNNConfig:
         """A copy with some fields replaced, checked like a new one."""
         _check_keys(fields, "the keyword arguments")
         if fields.keys() & {"level", "bits", "per_sample", "per_tensor"}:
-            fields = {**dict.fromkeys(self._implied, ""), **fields}
+            fields = {**{name: _UNNAMED[name] for name in self._implied}, **fields}
         return dataclasses.replace(self, **fields)
 
     def to_dict(self) -> dict[str, Any]:

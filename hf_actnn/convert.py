@@ -28,8 +28,9 @@ def convert(
 
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.
-        config: an :class:`ActNNConfig`, a level (``"L3"``, the default), a mapping of fields or a path of JSON. Levels
-            that choose bits want :func:`controller`; until its first step all tensors get the average.
+        config: an :class:`ActNNConfig`, a level (``"L3"``), a mapping of fields or a path of JSON; ``bits="auto"`` if
+            nothing is named. Levels that choose bits want :func:`controller`; until its first step all tensors get the
+            average, or 4 bits.
         **overrides: fields of the configuration to replace, for example ``bits=2``.
 
     Raises:

@@ -20,7 +20,8 @@ from hf_actnn.errors import ActNNError, ConfigError, NotAvailableError
         ({"level": "L0"}, None, True),
         ({"level": "L1"}, 4, True),
         ({"level": "L2"}, 4, False),
-        ({}, 2, False),
+        ({}, 4, False),  # what `bits="auto"` begins with
+        ({"level": "L3"}, 2, False),
         ({"level": "L1", "bits": 2}, 2, True),  # a field beside a level replaces that field alone
         ({"level": "L2", "exact_norms": True}, 4, True),
         ({"level": "L1", "exact_norms": False}, 4, False),

@@ -123,7 +123,7 @@ def test_the_checkpoint_is_json_and_small(arguments, data):
     saved = state["stateful_callbacks"]["ActNNCallback"]
     assert saved["args"]["config"] == json.loads(CONFIG.to_json_string())
     assert saved["attributes"]["saved"] == json.loads(json.dumps(controller.state_dict()))
-    assert len(json.dumps(saved)) < 10_000
+    assert len(json.dumps(saved)) < 150_000  # in the steps before an update some hundred values per parameter too
 
 
 @pytest.mark.parametrize("restore", [True, False])

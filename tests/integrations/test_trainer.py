@@ -68,7 +68,7 @@ def test_callback_converts_when_the_trainer_is_made(arguments, data):
 def test_callback_class_without_arguments_chooses_bits(arguments, data):
     trainer = Trainer(make_vit(), TrainingArguments(**arguments()), train_dataset=data, callbacks=[ActNNCallback])
     callback = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, ActNNCallback))
-    assert callback.config == ActNNConfig(level="L3")
+    assert callback.config == ActNNConfig(bits="auto")
     assert hf_actnn.is_converted(trainer.model)
 
 

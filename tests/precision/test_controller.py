@@ -529,7 +529,7 @@ def shares(model: nn.Module, count: int = 48) -> dict[str, float]:
 
 
 def test_auto_leaves_no_parameter_to_the_noise(monkeypatch):
-    """Within a factor of two of what is asked for, on average over parameters; and the smaller branch fares no worse."""
+    """Within a factor of two of what is asked for, on average over parameters; the smaller branch fares no worse."""
 
     def run() -> dict[str, float]:
         model, controller = adaptive(TwoScales(), bits="auto", max_added_variance=0.1, update_interval=4)
