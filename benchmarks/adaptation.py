@@ -1,10 +1,11 @@
-"""What choosing bits costs: a step that collects, the update after it, and every other step, against fixed bits.
+"""What choosing bits costs: a step that collects and its update, one whose gradients are compared with those of the
+step before, and every other step, against fixed bits.
 
     python benchmarks/adaptation.py [--models resnet50 vit_b16 convnext_t] [--rounds 5]
 
 The contenders take turns in every round; medians. `share` is what it comes to on average at the default interval: the
-more of a collecting step and its update, once in so many steps, and the more of all others. Peaks of the resident set
-of a process that makes ordinary steps, and of one that collects as well, stand beside it.
+more of a collecting step and its update, once in so many steps, of the steps compared before it, and of all others.
+Peaks of the resident set of a process that makes ordinary steps, and of one that collects as well, stand beside it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from torch import nn
 
 import hf_actnn
 from hf_actnn.config import UPDATE_INTERVAL
+from hf_actnn.precision.minibatch import WINDOW
 
 
-def one_step(model: nn.Module, data: dict, due: bool | None = None) -> Callable[[], None]:
+def one_step(model: nn.Module, data: dict, due: bool = False, compared: bool = False) -> Callable[[], None]:
     """A step of a model; `due` says whether it collects, and then it updates too."""
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
         controller = hf_actnn.controller(model)
-        controller._due = bool(due)
+        controller._due, controller._watching = due, due or compared
         output = model(data["pixel_values"])
         F.cross_entropy(getattr(output, "logits", output), data["labels"]).backward()
         controller.step()
@@ -51,17 +53,20 @@ def measure(name: str, rounds: int) -> dict[str, object]:
     contenders = {
         "fixed": one_step(fixed, data),
         "chosen": one_step(chosen, data),
+        "compared": one_step(chosen, data, compared=True),
         "collecting": one_step(chosen, data, due=True),
     }
     seconds = timing.interleaved(contenders, rounds=rounds, warmup=1)
     every = (seconds["chosen"] - seconds["fixed"]) / seconds["fixed"]
-    update = (seconds["collecting"] - seconds["chosen"]) / seconds["fixed"] / UPDATE_INTERVAL
+    more = {kind: (seconds[kind] - seconds["chosen"]) / seconds["fixed"] for kind in ("compared", "collecting")}
+    update = (more["collecting"] + WINDOW * more["compared"]) / UPDATE_INTERVAL
     return {
         "model": what,
         "batch": size,
         "rounds": rounds,
         "seconds": seconds,
         "every_step": every,
+        "compared": more["compared"],
         "updates": update,
         "share": every + update,
         "interval": UPDATE_INTERVAL,
