@@ -260,7 +260,7 @@ def separately() -> Iterator[None]:
 def straddling() -> Iterator[None]:
     """Groups of 256 over the whole tensor, whatever its rows."""
 
-    def pack(self: saving_call.Call, tensor: Tensor, rows: str | None, within: int = 0) -> Kept:
+    def code(self: saving_call.Call, tensor: Tensor, length: int) -> Kept:
         policy = self.policy
         if policy.bits is None or tensor.numel() < max(policy.min_numel, 1):
             return Exact(tensor, where=self.where)
@@ -275,7 +275,7 @@ def straddling() -> Iterator[None]:
             )
         )
 
-    with mock.patch.object(saving_call.Call, "pack", pack):
+    with mock.patch.object(saving_call.Call, "_code", code):
         yield
 
 

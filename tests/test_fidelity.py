@@ -69,3 +69,22 @@ def test_other_ways_keep_more():
     assert held["separately"] > 1.3 * held["once"]
     again = fidelity.relative_variance(model, batch, exact, 4, "once", draws=2)
     assert again["bytes"] == held["once"]  # what was patched is as it was
+
+
+@pytest.mark.parametrize(("way", "straddles"), [("once", False), ("straddling", True), ("original", True)])
+def test_groups_lie_as_the_way_says(way, straddles, monkeypatch):
+    """In rows of a token's values, or over the whole tensor."""
+    lengths = []
+
+    def quantize(x, *args, quantize=hf_actnn.codec.quantize, **kwargs):
+        lengths.append((kwargs["row_length"], x.numel()))
+        return quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr(hf_actnn.codec, "quantize", quantize)
+    torch.manual_seed(0)
+    model = hf_actnn.convert(fidelity.vit(64, 1), bits=2)
+    with fidelity.WAYS[way]():
+        model(torch.randn(4, 3, 32, 32))
+    assert len(lengths) > 4
+    tokens = [(length, numel) for length, numel in lengths if numel % 64 == 0]
+    assert all((length == numel) == straddles for length, numel in tokens)

@@ -157,19 +157,25 @@ class Controller:
     def _read(self, tape: Any, calls: Collection[int]) -> Reading:
         """What a step showed. Its differences from others are of all its micro-batches; the tape has some of them."""
         share = sum(min(count, MOST_CALLS) for count in calls) / max(sum(calls), 1)
-        drawn = {owner: one * share for owner, one in self._drawing.take().items()}
+        drawn = self._drawing.take()
+        own: dict[int, float] = {}
         weights: dict[int, float] = {}
 
         def weigh(responses: Mapping[int, float], squares: Mapping[int, float]) -> Mapping[int, float]:
             for owner, response in responses.items():
-                own = max(drawn.get(owner, squares.get(owner, 0.0)), DEAD * response)
-                weights[owner] = 1 / own if own > 0 else 0.0
+                own[owner] = drawn[owner] * share if owner in drawn else squares.get(owner, 0.0)
+                least = max(own[owner], DEAD * response)
+                weights[owner] = 1 / least if least > 0 else 0.0
             return weights
 
-        reading = sensitivity.read(tape, weigh if self.config.allowed_variance is not None else None)
+        if self.config.allowed_variance is not None:
+            reading = sensitivity.read(tape, weigh)
+            total = sum(one * weights[owner] for owner, one in own.items())
+        else:
+            reading = sensitivity.read(tape)
+            total = sum(drawn.values()) * share
         if not drawn:
             return reading
-        total = sum(one * weights.get(owner, 1.0) for owner, one in drawn.items())
         added = sum(one.variance for one in reading.kept.values())
         return reading._replace(drawn=max(total - added, total / 4))  # what is left of much noise is not known well
 
@@ -260,12 +266,13 @@ class Controller:
         history = [dict(entry) for entry in state["history"]]
         averages = {name: float(state["averages"][name]) for name in self._averages}
         readings = int(state["readings"])
-        self._drawing.load(state["drawing"])
+        drawing = MinibatchVariance()
+        drawing.load(state["drawing"])
         self.table.load(state["table"])
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
         self._kept, self._plan, self.history = kept, plan, history
         self._averages, self._readings, self._tape = averages, readings, None
-        self._watching = bool(state["watching"])
+        self._watching, self._drawing = bool(state["watching"]), drawing
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
 

@@ -136,7 +136,8 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
 
     Args:
         weigh: from each parameter's squared response to a gradient of random signs, and from its squared gradient, both
-            by `id`, the weights that squared changes of their gradients count with. All alike if not given.
+            by owner (see `Node.owners`), the weights that squared changes of their gradients count with. All alike if
+            not given.
     """
     values = _numbers(tape)
     weights: Mapping[int, float] | None = None

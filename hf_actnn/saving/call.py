@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
-from hf_actnn.saving.identity import LAST, SAMPLE, storage_key
+from hf_actnn.saving.identity import LAST, storage_key
 from hf_actnn.saving.kept import (
     Blank,
     Exact,
@@ -30,16 +28,14 @@ from hf_actnn.saving.kept import (
     fills_its_memory,
     is_dense,
 )
+from hf_actnn.saving.rows import coded_row_length, row_length
 from hf_actnn.saving.tape import Item, samples_in_order
+from hf_actnn.saving.values import flat_storage, two_values, without_repeats
 
 if TYPE_CHECKING:
     from hf_actnn.saving.identity import Registry
-    from hf_actnn.saving.policy import Policy
     from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.scope import Scope
-
-#: A code that does not reach this share of the tensor's own bytes is not worth its error.
-WORTHWHILE = 0.75
 
 
 class Slot:
@@ -74,61 +70,6 @@ class Slot:
 
     def __reduce__(self) -> Any:
         raise TypeError("a saved tensor lives with its autograd graph and cannot be pickled or copied")
-
-
-def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among arguments, one level of lists and tuples deep."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            for item in argument:
-                if isinstance(item, Tensor):
-                    yield item
-
-
-_NEVER, _ALWAYS, _OTHERS = -1, 0, -2
-
-
-class _Writes(dict[Any, int]):
-    """Torch function -> whether it writes to its first argument: never, always (by torch's naming), or if the argument
-    of this position, called ``inplace``, says so; or to others."""
-
-    def __missing__(self, function: Any) -> int:
-        name = getattr(function, "__name__", "").partition(".")[0]
-        own = name.endswith("_") and not name.endswith("__")
-        code = getattr(function, "__code__", None)
-        names = code.co_varnames[: code.co_argcount] if code is not None else ()
-        if function in (F.batch_norm, F.embedding):
-            self[function] = _OTHERS
-        elif own or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
-            self[function] = _ALWAYS
-        else:
-            self[function] = names.index("inplace") if "inplace" in names else _NEVER
-        return self[function]
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
-_WRITES = _Writes()
-
-
-def written_by(function: Callable, args: tuple, kwargs: dict) -> Sequence[Tensor]:
-    """The tensors that a torch function is about to write to."""
-    when = _WRITES[function]
-    if when == _NEVER and not (kwargs and "out" in kwargs):
-        return ()
-    found: list[Any] = []
-    if when == _ALWAYS or (when > 0 and (args[when] if when < len(args) else kwargs.get("inplace", False))):
-        found = [*args[:1], kwargs.get("input")]
-    elif function is F.batch_norm:
-        found = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
-    elif function is F.embedding and (len(args) > 3 or "max_norm" in kwargs):
-        found = [*args[1:2], kwargs.get("weight")]
-    if "out" in kwargs:
-        found.append(kwargs["out"])
-    return list(tensors_in(found)) if found else ()
 
 
 class Call:
@@ -558,99 +499,6 @@ def as_now(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor
             return function(*values)
 
     return run
-
-
-def flat_storage(tensor: Tensor) -> Tensor | None:
-    """The values of a dense tensor in storage order, as a flat view; None where it has gaps or overlaps."""
-    if not fills_its_memory(tensor):
-        return None
-    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def without_repeats(tensor: Tensor) -> Tensor:
-    """A view of an expanded tensor in which each value of its memory stands once."""
-    steps = tensor.stride()
-    if 0 not in steps:
-        return tensor
-    shape = [1 if step == 0 else size for step, size in zip(steps, tensor.shape, strict=True)]
-    return tensor.as_strided(shape, steps, tensor.storage_offset())
-
-
-class Split(NamedTuple):
-    """A tensor of two values: where it holds ``on``; elsewhere it holds ``off``."""
-
-    upper: Tensor
-    on: float
-    off: float
-
-
-_AS_INTEGERS = {
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float64: torch.int64,
-}
-
-
-def two_values(flat: Tensor) -> Split | None:
-    """How a flat tensor splits in two values; None where it does not, or where to tell would stall its device.
-
-    Bits are compared: zeros of both signs are two values.
-    """
-    if flat.dtype == torch.bool:
-        return Split(flat, 1.0, 0.0)
-    integers = _AS_INTEGERS.get(flat.dtype)
-    if integers is None or flat.device.type != "cpu":
-        return None
-    bits = flat.view(integers)
-    least, most = bits.aminmax()
-    upper = bits == most
-    if not bool((upper | (bits == least)).all()):
-        return None
-    on, off = most.view(flat.dtype).item(), least.view(flat.dtype).item()
-    return None if math.isnan(on) or math.isnan(off) else Split(upper, on, off)  # there are many kinds of nan
-
-
-@lru_cache(maxsize=4096)
-def row_length(shape: torch.Size, stride: tuple[int, ...], rows: str | None) -> int:
-    """Values in a row, which no group straddles: a token, or one sample of a convolution's activation."""
-    numel = shape.numel()
-    sizes = [size for _, size in sorted(zip(stride, shape, strict=True)) if size > 1]
-    if not sizes or numel == 0:
-        return max(numel, 1)
-    if rows is None:
-        rows = SAMPLE if len(shape) >= 4 else LAST
-    if rows == SAMPLE:
-        return numel // shape[0] if len(shape) > 1 else numel
-    return sizes[0]
-
-
-@lru_cache(maxsize=4096)
-def coded_row_length(
-    shape: torch.Size, stride: tuple[int, ...], rows: str | None, within: int, itemsize: int, policy: Policy
-) -> int:
-    """Length of the rows in which a tensor is coded; 0 where a code would not pay."""
-    numel = shape.numel()
-    if numel < max(policy.min_numel, 1):
-        return 0
-    length = row_length(shape, stride, rows)
-    if length < within:
-        length = max(length, length_in_row(shape, stride, within))
-    nbytes = codec.packed_nbytes(numel, length, policy.uniform, policy.group_size)
-    return 0 if nbytes > WORTHWHILE * numel * itemsize else length
-
-
-@lru_cache(maxsize=4096)
-def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> int:
-    """How much of a row of ``within`` values a view takes in one stretch: the heads of a projection cut into heads are
-    one stretch of a token, though each is a dimension of its own. 1 where a stretch would run over a row's end."""
-    dims = sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1)
-    length = 1
-    for at, (step, size) in enumerate(dims):
-        if step != length or length * size > within:
-            return length if all(later % within == 0 for later, _ in dims[at:]) else 1
-        length *= size
-    return length
 
 
 def _cast_parameter(tensor: Tensor, scope: Scope) -> Tensor | None:

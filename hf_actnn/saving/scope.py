@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
-from hf_actnn.saving.call import Call, Slot, exact, tensors_in, written_by
+from hf_actnn.saving.call import Call, Slot, exact
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
+from hf_actnn.saving.writes import tensors_in, written_by
 
 if TYPE_CHECKING:
     from hf_actnn.saving.session import Adaptation, Session

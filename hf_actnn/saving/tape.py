@@ -44,6 +44,11 @@ _DIAGONAL = (
     *("Select", "Split", "Unbind", "Clone", "ToCopy", "Alias", "AsStrided", "Stack", "Roll", "MaxPool", "Index"),
 )
 
+#: They give a weight on as it is, in another shape, order or precision: squared gradients before and after are alike.
+_MOVES = (
+    *("View", "UnsafeView", "Reshape", "Permute", "Transpose", "T", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Alias"),
+    *("AsStrided", "Slice", "Select", "Split", "Unbind", "Contiguous"),
+)
 
 _numbers = itertools.count()
 
@@ -128,7 +133,8 @@ class Node:
         samples: int,
     ) -> None:
         #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; which of that node's
-        #: outputs it belongs to; and the `id` of the parameter it ends in, of a recipe of several the first one's.
+        #: outputs it belongs to; and the `id` of the parameter it ends in, or a number below zero for what is computed
+        #: from parameters, a standardised weight say, whose gradient is in other units than theirs.
         self.following, self.entries, self.owners = following, entries, owners
         self.replayable, self.diagonal, self.samples = replayable, diagonal, samples
         self.out: Tensor | None = None
@@ -223,10 +229,11 @@ class Tape:
             else:
                 place[node] = len(self.nodes)
             node.metadata[self._mark] = place[node]
-            if place[node] == LEAF:
-                owner[node] = node.metadata[self._owner] = owners[0]
-                continue
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            if place[node] == LEAF:
+                alone = len(owners) == 1 and name in _MOVES
+                owner[node] = node.metadata[self._owner] = owners[0] if alone else -next(_numbers)
+                continue
             # A function written in Python may do anything in its backward, a checkpoint even run one of its own.
             replayable = name != "CopySlices" and not isinstance(node, torch.autograd.function.BackwardCFunction)
             node.register_prehook(_begin)

@@ -551,6 +551,28 @@ def test_auto_leaves_no_parameter_to_the_noise(monkeypatch):
     assert max(share for name, share in summed.items() if name.startswith("small")) > 3 * max(found.values())
 
 
+class Exponential(nn.Module):
+    """A weight that is the exponential of a parameter, and twenty times as steep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(768, 64), nn.Linear(64, 8)
+        self.logarithm = nn.Parameter(3 + torch.randn(64, 64) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x.flatten(1)))
+        return self.last(torch.tanh(F.linear(5e-3 * hidden, self.logarithm.exp())))
+
+
+def test_auto_knows_a_weight_that_is_computed_from_a_parameter():
+    """The gradient of the weight, of which the operation tells, is in other units than that of the parameter."""
+    model, controller = adaptive(Exponential(), bits="auto", max_added_variance=0.1, update_interval=4)
+    train(model, controller, range(16), lr=0.0)
+    controller.active = False
+    assert shares(model)["logarithm"] < 0.025  # 0.05 where the units are mixed up
+
+
 def test_auto_does_not_serve_a_bias_that_has_no_gradient():
     """What a normalisation takes out has a gradient of rounding errors, and any noise is large beside those."""
 

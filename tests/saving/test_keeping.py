@@ -13,7 +13,7 @@ from torch import nn
 import hf_actnn
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import rules
-from hf_actnn.saving.call import row_length
+from hf_actnn.saving.rows import row_length
 from tests.saving.bench import Bench, kinds, run
 
 

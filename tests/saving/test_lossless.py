@@ -12,9 +12,9 @@ from torch import nn
 
 import hf_actnn
 from hf_actnn.saving import call as saving_call
-from hf_actnn.saving.call import two_values
 from hf_actnn.saving.kept import Exact, Kept, TwoValued
 from hf_actnn.saving.scope import observers
+from hf_actnn.saving.values import two_values
 from tests.saving.bench import Bench, run
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_actnn.saving.call import tensors_in
 from hf_actnn.saving.identity import LAST
 from hf_actnn.saving.kept import Exact, Quantized, Recipe, View
 from hf_actnn.saving.rules.rule import Rule, functions, register
+from hf_actnn.saving.writes import tensors_in
 
 if TYPE_CHECKING:
     from hf_actnn.saving.call import Call, Slot
