@@ -117,21 +117,8 @@ def _native_quantize(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int | None]:
     widths, room = widths.contiguous(), _room(widths, x)
-    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
-    exact = ops._launch(
-        kernels.quantize_mixed,
-        x,
-        x.data_ptr(),
-        ops._CODE[x.dtype],
-        x.numel(),
-        row_length,
-        group_size,
-        *_places(widths, room),
-        *ops._draw(x, seed, stream, advance),
-        *ops._coded(codes, meta, count),
-    )
-    return codes, meta, exact
+    places, kernel = _places(widths, room), kernels.quantize_mixed
+    return ops._make_codes(kernel, x, at, row_length, group_size, places, seed, stream, advance, count)
 
 
 def _native_dequantize(
@@ -145,20 +132,8 @@ def _native_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     widths, room = widths.contiguous(), _room(widths, codes)
-    out = ops._empty(numel, dtype, codes)
-    ops._launch(
-        kernels.dequantize_mixed,
-        codes,
-        codes.data_ptr(),
-        meta.data_ptr(),
-        numel,
-        row_length,
-        group_size,
-        *_places(widths, room),
-        ops._CODE[dtype],
-        out.data_ptr(),
-    )
-    return out
+    places = _places(widths, room)
+    return ops._make_values(kernels.dequantize_mixed, codes, meta, row_length, group_size, places, numel, dtype)
 
 
 # --------------------------------------------------------------------------- operators

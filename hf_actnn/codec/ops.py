@@ -243,11 +243,6 @@ def _launch(kernel: Any, x: Tensor, *arguments: Any) -> Any:
         return kernel(*arguments, device, stream)
 
 
-def _empty(numel: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
-    """Room for dequantised values, on the device of ``beside``."""
-    return buffers.empty(numel, dtype) if _on_cpu(beside) else torch.empty(numel, dtype=dtype, device=beside.device)
-
-
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -261,64 +256,53 @@ def _signed(value: int) -> int:
 # --------------------------------------------------------------------------- kernels behind the operators
 
 
-def _native_quantize(
-    kernels: Any,
+def _make_codes(
+    kernel: Any,
     x: Tensor,
     at: reference.Layout,
-    bits: int,
     row_length: int,
     group_size: int,
+    widths: tuple[int, ...],
     seed: int,
     stream: int,
     advance: Tensor | None,
-    count: Tensor | None = None,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, int | None]:
-    """Codes, metadata and, on a CPU, the number of exact groups; on CUDA it is added to ``count``, if there is one."""
-    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
-    cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits)
-    draw, coded = _draw(x, seed, stream, advance), _coded(codes, meta, count)
-    exact = _launch(kernels.quantize, x, *cut, *draw, *coded)
-    return codes, meta, exact
+    """Codes, metadata and, on a CPU, the number of exact groups; on CUDA it is added to ``count``, if there is one.
 
-
-def _draw(x: Tensor, seed: int, stream: int, advance: Tensor | None) -> tuple[int, ...]:
-    """What a kernel draws its dither from; CUDA's reads ``advance`` when it runs."""
+    Args:
+        widths: the bits, or where those of the samples lie; as the kernel takes them.
+    """
+    device = x.device
+    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=device)
+    meta = torch.empty(at.n_groups, 2, dtype=torch.bfloat16, device=device)  # a tuple would take longer to read
+    cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, *widths)
+    into = codes.data_ptr(), meta.data_ptr()
     if _on_cpu(x):
-        return seed, stream if advance is None else _signed(stream + int(advance))
-    return seed, stream, _address(advance)
+        if advance is not None:
+            stream = _signed(stream + int(advance))
+        return codes, meta, kernel(*cut, seed, stream, *into, torch.get_num_threads())
+    return codes, meta, _launch(kernel, x, *cut, seed, stream, _address(advance), *into, _address(count))
 
 
-def _coded(codes: Tensor, meta: Tensor, count: Tensor | None) -> tuple[int, ...]:
-    """Where a kernel writes to."""
-    if _on_cpu(codes):
-        return codes.data_ptr(), meta.data_ptr()
-    return codes.data_ptr(), meta.data_ptr(), _address(count)
-
-
-def _native_dequantize(
-    kernels: Any,
+def _make_values(
+    kernel: Any,
     codes: Tensor,
     meta: Tensor,
-    bits: int,
     row_length: int,
     group_size: int,
+    widths: tuple[int, ...],
     numel: int,
     dtype: torch.dtype,
-):
-    out = _empty(numel, dtype, codes)
-    _launch(
-        kernels.dequantize,
-        codes,
-        codes.data_ptr(),
-        meta.data_ptr(),
-        numel,
-        row_length,
-        group_size,
-        bits,
-        _CODE[dtype],
-        out.data_ptr(),
-    )
+) -> Tensor:
+    """What codes stand for; ``widths`` as in :func:`_make_codes`."""
+    cut = (codes.data_ptr(), meta.data_ptr(), numel, row_length, group_size, *widths, _CODE[dtype])
+    if _on_cpu(codes):
+        out = buffers.empty(numel, dtype)
+        kernel(*cut, out.data_ptr(), torch.get_num_threads())
+    else:
+        out = torch.empty(numel, dtype=dtype, device=codes.device)
+        _launch(kernel, codes, *cut, out.data_ptr())
     return out
 
 
@@ -331,7 +315,7 @@ def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: fl
 
 
 def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
-    out = _empty(numel, dtype, codes)
+    out = buffers.empty(numel, dtype) if _on_cpu(codes) else torch.empty(numel, dtype=dtype, device=codes.device)
     _launch(kernels.unpack_mask, codes, codes.data_ptr(), numel, _CODE[dtype], on, off, out.data_ptr())
     return out
 
@@ -368,7 +352,8 @@ def _quantize_compiled(x, bits, row_length, group_size, seed, stream, advance=No
     if kernels is None:
         return reference.quantize(x, bits, row_length, group_size, seed, stream, advance)
     count = None if _on_cpu(x) else torch.zeros(1, dtype=torch.int32, device=x.device)
-    codes, meta, exact = _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream, advance, count)
+    kernel = kernels.quantize
+    codes, meta, exact = _make_codes(kernel, x, at, row_length, group_size, (bits,), seed, stream, advance, count)
     return codes, meta, torch.tensor([exact], dtype=torch.int32) if count is None else count
 
 
@@ -391,7 +376,7 @@ def _dequantize_compiled(codes, meta, bits, row_length, group_size, numel, dtype
     kernels = _kernels(codes)
     if kernels is None:
         return reference.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
-    return _native_dequantize(kernels, codes, meta, bits, row_length, group_size, numel, dtype)
+    return _make_values(kernels.dequantize, codes, meta, row_length, group_size, (bits,), numel, dtype)
 
 
 def _dequantize_elsewhere(codes, meta, bits, row_length, group_size, numel, dtype):
@@ -512,7 +497,7 @@ def quantize(
     if kernels is None:
         return torch.ops.hf_actnn.quantize(x, bits, row_length, group_size, seed, stream, advance)
     at = _check_quantize(x, bits, row_length, group_size, advance)
-    return _native_quantize(kernels, x, at, bits, row_length, group_size, seed, stream, advance)
+    return _make_codes(kernels.quantize, x, at, row_length, group_size, (bits,), seed, stream, advance, None)
 
 
 def dequantize(
@@ -523,7 +508,7 @@ def dequantize(
     if kernels is None:
         return torch.ops.hf_actnn.dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
     _check_dequantize(codes, meta, bits, row_length, group_size, numel, dtype)
-    return _native_dequantize(kernels, codes, meta, bits, row_length, group_size, numel, dtype)
+    return _make_values(kernels.dequantize, codes, meta, row_length, group_size, (bits,), numel, dtype)
 
 
 def pack_mask(x: Tensor, predicate: str, threshold_lo: float = 0.0, threshold_hi: float = 0.0) -> Tensor:
