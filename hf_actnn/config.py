@@ -96,10 +96,10 @@ class ActNNConfig:
         object.__setattr__(self, "_implied", set())
         if not self.level:
             self._implied.add("level")
-            if self.bits is None and self.per_sample is None and self.per_tensor is None:
+            if self.bits is None and self.per_tensor is not False:
                 self._implied.add("bits")
                 object.__setattr__(self, "bits", AUTO)
-            whole = isinstance(self.bits, int) and self.bits is not None
+            whole = isinstance(self.bits, int)
             object.__setattr__(self, "level", "L2" if whole else "L3")
         _check_level(self.level)
         _check_unavailable(self)
@@ -202,13 +202,11 @@ class ActNNConfig:
     def replace(self, **fields: Any) -> ActNNConfig:
         """A copy with some fields replaced, checked like a new one."""
         _check_keys(fields, "the keyword arguments")
-        if fields.keys() & {"level", "bits", "per_sample", "per_tensor"}:
-            fields = {**{name: _UNNAMED[name] for name in self._implied}, **fields}
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **{**{name: _UNNAMED[name] for name in self._implied}, **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON."""
-        values = dataclasses.asdict(self)
+        """Plain values only, ready for JSON. What nobody has named is left out: it goes on to follow from the rest."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in self._implied}
         values["skip"] = list(self.skip)
         values["overrides"] = {
             key: list(value) if isinstance(value, tuple) else value for key, value in self.overrides.items()
@@ -333,6 +331,16 @@ def _check_yes_or_no(name: str, value: Any) -> None:
 
 
 def _check_share(config: ActNNConfig) -> None:
+    if config.bits == AUTO and config.per_tensor is False:
+        raise ConfigError(
+            message(
+                "as few bits as a variance allows are chosen per kept tensor",
+                where="per_tensor",
+                expected='True or nothing beside bits="auto"',
+                received="False",
+                next_step="Leave per_tensor out, or give a number of bits",
+            )
+        )
     share = config.max_added_variance
     if share is None:
         return

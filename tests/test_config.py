@@ -53,6 +53,11 @@ BAD = {
         ConfigError,
         ["`max_added_variance`", 'bits="auto" beside it', "bits=2"],
     ),
+    "a target for all tensors alike": (
+        {"bits": "auto", "per_tensor": False},
+        ConfigError,
+        ["chosen per kept tensor", "per_tensor", "Leave per_tensor out"],
+    ),
     "a target of nothing": ({"bits": "auto", "max_added_variance": 0}, ConfigError, ["out of range", "above 0", "0.1"]),
     "a range at a fixed level": (
         {"level": "L2", "overrides": {"a": (2, 6)}},
@@ -162,3 +167,20 @@ def test_replace():
         config.replace(bitz=2)
     with pytest.raises(ConfigError, match="from 1 to 8"):
         config.replace(bits=0)
+
+
+def test_what_nobody_named_follows_from_the_rest_for_good():
+    """However often fields are replaced, and from JSON too."""
+    config = ActNNConfig().replace(seed=3)
+    assert (config.level, config.bits) == ("L3", "auto")
+    for kept in (config, config.replace(seed=3), ActNNConfig.from_dict(config.to_dict())):
+        assert kept == config
+        assert (kept.replace(level="L2").bits, kept.replace(level="L2").effective_bits) == (None, 4)
+        assert (kept.replace(bits=2).level, kept.replace(bits=2).is_adaptive) == ("L2", False)
+    assert config.to_dict().keys().isdisjoint({"level", "bits"})
+    assert ActNNConfig(level="L3", bits="auto").replace(level="L2").bits == "auto"  # named
+
+
+def test_a_choice_alone_leaves_the_target():
+    assert ActNNConfig(per_sample=False).bits == "auto"
+    assert ActNNConfig(max_added_variance=0.02).allowed_variance == 0.02

@@ -117,6 +117,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """
         self.apply(args, kwargs["model"])
         self._resume(state)
+        self.figures = {}
         self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
 
     def _resume(self, state: TrainerState) -> None:
@@ -138,8 +139,12 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """All backward passes of the step have run: the controller's turn."""
-        if self._controller is not None:
-            self._controller.step()
+        if self._controller is None:
+            return
+        updates = len(self._controller.history)
+        self._controller.step()
+        if len(self._controller.history) > updates:  # other bits, other bytes
+            self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
 
     def on_log(
         self,
@@ -162,14 +167,13 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self._probe.close()
 
     def _measure_next_forward(self, model: nn.Module) -> None:
-        """Track the first training forward of `model`, then take the hooks off again.
+        """Track the next training forward of `model`, then take the hooks off again.
 
         A callback never sees the batch, the model does: hence hooks. They only count; no tensor and no random number is
         touched. `track_memory` would not do here: a forward hook runs inside the scope of the converted model, whose
         saved-tensor hooks it would displace, so what the scope reports to its observers is counted instead.
         """
         self._probe.close()
-        self.figures = {}
         probe = ExitStack()
         measured: list[MemoryReport] = []
 

@@ -42,14 +42,15 @@ DEAD = 0.1
 AIM = 0.5
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
-_VERSION = 1
+_VERSION = 2
 
 
 class _Items:
     """What the solver tells apart: parts of kept tensors.
 
     Attributes:
-        costs, weights, low, high: ``[I]``; weights are bytes per bit and sample of the batch.
+        costs, weights, low, high, asked: ``[I]``; weights are bytes per bit and sample of the batch, `asked` the bits
+            in the configuration.
     """
 
     def __init__(self, kept: Sequence[Kept], per_sample: bool) -> None:
@@ -60,6 +61,7 @@ class _Items:
         self.weights = torch.tensor([one.numel / 8 / count for one, _, count in rows], dtype=real)
         self.low = torch.tensor([one.low for one, _, _ in rows])
         self.high = torch.tensor([one.high for one, _, _ in rows])
+        self.asked = torch.tensor([one.asked for one, _, _ in rows], dtype=real).clamp(self.low, self.high)
         self._counts = torch.tensor([len(parts) for parts in shares])
         self._sizes = torch.tensor([one.sizes for one in kept], dtype=real)
 
@@ -134,6 +136,7 @@ class Controller:
         self._since_step = 0
         self.table.settle()
         if not self.adaptive or not self.active:
+            self._drawing.forget()
             return
         calls, self._calls = self._calls, {}
         self._drawing.step()
@@ -196,6 +199,7 @@ class Controller:
             "drawing": self._drawing.state(),
             "averages": dict(self._averages),
             "readings": self._readings,
+            "fruitless": self._fruitless,
             "kept": {
                 key: [list(part) if isinstance(part, tuple) else part for part in one]
                 for key, one in self._kept.items()
@@ -259,19 +263,22 @@ class Controller:
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         kept = {
-            key: Kept(float(c), float(v), float(n), tuple(map(float, p)), int(lo), int(hi), tuple(map(float, sizes)))
-            for key, (c, v, n, p, lo, hi, sizes) in state["kept"].items()
+            key: Kept(
+                *(float(c), float(v), float(n), tuple(map(float, p))),
+                *(int(lo), int(hi), tuple(map(float, sizes)), float(asked)),
+            )
+            for key, (c, v, n, p, lo, hi, sizes, asked) in state["kept"].items()
         }
         plan = {key: float(bits) for key, bits in state["plan"].items()}
         history = [dict(entry) for entry in state["history"]]
         averages = {name: float(state["averages"][name]) for name in self._averages}
-        readings = int(state["readings"])
+        readings, fruitless = int(state["readings"]), int(state["fruitless"])
         drawing = MinibatchVariance()
         drawing.load(state["drawing"])
         self.table.load(state["table"])
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
         self._kept, self._plan, self.history = kept, plan, history
-        self._averages, self._readings, self._tape = averages, readings, None
+        self._averages, self._readings, self._fruitless, self._tape = averages, readings, fruitless, None
         self._watching, self._drawing = bool(state["watching"]), drawing
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
@@ -288,8 +295,10 @@ class Controller:
         self._since_step += 1
         if not self.asked_for or (self.steps == 0 and self._since_step > FORGOTTEN):
             self._say_forgotten()
+            self._drawing.forget()
             return False
         if not self.active:
+            self._drawing.forget()
             return False
         call = self._calls[id(root)] = self._calls.get(id(root), 0) + 1
         if self._watching:
@@ -302,7 +311,7 @@ class Controller:
         return False
 
     def widths(self, key: str, samples: int, policy: Any, spread: Callable[[], Tensor]) -> int | Tensor:
-        average = self._plan.get(key)
+        average = self._plan.get(key) if self.config.chooses_per_tensor else float(policy.bits)
         if average is None:
             if self.config.chooses_per_tensor:
                 return int(policy.uniform)  # nothing is known yet, and the first step must be no worse than uniform
@@ -341,12 +350,12 @@ class Controller:
     def _learn(self, reading: Reading) -> None:
         """Moving averages of costs, relative to the scale of their step.
 
-        They begin as plain means, from the second reading on: the first is taken at the weights that training starts
-        from, which say little about what comes. The gradient's own variance has a harmonic mean: what scatters is the
+        They begin with the second reading: the first is taken at the weights that training starts from, which say
+        little about what comes. The gradient's own variance has a harmonic mean: what scatters is the
         scale that it stands over, mostly upwards, and quantisation's variance is on average in proportion to that.
         """
         self._readings += 1
-        newest = max(1 / max(self._readings - 1, 1), NEWEST)
+        newest = 1.0 if self._readings <= 2 else NEWEST
         for key, one in reading.kept.items():
             cost, old = one.cost / reading.scale, self._kept.get(key)
             if old is not None:
@@ -379,14 +388,13 @@ class Controller:
         """
         present = {key: self._kept[key] for key in sorted(seen)}
         open_keys = [key for key, one in present.items() if one.low < one.high]
-        average = float(self.config.effective_bits or 0)
         self._plan = {key: float(one.low) for key, one in self._kept.items() if one.low == one.high}
         added = sum(
             one.cost * float(harmlessness(torch.tensor(one.low))) for one in present.values() if one.low == one.high
         )
         if open_keys:
             items = _Items([present[key] for key in open_keys], self.config.chooses_per_sample)
-            chosen = self._chosen(items, average, added)
+            chosen = self._chosen(items, added)
             self._plan.update(zip(open_keys, items.means(chosen).tolist(), strict=True))
             added += float((items.costs * harmlessness(chosen)).sum())
         size = sum(one.numel for one in present.values()) / 8
@@ -400,9 +408,9 @@ class Controller:
             }
         )
 
-    def _chosen(self, items: _Items, average: float, added: float) -> Tensor:
+    def _chosen(self, items: _Items, added: float) -> Tensor:
         """Bits of each part. ``added``: variance of the tensors that have no choice."""
-        asked = torch.full_like(items.weights, average).clamp(items.low, items.high)
+        asked = items.asked
         if not self.config.chooses_per_tensor:
             return asked
         costs, weights = items.costs, items.weights
@@ -490,7 +498,8 @@ def _named(config: ActNNConfig) -> str:
 
 def _setting(config: ActNNConfig) -> dict[str, Any]:
     """What a state must have in common with the configuration it is loaded into."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("update_interval", "swap")}
+    values = {**config.to_dict(), "level": config.level, "bits": config.bits}
+    return {key: value for key, value in values.items() if key not in ("update_interval", "swap")}
 
 
 def _is_alone() -> bool:

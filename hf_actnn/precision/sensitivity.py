@@ -31,6 +31,7 @@ class Kept(NamedTuple):
         parts: `[P]`, relative spread of the samples in ascending order, the mean of each part, itself with mean one.
         low, high: bits that may be chosen.
         sizes: `[8]`, bytes of the codes per sample of the batch at 1 to 8 bits.
+        asked: bits on average, in the configuration.
     """
 
     cost: float
@@ -40,6 +41,7 @@ class Kept(NamedTuple):
     low: int
     high: int
     sizes: tuple[float, ...]
+    asked: float
 
     def bytes_at(self, bits: float) -> float:
         """Between two whole numbers, those of a mixture."""
@@ -139,7 +141,7 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
             by owner (see `Node.owners`), the weights that squared changes of their gradients count with. All alike if
             not given.
     """
-    values = _numbers(tape)
+    values = _Values(tape)
     weights: Mapping[int, float] | None = None
     if weigh is not None:
         weights = weigh(*(_by_owner(tape, name, values) for name in ("parameters", "made")))
@@ -159,13 +161,14 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
     kept = {}
     for key, item in tape.items.items():
         # What the variance of each sample would be at one bit; at its bits it is h times that.
-        spread = item.variance / harmlessness(item.bits)
-        total = float(item.variance.sum())
+        own = values.of_item(item)
+        spread = own / harmlessness(item.bits)
+        total = float(own.sum())
         cost = variance[key] * float(spread.sum()) / total if total > 0 else 0.0
         size = item.numel * len(item.variance) / item.batch
         count = len(item.variance)
         sizes = tuple(one * count / item.batch for one in item.sizes)
-        kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes)
+        kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes, item.asked)
     squared = sum(weighted(node.made) for node in tape.nodes)
     return Reading(kept, sum(parameters), _minibatch(tape, weighted, parameters), squared)
 
@@ -231,17 +234,31 @@ def _minibatch(tape: Any, weighted: Any, parameters: Sequence[float]) -> float:
     return apart * sum(parameters) / seen if seen else math.nan
 
 
-def _numbers(tape: Any) -> Any:
-    """All sums of a tape with one transfer: a function from a sum to its value."""
-    sums = []
-    for node in tape.nodes:
-        sums += [node.out, *node.ins, *node.made.values(), *node.parameters.values(), *node.apart.values()]
-    for harm in tape.harms:
-        sums += [*harm.direct.values(), *(moved for _, moved in harm.carried)]
-    present = [one for one in sums if one is not None]
-    if not present:
-        return lambda one: 0.0
-    device = max((one.device for one in present), key=lambda device: device.type != "cpu")
-    numbers = torch.stack([one.to(device, torch.float64) for one in present]).tolist()
-    found = {id(one): number for one, number in zip(present, numbers, strict=True)}
-    return lambda one: 0.0 if one is None else found[id(one)]
+class _Values:
+    """All that a tape holds, fetched from its devices with one transfer: call it with a sum to get its value."""
+
+    def __init__(self, tape: Any) -> None:
+        self._found: dict[int, float] = {}
+        self._items: dict[int, torch.Tensor] = {}
+        sums = []
+        for node in tape.nodes:
+            sums += [node.out, *node.ins, *node.made.values(), *node.parameters.values(), *node.apart.values()]
+        for harm in tape.harms:
+            sums += [*harm.direct.values(), *(moved for _, moved in harm.carried)]
+        present = [one for one in sums if one is not None]
+        items = list(tape.items.values())
+        parts = [*present, *(item.variance for item in items)]
+        if not parts:
+            return
+        device = max((one.device for one in parts), key=lambda device: device.type != "cpu")
+        numbers = torch.cat([one.to(device, torch.float64).reshape(-1) for one in parts]).cpu()
+        self._found = dict(zip(map(id, present), numbers[: len(present)].tolist(), strict=True))
+        for item, own in zip(items, numbers[len(present) :].split([len(item.variance) for item in items]), strict=True):
+            self._items[id(item)] = own
+
+    def __call__(self, one: torch.Tensor | None) -> float:
+        return 0.0 if one is None else self._found[id(one)]
+
+    def of_item(self, item: Any) -> torch.Tensor:
+        """``[S]``, the variance of an item's rounding, on the CPU."""
+        return self._items[id(item)]

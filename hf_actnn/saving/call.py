@@ -371,6 +371,7 @@ class Call:
         if length == 0:
             return Exact(tensor, where=self.where)
         policy = self.policy
+        assert policy.bits is not None  # else no row would be coded
         bits: int | Tensor = policy.uniform
         scope, item, samples = self.scope, "", 1
         if scope.adaptation is not None:
@@ -386,7 +387,9 @@ class Call:
             tensor, bits, policy.group_size, seed=scope.seed, stream=scope.next_stream(), row_length=length
         )
         if scope.tape is not None:
-            found = Item(scope.tape, item, packed, tensor, samples, scope.samples, policy.low, policy.high)
+            found = Item(
+                scope.tape, item, packed, tensor, samples, scope.samples, policy.low, policy.high, float(policy.bits)
+            )
             scope.tape.add(found)
             return Quantized(packed, item, found)
         return Quantized(packed, item)

@@ -46,10 +46,12 @@ class Policy(NamedTuple):
         Where one error stands behind ``times`` values, errors that would have averaged out add up: the variance of what
         is summed over them is that many times larger at worst. A bit divides it by four.
         """
-        if self.bits is None or not self.is_fixed:  # who chooses bits measures what errors do
+        if self.bits is None:
             return self
-        bits = min(int(self.bits) + math.ceil(math.log(times, 4)), MAX_BITS)
-        return self._replace(bits=bits, low=bits, high=bits)
+        bits = min(self.bits + math.ceil(math.log(times, 4)), MAX_BITS)
+        if not self.is_fixed:  # where bits are chosen, until it is known what errors do
+            return self._replace(bits=bits)
+        return self._replace(bits=bits, low=int(bits), high=int(bits))
 
 
 def _covers(pattern: str, path: str) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ from hf_actnn.saving.kept import Quantized, probe
 
 #: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
 _SIGNS = 65521
+#: Different draws of signs for samples.
+_HALVES = 32
 #: Where a gradient goes that goes to no node: to a parameter, or nowhere.
 LEAF, NOTHING = -1, -2
 #: Nodes that noise is followed through before it counts as independent from value to value.
@@ -64,6 +66,7 @@ class Item:
         bits: ``[S]`` float64, bits of each sample.
         variance: ``[S]`` float64, the exact variance of the rounding, summed over a sample's values.
         low, high: bits that may be chosen.
+        asked: bits on average, in the configuration.
         row_length, group_size: of its groups.
         sizes: ``[8]``, bytes of one sample's codes at 1 to 8 bits.
     """
@@ -77,6 +80,7 @@ class Item:
         "variance",
         "low",
         "high",
+        "asked",
         "row_length",
         "group_size",
         "sizes",
@@ -92,9 +96,10 @@ class Item:
         batch: int,
         low: int,
         high: int,
+        asked: float,
     ) -> None:
         self.tape, self.batch = tape, batch
-        self.key, self.low, self.high = key, low, high
+        self.key, self.low, self.high, self.asked = key, low, high, asked
         self.numel = tensor.numel() // samples
         self.row_length, self.group_size = rows, group = packed.row_length, packed.group_size
         meta = 4 * len(packed.meta)
@@ -182,6 +187,7 @@ class Tape:
         self._signs = signs.mul_(2).sub_(1).float()
         self._told = False
         self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._balanced: dict[tuple[int, torch.device, torch.dtype], Iterator[Tensor]] = {}
 
     def add(self, item: Item) -> None:
         self.items[item.key] = item
@@ -338,13 +344,20 @@ class Tape:
         if grad is None:
             return None
         if samples:
-            # As many of each as can be: what all samples have in common cancels out, and with it most of the scatter.
+            return (grad.reshape(samples, -1) * self._halves(samples, grad)[:, None]).view(grad.shape)
+        return grad * self._random(grad.numel(), grad).view(grad.shape)
+
+    def _halves(self, samples: int, like: Tensor) -> Tensor:
+        """``[S]`` random signs, as many of each as can be: what all samples have in common cancels out, and with it
+        most of the scatter. Those of the next node lie on the device already."""
+        where = samples, like.device, like.dtype
+        if where not in self._balanced:
             signs = torch.ones(samples, device="cpu")
             signs[: samples // 2] = -1
             signs[samples // 2 * 2 :] = 0
-            signs = signs[torch.randperm(samples, generator=self._generator, device="cpu")].to(grad)
-            return (grad.reshape(samples, -1) * signs[:, None]).view(grad.shape)
-        return grad * self._random(grad.numel(), grad).view(grad.shape)
+            drawn = [signs[torch.randperm(samples, generator=self._generator, device="cpu")] for _ in range(_HALVES)]
+            self._balanced[where] = itertools.cycle(torch.stack(drawn).to(like))
+        return next(self._balanced[where])
 
     @staticmethod
     def _splits(grads: tuple, samples: int) -> bool:

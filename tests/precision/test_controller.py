@@ -57,6 +57,31 @@ def test_the_first_step_is_the_uniform_one(bits, per_sample):
     assert not torch.equal(backward(model), backward(uniform))
 
 
+def test_the_first_step_is_the_uniform_one_where_a_map_is_enlarged():
+    """A code that stands behind several values each is finer, whoever is going to choose."""
+
+    def bits(**settings: Any) -> list[int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 4, 1))
+        hf_actnn.convert(model, min_numel=64, **settings)
+        if settings["level"] != "L2":
+            hf_actnn.controller(model)
+        made = []
+        quantize = hf_actnn.codec.quantize
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                hf_actnn.codec, "quantize", lambda x, bits, *a, **k: made.append(bits) or quantize(x, bits, *a, **k)
+            )
+            model(batch(4)[0])
+        return made
+
+    for average in (2, 4):
+        uniform = bits(level="L2", bits=average)
+        assert max(uniform) == average + 1
+        assert bits(level="L3", bits=average) == uniform == bits(level="L2.5", bits=average)
+    assert bits(level="L3", bits="auto") == uniform
+
+
 @pytest.mark.parametrize("count", [16, 7, 2])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_before_the_first_update_every_tensor_has_the_average(average, count):

@@ -375,7 +375,7 @@ def test_amplification_of_linear_maps_is_the_squared_derivative():
     factors = []
     for seed in range(48):
         (tape,) = collect(model, weighted(x, grad), 8, seed)
-        values = sensitivity._numbers(tape)
+        values = sensitivity._Values(tape)
         columns = [node.following for node in tape.nodes], [values(node.out) for node in tape.nodes]
         ins = [[values(one) for one in node.ins] for node in tape.nodes]
         factors.append(
