@@ -5,7 +5,8 @@ step before, and every other step, against fixed bits.
 
 The contenders take turns in every round; medians. `share` is what it comes to on average at the default interval: the
 more of a collecting step and its update, once in so many steps, of the steps compared before it, and of all others.
-Peaks of the resident set of a process that makes ordinary steps, and of one that collects as well, stand beside it.
+`bits="auto"` collects and compares in the same way; L3 holds as many bytes as what it is measured against. Peaks of the
+resident set of a process that makes ordinary steps, and of one that collects as well, stand beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def measure(name: str, rounds: int) -> dict[str, object]:
         "compared": one_step(chosen, data, compared=True),
         "collecting": one_step(chosen, data, due=True),
     }
-    seconds = timing.interleaved(contenders, rounds=rounds, warmup=1)
+    # Settled: a step is compared with the one before only if that one was looked at too.
+    seconds = timing.interleaved(contenders, rounds=rounds, warmup=1, settle=1)
     every = (seconds["chosen"] - seconds["fixed"]) / seconds["fixed"]
     more = {kind: (seconds[kind] - seconds["chosen"]) / seconds["fixed"] for kind in ("compared", "collecting")}
     update = (more["collecting"] + WINDOW * more["compared"]) / UPDATE_INTERVAL

@@ -1,6 +1,7 @@
 """Bits by a target: is the variance what was asked for, is the score as good, and how many bytes does it take?
 
     python benchmarks/adaptive.py --data path/to/data [--tasks resnet vit segformer] [--seeds 0 1 2] [--share 0.1]
+        [--interval 10] [--times 1]
 
 `--data` is a folder with the parquet files of `cifar10` and `camvid` in folders of these names. Each task is trained
 with `bits="auto"` and uncompressed, from the same weights and with the same batches. At three points of each compressed
@@ -208,14 +209,18 @@ def saved_bytes(task: Task, model: nn.Module, batch: tuple[Tensor, Tensor]) -> f
     return memory.saved_bytes / len(batch[0])
 
 
-def run(name: str, data: tuple[Tensor, ...], seed: int, share: float | None) -> dict[str, Any]:
-    """One training; with a share it is compressed and measured on the way."""
+def run(
+    name: str, data: tuple[Tensor, ...], seed: int, share: float | None, interval: int = INTERVAL, times: int = 1
+) -> dict[str, Any]:
+    """One training, so many times as long as it is meant to be; with a share it is compressed and measured on the
+    way."""
     task = TASKS[name]
+    task = task._replace(steps=times * task.steps)
     torch.manual_seed(seed)
     model = task.build()
-    row: dict[str, Any] = {"task": name, "seed": seed, "share": share, "steps": task.steps}
+    row: dict[str, Any] = {"task": name, "seed": seed, "share": share, "steps": task.steps, "interval": interval}
     if share is not None:
-        hf_actnn.convert(model, bits="auto", max_added_variance=share, update_interval=INTERVAL, seed=seed)
+        hf_actnn.convert(model, bits="auto", max_added_variance=share, update_interval=interval, seed=seed)
         controller = hf_actnn.controller(model)
         row["points"] = []
     batches = Shuffled(data[0], data[1], task.batch, seed)
@@ -252,10 +257,10 @@ def run(name: str, data: tuple[Tensor, ...], seed: int, share: float | None) -> 
 
 def paired(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Differences of scores by seed; as good if no worse than the larger of a point and two standard errors."""
-    for name in TASKS:
+    for name, task in TASKS.items():
         scores: dict[bool, dict[int, float]] = {True: {}, False: {}}
         for row in rows:
-            if row["task"] == name:
+            if row["task"] == name and row["steps"] == task.steps:
                 scores[row["share"] is not None][row["seed"]] = row["score"]
         seeds = sorted(scores[True].keys() & scores[False].keys())
         if len(seeds) < 2:
@@ -279,6 +284,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--interval", type=int, default=INTERVAL)
+    parser.add_argument("--times", type=int, default=1, help="how many times as long each training is")
     options = parser.parse_args()
     if options.data is None or not (Path(options.data) / "cifar10").is_dir():
         raise SystemExit("--data names no folder with `cifar10` and `camvid`")
@@ -287,11 +294,11 @@ def main() -> None:
         data = TASKS[name].read(Path(options.data))
         for seed in options.seeds:
             for share in (options.share, None):
-                row = run(name, data, seed, share)
+                row = run(name, data, seed, share, options.interval, options.times)
                 print({key: value for key, value in row.items() if key != "points"}, flush=True)
                 # Read again: runs of other tasks may be writing beside this one.
                 known = json.loads(path.read_text())["rows"] if path.exists() else []
-                same = ("task", "seed", "share")
+                same = ("task", "seed", "share", "steps", "interval")
                 rows = [one for one in known if any(one[key] != row[key] for key in same)] + [row]
                 timing.write("adaptive", {"rows": rows, "paired": list(paired(rows))})
 
