@@ -13,6 +13,7 @@ import hf_actnn
 from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, reference, sample_spread
 from hf_actnn.codec import unpack_mask as to_values
 from hf_actnn.codec import unpack_uint as to_integers
+from tests.codec import masks
 from tests.cuda.test_on_cpu import CUTS, DTYPES, Large, same, sample
 
 pytestmark = pytest.mark.gpu
@@ -102,8 +103,9 @@ def test_masks_and_small_integers(offset):
             for name in reference.PREDICATES:
                 codes = reference.pack_mask(x, name, -0.25, 0.5)
                 assert same(pack_mask(y, name, -0.25, 0.5).cpu(), codes)
-            values = to_values(codes.cuda(), n, 2.5, -1.25, dtype)
-            assert same(values.cpu(), reference.unpack_mask(codes, n, 2.5, -1.25, dtype))
+            for on, off in masks.pairs(dtype):
+                values = to_values(codes.cuda(), n, on, off, dtype)
+                assert same(values.cpu(), reference.unpack_mask(codes, n, on, off, dtype)), (n, dtype, on, off)
         x = (torch.arange(n) * 37 % 256).to(torch.uint8)
         for bits in range(1, 9):
             codes = reference.pack_uint(x, bits)
