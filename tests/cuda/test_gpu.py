@@ -204,44 +204,78 @@ def network() -> nn.Module:
     )
 
 
-def train(device: str, level: str, steps: int) -> list[float]:
-    model = hf_actnn.convert(network(), level).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+STEPS = 12
+
+
+def train(device: str, fields: dict, memory_format: torch.memory_format) -> tuple[list[float], list[dict[str, float]]]:
+    """Losses, and what the controller chose."""
+    model = hf_actnn.convert(network(), **fields).to(device, memory_format=memory_format)
+    controller = hf_actnn.controller(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(1)
     losses = []
-    for _ in range(steps):
-        x = torch.randn(16, 3, 16, 16, generator=generator).to(device)
-        target = torch.randint(10, (16,), generator=generator).to(device)
-        loss = nn.functional.cross_entropy(model(x), target)
+    for _ in range(STEPS):
+        target = torch.randint(10, (16,), generator=generator)
+        x = torch.randn(16, 3, 16, 16, generator=generator)
+        x[torch.arange(16), 0, target] += 2  # a bright line says which class it is
+        loss = nn.functional.cross_entropy(model(x.to(device, memory_format=memory_format)), target.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        controller.step()
         losses.append(loss.detach())
-    return [float(loss) for loss in losses]
+    return [float(loss) for loss in losses], controller.history
 
 
-@pytest.mark.parametrize("level", ["L1", "L2"])
-def test_training_is_that_of_the_cpu(level, monkeypatch):
-    """Dither is the same; sums of many products are not rounded alike, and now and then that changes a code."""
+# Dither is the same on both; sums of many products are not rounded alike, and now and then that changes a code. Where
+# bits are chosen for each sample, the CPU chooses others. So losses may lie somewhat further apart than those of two
+# seeds do on a CPU.
+TRAININGS = {
+    "L1": ({"level": "L1"}, 0.02),
+    "L2": ({"level": "L2"}, 0.02),
+    "default": ({}, 0.02),
+    "default, more updates": ({"update_interval": 4}, 0.02),
+    "L3": ({"level": "L3", "update_interval": 4}, 0.03),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_is_that_of_the_cpu(name, memory_format, monkeypatch):
+    """In channels_last too, where cuDNN's batch normalisation may save more than mean and scale."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    on_cpu, on_gpu = train("cpu", level, 10), train("cuda", level, 10)
-    assert on_gpu == pytest.approx(on_cpu, rel=0.02)
+    fields, tolerance = TRAININGS[name]
+    (on_cpu, chosen), (on_gpu, chosen_there) = (train(device, fields, memory_format) for device in ("cpu", "cuda"))
+    assert on_cpu[-1] < 0.8 * on_cpu[0]
+    assert on_gpu == pytest.approx(on_cpu, rel=tolerance)
+    assert [update["step"] for update in chosen_there] == [update["step"] for update in chosen]
+    bits, bits_there = ([update["average_bits"] for update in updates] for updates in (chosen, chosen_there))
+    assert bits_there == pytest.approx(bits, abs=0.5)
 
 
-def test_a_training_step_does_not_wait_for_the_device():
-    model = hf_actnn.convert(network(), "L2").cuda()
+@pytest.mark.parametrize("fields", [{"level": "L2"}, {}], ids=["L2", "default"])
+def test_a_training_step_does_not_wait_for_the_device(fields):
+    """But for the steps that measure, after which bits are chosen on the host."""
+    model = hf_actnn.convert(network(), **fields).cuda()
+    controller = hf_actnn.controller(model)
     x, target = torch.randn(16, 3, 16, 16, device="cuda"), torch.zeros(16, dtype=torch.int64, device="cuda")
 
     def step():
         nn.functional.cross_entropy(model(x), target).backward()
+        controller.step()
 
+    step()  # measures
+    updates = len(controller.history)
+    assert updates == (0 if fields else 1)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        for _ in range(6):  # in the last of them gradients are compared with those of the step before
+            step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(controller.history) == updates
 
 
 # Every kernel once, on small tensors of exactly the size asked for.
