@@ -5,8 +5,10 @@ HF_ACTNN_BUILD: auto (the default: the kernels for the CPU, and those for CUDA w
     none.
 TORCH_CUDA_ARCH_LIST: the architectures to build CUDA kernels for, as in "8.0;9.0+PTX"; by default those from 7.5 to
     12.0 that the compiler knows, and PTX of the newest of them.
-CUDA_HOME: where the CUDA toolkit is; by default where nvcc on the PATH lies.
+CUDA_HOME: where the CUDA toolkit is; where nvcc on the PATH lies if it is not set, or has no nvcc.
 MAX_JOBS: files compiled at a time, by default one per processor.
+
+A module that was to be built and was not is not there afterwards: one of an earlier build may be of other sources.
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ VARIANT_FLAGS = {
     "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_MODULE = "hf_actnn._native_cuda"
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, or the one on the PATH."""
+    """nvcc of CUDA_HOME, or else the one on the PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
 
 def find_runtime(nvcc: str) -> str:
@@ -93,17 +96,25 @@ def architectures(wanted: str) -> list[tuple[str, str]]:
 class BuildKernels(build_ext):
     """Compiles each source with its own flags, and CUDA's with nvcc."""
 
+    def run(self) -> None:
+        for ext in self.extensions:
+            module = self.get_ext_filename(ext.name)
+            for folder in (self.build_lib, *([os.curdir] if self.inplace else [])):
+                Path(folder, module).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
         except Exception as error:
             if BUILD != "auto":
-                raise
+                raise SystemExit(f"HF_ACTNN_BUILD={BUILD}: {ext.name} could not be built: {error}") from error
             ext.optional = True  # so that nobody misses the file
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, of other sources
             warn(ext.name, str(error))
 
     def _build(self, ext: Extension) -> None:
+        if ext.name == CUDA_MODULE:
+            use_toolkit(ext)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             ext.extra_objects = list(pool.map(lambda source: self._compile(ext, source), ext.sources))
@@ -160,50 +171,43 @@ def cpu_extension() -> Extension:
     )
 
 
-def cuda_extension(nvcc: str) -> Extension:
+def cuda_extension() -> Extension:
+    """What of a toolkit it needs, :func:`use_toolkit` adds when it is built."""
     import pybind11
 
-    lib = find_runtime(nvcc)
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures(nvcc)
-    ext = Extension(
-        "hf_actnn._native_cuda",
+    return Extension(
+        CUDA_MODULE,
         ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
         include_dirs=[pybind11.get_include()],
-        define_macros=[("HF_ACTNN_ARCHITECTURES", f'"{wanted}"')],
         depends=[*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), "setup.py"],
-        library_dirs=[lib],
         # The runtime inside: torch may bring another version of it, and there may be no driver.
         libraries=["cudart_static", "pthread", "dl", "rt"],
         language="c++",
     )
+
+
+def use_toolkit(ext: Extension) -> None:
+    """Compiler, runtime and architectures."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(
+            "no nvcc in CUDA_HOME or on the PATH. Install the CUDA toolkit, set CUDA_HOME, or use HF_ACTNN_BUILD=cpu: "
+            "CUDA tensors then go through plain torch, slowly."
+        )
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures(nvcc)
     ext.nvcc, ext.cuda_targets = nvcc, architectures(wanted)
-    return ext
+    ext.define_macros = [("HF_ACTNN_ARCHITECTURES", f'"{wanted}"')]
+    ext.library_dirs = [find_runtime(nvcc)]
 
 
 def extensions() -> list[Extension]:
-    """What HF_ACTNN_BUILD asks for."""
+    """What HF_ACTNN_BUILD asks for. CUDA's comes first: a toolkit that is missing is told before all is compiled."""
     if BUILD == "none":
         return []
     if BUILD not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"HF_ACTNN_BUILD is {BUILD!r}; expected auto, cpu, cuda or none.")
-    found = [cpu_extension()]
-    if BUILD == "cpu":
-        return found
-    nvcc = find_nvcc()
-    if nvcc is None:
-        if BUILD == "cuda":
-            raise SystemExit(
-                "HF_ACTNN_BUILD=cuda: no nvcc in CUDA_HOME or on the PATH. Install the CUDA toolkit, set CUDA_HOME, or "
-                "use HF_ACTNN_BUILD=cpu: CUDA tensors then go through plain torch, slowly."
-            )
-        return found
-    try:
-        return [*found, cuda_extension(nvcc)]
-    except RuntimeError as error:
-        if BUILD == "cuda":
-            raise SystemExit(f"HF_ACTNN_BUILD=cuda: {error}.") from error
-        warn("hf_actnn._native_cuda", str(error))
-        return found
+    with_cuda = BUILD == "cuda" or (BUILD == "auto" and find_nvcc() is not None)
+    return [*([cuda_extension()] if with_cuda else []), cpu_extension()]
 
 
 BUILD = os.environ.get("HF_ACTNN_BUILD") or "auto"

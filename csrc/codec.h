@@ -256,17 +256,22 @@ HF_ACTNN_HD float half_to_float(uint16_t x) {
   return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
-// Saturates at the largest finite half: dequantised values may lie a rounding beyond the largest input.
 HF_ACTNN_HD uint16_t float_to_half(float x) {
   if (x != x) return 0x7E00;
   const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
   uint32_t bits = bits_of(x) & 0x7FFFFFFFu;
-  if (bits >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
+  if (bits >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u);  // half-way to the power of two that half has not
   if (bits < 0x38800000u) {  // a subnormal half: adding 1/2 leaves the rounded multiple of 2^-24 in the lowest bits
     return (uint16_t)(sign | (bits_of(float_of(bits) + 0.5f) - 0x3F000000u));
   }
   bits += 0xFFFu + ((bits >> 13) & 1u);
   return (uint16_t)(sign | ((bits - 0x38000000u) >> 13));
+}
+
+// Saturates at the largest finite half: dequantised values may lie a rounding beyond the largest input.
+HF_ACTNN_HD uint16_t float_to_finite_half(float x) {
+  const uint16_t half = float_to_half(x);
+  return (uint16_t)(half - ((half & 0x7FFFu) == 0x7C00u ? 1 : 0));
 }
 
 // ---------------------------------------------------------------- dtypes
@@ -278,9 +283,11 @@ HF_ACTNN_HD int64_t item_size(int dtype) {
                                                 : 1;
 }
 
-// The bits that hold a value in a dtype, for what a mask's bit stands for.
+// The bits that hold a value in a dtype, for what a mask's bit stands for. Infinities stay what they are, and nan has
+// one pattern, float's own.
 HF_ACTNN_HD uint64_t pattern(double value, int dtype) {
   uint64_t bits;
+  if (value != value) value = (double)float_of(0x7FC00000u);
   if (dtype == kFloat64)
     memcpy(&bits, &value, 8);
   else if (dtype == kFloat32)

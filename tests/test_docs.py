@@ -46,6 +46,21 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+def test_the_first_page_names_all_others():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
+    named = re.findall(r"^\* \[(.+)\]\((.+)\):", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert [("Home", "index.md"), *named] == re.findall(r"^  - (.+): (.+\.md)$", nav, re.MULTILINE)
+
+
+def test_the_table_of_parts_names_every_module():
+    """Of the folders whose modules it lists."""
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    for folder in ("saving", "precision"):
+        (row,) = re.findall(rf"^\| `{folder}/` \|.*$", table, re.MULTILINE)
+        modules = {path.stem for path in (ROOT / "hf_actnn" / folder).iterdir() if not path.name.startswith("_")}
+        assert modules <= set(re.findall(r"`(\w+)/?`", row)), folder
+
+
 def commands(page: Path) -> list[list[str]]:
     """Each command of the page's bash blocks, as words; continued lines joined, comments dropped."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -58,3 +59,35 @@ assert hasattr(torch.ops.torchvision, "nms")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# Stands in front of a command as timeout does, and notes for how long that would be let run.
+TIMEOUT = """#!/bin/sh
+echo "$1 $2" >> "$NOTES"
+shift 2
+LIMITED=yes exec "$@"
+"""
+# Finds a device, kernels and every module; does nothing.
+PYTHON = """#!/bin/sh
+[ -n "$LIMITED" ] || echo "outside any limit: $*" >> "$NOTES"
+[ "$1" != - ] || echo 9.0
+"""
+
+
+def test_make_gpu_takes_nine_minutes_at_most(tmp_path):
+    """However long each of its steps would like to take, those among them that only ask Python something."""
+    for name, script in (("timeout", TIMEOUT), ("python", PYTHON)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    notes = tmp_path / "notes"
+    done = subprocess.run(
+        [ROOT / "tools" / "gpu.sh", tmp_path / "python", tmp_path / "out"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes), "LIMITED": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.stem for path in (tmp_path / "out").glob("*.log")} == {"build", "test", "sanitizer", "codec_gpu"}
+    limits = [re.fullmatch(r"--kill-after=(\d+) (\d+)", line) for line in notes.read_text().splitlines()]
+    assert all(limits), notes.read_text()
+    assert sum(int(seconds) for limit in limits for seconds in limit.groups()) <= 9 * 60

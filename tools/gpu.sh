@@ -3,7 +3,8 @@
 #
 #   tools/gpu.sh PYTHON OUT
 #
-# At most nine minutes: each step has its own limit, and one that fails or runs out of time loses nothing of the others.
+# At most nine minutes: every start of Python has a limit, and all of them together come to less. A step that fails or
+# runs out of time loses nothing of the others.
 # Ends nonzero when something that was tried fails; what cannot be tried is said and does not count as passed.
 set -uo pipefail
 
@@ -14,50 +15,57 @@ mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
 
+# within SECONDS COMMAND...: ends it after that time, by force five seconds later.
+within() {
+  timeout --kill-after=5 "$@"
+}
+
 # step NAME SECONDS COMMAND...: runs it with a limit; its output goes to the screen and to OUT/NAME.log.
 step() {
   local name=$1 seconds=$2 status
   shift 2
   echo "== $name (at most $seconds s)"
-  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+  within "$seconds" "$@" 2>&1 | tee "$out/$name.log"
   status=${PIPESTATUS[0]}
-  [ "$status" = 124 ] && echo "== $name: stopped after $seconds s."
+  [ "$status" = 124 ] || [ "$status" = 137 ] && echo "== $name: stopped after $seconds s."
   return "$status"
 }
 
-if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-  echo "make gpu: torch in $python sees no CUDA device here, so there is nothing to do. Use \`make test\` on this machine."
-  exit 1
-fi
-capability=$("$python" - <<'PY'
+if ! capability=$(within 45 "$python" - <<'PY'
 import sys
 import torch
+if not torch.cuda.is_available():
+    sys.exit(1)
 device = torch.cuda.get_device_properties(0)
 said = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {device.name}, {device.total_memory / 2**30:.0f} GiB"
 print(said, file=sys.stderr)
 print(f"{device.major}.{device.minor}")
 PY
-)
+); then
+  echo "make gpu: torch in $python sees no CUDA device here, so there is nothing to do. Use \`make test\` on this machine."
+  exit 1
+fi
 
-if "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
+if within 10 "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
   build=${HF_ACTNN_BUILD:-auto}
   # With a compiler at hand, kernels that do not build are a failure, not a slower run.
   if [ "$build" = auto ] && [ -x "${CUDA_HOME:+$CUDA_HOME/bin/nvcc}" -o -n "$(command -v nvcc)" ]; then
     build=cuda
   fi
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-  step build 130 env HF_ACTNN_BUILD="$build" "$python" setup.py -q build_ext --inplace || failed=1
+  step build 95 env HF_ACTNN_BUILD="$build" "$python" setup.py -q build_ext --inplace || failed=1
 else
   echo "== build: left out, this Python has no pybind11 and setuptools."
 fi
-kernels=$("$python" -c 'from hf_actnn.codec import native; print(native.cuda_status()["reason"] or "")')
+kernels=$(within 20 "$python" -c 'from hf_actnn.codec import native; print(native.cuda_status()["reason"] or "")') ||
+  kernels="hf_actnn could not be imported"
 if [ -n "$kernels" ]; then
   echo "CUDA kernels: none ($kernels). Tensors on the GPU are coded by the plain torch reference: right, but slow."
 fi
 
-if "$python" -c 'import pytest' 2>/dev/null; then
-  step test 160 "$python" -m pytest -m gpu -q tests -k "not compute_sanitizer" || failed=1
-  step sanitizer 120 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
+if within 10 "$python" -c 'import pytest' 2>/dev/null; then
+  step test 135 "$python" -m pytest -m gpu -q tests -k "not compute_sanitizer" || failed=1
+  step sanitizer 110 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
 else
   echo "== test: left out, this Python has no pytest."
 fi
@@ -65,6 +73,6 @@ fi
 if [ -n "$kernels" ]; then
   echo "== codec_gpu: left out, there are no CUDA kernels to measure."
 else
-  step codec_gpu 110 "$python" benchmarks/codec_gpu.py --device cuda --out "$out/codec_gpu.json" || failed=1
+  step codec_gpu 65 "$python" benchmarks/codec_gpu.py --device cuda --out "$out/codec_gpu.json" || failed=1
 fi
 exit $failed

@@ -44,7 +44,7 @@ inline void floats_to_bf16(const float* x, int64_t n, uint16_t* out) {
 inline void floats_to_half(const float* x, int64_t n, uint16_t* out) {
   int64_t i = 0;
   for (; i + Simd::W <= n; i += Simd::W) Simd::store_half(out + i, Simd::load(x + i));
-  for (; i < n; ++i) out[i] = float_to_half(x[i]);
+  for (; i < n; ++i) out[i] = float_to_finite_half(x[i]);
 }
 
 // Writes bytes around the caches: whole lines by themselves, the ends as usual.

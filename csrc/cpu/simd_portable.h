@@ -173,7 +173,7 @@ struct Simd {
     for (int i = 0; i < W; ++i) p[i] = float_to_bf16(a.v[i]);
   }
   static void store_half(uint16_t* p, F a) {
-    for (int i = 0; i < W; ++i) p[i] = float_to_half(a.v[i]);
+    for (int i = 0; i < W; ++i) p[i] = float_to_finite_half(a.v[i]);
   }
 
   // Copies whole 64-byte lines to an aligned address.

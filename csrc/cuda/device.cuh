@@ -144,7 +144,7 @@ __device__ __forceinline__ uint32_t two(Half, float low, float high) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(fminf(fmaxf(high, -most), most)));
   return a | (uint32_t)b << 16;
 #else
-  return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+  return float_to_finite_half(low) | (uint32_t)float_to_finite_half(high) << 16;
 #endif
 }
 

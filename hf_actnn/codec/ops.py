@@ -179,11 +179,19 @@ def _check_pack_mask(x: Tensor, predicate: str) -> None:
     _check_flat(x, "x", _MASK_INPUTS if predicate == "nonzero" else FLOATS)
 
 
-def _check_unpack_mask(codes: Tensor, numel: int, dtype: torch.dtype) -> None:
+def _check_unpack_mask(codes: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> None:
     _check_codes(codes, reference.uint_nbytes(numel, 1))
     if dtype not in _MASK_OUTPUTS:
         _fail(
             "Unsupported dtype", where="dtype", expected=_names(_MASK_OUTPUTS), received=str(dtype), next_step=_CONVERT
+        )
+    if dtype == torch.uint8 and not (0 <= on < 256 and 0 <= off < 256):
+        _fail(
+            "No such values in uint8",
+            where="on, off",
+            expected="numbers from 0 to 255",
+            received=f"{on}, {off}",
+            next_step="Pass a floating-point dtype for values like these",
         )
 
 
@@ -398,7 +406,7 @@ def _pack_mask_elsewhere(x, predicate, threshold_lo, threshold_hi):
 
 
 def _unpack_mask_compiled(codes, numel, on, off, dtype):
-    _check_unpack_mask(codes, numel, dtype)
+    _check_unpack_mask(codes, numel, on, off, dtype)
     kernels = _kernels(codes)
     if kernels is None:
         return reference.unpack_mask(codes, numel, on, off, dtype)
@@ -406,7 +414,7 @@ def _unpack_mask_compiled(codes, numel, on, off, dtype):
 
 
 def _unpack_mask_elsewhere(codes, numel, on, off, dtype):
-    _check_unpack_mask(codes, numel, dtype)
+    _check_unpack_mask(codes, numel, on, off, dtype)
     return reference.unpack_mask(codes, numel, on, off, dtype)
 
 
@@ -527,7 +535,7 @@ def unpack_mask(
     kernels = _direct(codes)
     if kernels is None:
         return torch.ops.hf_actnn.unpack_mask(codes, numel, on, off, dtype)
-    _check_unpack_mask(codes, numel, dtype)
+    _check_unpack_mask(codes, numel, on, off, dtype)
     return _native_unpack_mask(kernels, codes, numel, on, off, dtype)
 
 

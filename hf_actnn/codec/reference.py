@@ -476,7 +476,12 @@ def pack_mask(x: Tensor, name: str, lo: float, hi: float) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, numel: int, on: float, off: float, dtype: torch.dtype) -> Tensor:
-    """``on`` where the bit is set, ``off`` elsewhere: ``[numel]`` of ``dtype``."""
+    """``on`` where the bit is set, ``off`` elsewhere: ``[numel]`` of ``dtype``.
+
+    Both are rounded to ``dtype``: beyond its range a value becomes infinite, also in fp16, where dequantised values
+    saturate.
+    """
     bits = unpack_uint(packed, 1, numel, torch.bool)
-    values = torch.tensor([off, on], dtype=torch.float64, device=packed.device).to(dtype)
+    values = torch.tensor([off, on], dtype=torch.float64, device=packed.device)
+    values = _narrow(values, dtype) if dtype.is_floating_point else values.to(dtype)
     return values[bits.to(torch.int64)]

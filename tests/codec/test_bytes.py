@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_actnn.codec import native, ops, packed, reference
+from tests.codec import masks
 
 kernels = pytest.importorskip("hf_actnn._native_cpu")
 
@@ -139,12 +140,28 @@ def test_masks(variant):
             for name in reference.PREDICATES:
                 expected = reference.pack_mask(x, name, -0.25, 0.5)
                 assert same(ops.pack_mask(x, name, -0.25, 0.5), expected), (n, dtype, name)
-                for out in (*DTYPES, torch.bool, torch.uint8):
-                    got = ops.unpack_mask(expected, n, 2.5, -1.25 if out.is_floating_point else 0.0, out)
-                    want = reference.unpack_mask(expected, n, 2.5, -1.25 if out.is_floating_point else 0.0, out)
-                    assert same(got, want), (n, dtype, out)
         for x in (torch.arange(n) % 3 == 0, (torch.arange(n) % 5).to(torch.uint8)):
             assert same(ops.pack_mask(x, "nonzero"), reference.pack_mask(x, "nonzero", 0.0, 0.0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.bool, torch.uint8), ids=str)
+def test_what_masks_stand_for(variant, dtype):
+    kernels.use_variant(variant)
+    for n in (*SMALL, 100_003):
+        codes = reference.pack_mask(torch.arange(n) % 3 == 0, "nonzero", 0.0, 0.0)
+        for on, off in masks.pairs(dtype):
+            want = reference.unpack_mask(codes, n, on, off, dtype)
+            assert same(ops.unpack_mask(codes, n, on, off, dtype), want), (n, on, off)
+
+
+def test_masks_do_not_saturate():
+    mask = torch.tensor([True, False])
+    codes = ops.pack_mask(mask, "nonzero")
+    for dtype in DTYPES:
+        for unpack in (ops.unpack_mask, reference.unpack_mask):
+            shut = unpack(codes, 2, 0.0, -torch.inf, dtype)
+            assert same(shut, torch.zeros(2, dtype=dtype).masked_fill(~mask, -torch.inf)), dtype
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

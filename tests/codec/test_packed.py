@@ -127,6 +127,7 @@ F32 = torch.randn(12)
         (lambda: codec.pack_mask(torch.arange(3), "nonzero"), ("dtype", "torch.int64")),
         (lambda: codec.pack_mask(F32 > 0, "gt"), ("dtype", "torch.bool")),
         (lambda: codec.unpack_mask(torch.zeros(3, dtype=torch.uint8), 30), ("4 bytes", "3 bytes")),
+        (lambda: codec.unpack_mask(F32.byte(), 96, 1.0, -torch.inf, torch.uint8), ("on, off", "0 to 255", "1.0, -inf")),
         (lambda: codec.pack_uint(F32, 2), ("uint8", "float32")),
         (lambda: codec.unpack_uint(torch.zeros(3, dtype=torch.uint8), 4, 6, torch.int16), ("dtype", "int16")),
     ],

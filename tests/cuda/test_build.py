@@ -5,48 +5,120 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
 from tests.cuda import shim
 
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  *--dryrun*) echo "#$ TOP={toolkit}" >&2 ;;
+  *--list-gpu-code*) echo sm_90 ;;
+  *) echo "this compiler compiles nothing" >&2; exit 1 ;;
+esac
+"""
 
-def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+
+@pytest.fixture
+def project(tmp_path):
+    """What setup.py reads, without a compiled module, where nothing is spoiled."""
+    folder = tmp_path / "project"
+    (folder / "hf_actnn").mkdir(parents=True)
+    (folder / "hf_actnn" / "__init__.py").touch()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(shim.ROOT / name, folder)
+    (folder / "csrc").symlink_to(shim.ROOT / "csrc")
+    return folder
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA toolkit whose compiler compiles nothing."""
+    folder = tmp_path / "toolkit"
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(FAKE_NVCC.format(toolkit=folder))
+    nvcc.chmod(0o755)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    return folder
+
+
+def build(project, **environment: str) -> subprocess.CompletedProcess:
+    """In place, with a C++ compiler that fails, as no test needs what one makes."""
     return subprocess.run(
-        [sys.executable, "setup.py", "-q", *arguments],
-        cwd=shim.ROOT,
-        env={**os.environ, **environment},
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=project,
+        env={**os.environ, "CC": "false", "CXX": "false", "CUDA_PATH": "", "TORCH_CUDA_ARCH_LIST": "", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def test_cuda_without_a_compiler_is_an_error(tmp_path):
-    done = setup("--version", HF_ACTNN_BUILD="cuda", CUDA_HOME=str(tmp_path))
+def parts(**environment: str) -> str:
+    """The kernels that setup.py sets out to build, and its compiler for CUDA."""
+    code = (
+        "import runpy; parts = runpy.run_path('setup.py', run_name='parts of setup.py');"
+        "print(*[ext.name.rpartition('_')[2] for ext in parts['extensions']()], parts['find_nvcc']())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=shim.ROOT,
+        env={**os.environ, "CUDA_PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_the_compiler_is_that_of_cuda_home_or_else_on_the_path(toolkit, tmp_path):
+    nvcc, empty = str(toolkit / "bin" / "nvcc"), str(tmp_path)
+    assert parts(HF_ACTNN_BUILD="auto", CUDA_HOME=str(toolkit), PATH=empty) == f"cuda cpu {nvcc}"
+    assert parts(HF_ACTNN_BUILD="auto", CUDA_HOME=empty, PATH=str(toolkit / "bin")) == f"cuda cpu {nvcc}"
+    assert parts(HF_ACTNN_BUILD="auto", CUDA_HOME="", PATH=str(toolkit / "bin")) == f"cuda cpu {nvcc}"
+    assert parts(HF_ACTNN_BUILD="auto", CUDA_HOME=empty, PATH=empty) == "cpu None"
+    assert parts(HF_ACTNN_BUILD="cuda", CUDA_HOME=empty, PATH=empty) == "cuda cpu None"
+    assert parts(HF_ACTNN_BUILD="cpu", CUDA_HOME=str(toolkit)) == f"cpu {nvcc}"
+
+
+def test_cuda_without_a_compiler_is_an_error(project, tmp_path):
+    done = build(project, HF_ACTNN_BUILD="cuda", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
     assert done.returncode != 0
     assert "no nvcc in CUDA_HOME or on the PATH" in done.stderr
-    assert setup("--version", HF_ACTNN_BUILD="auto", CUDA_HOME=str(tmp_path)).returncode == 0
 
 
-def test_cuda_with_a_compiler_that_has_no_runtime_is_an_error(tmp_path):
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    done = setup("--version", HF_ACTNN_BUILD="cuda", CUDA_HOME=str(tmp_path))
-    assert done.returncode != 0
+@pytest.mark.parametrize("wanted", ["cuda", "auto"])
+def test_cuda_with_a_compiler_that_has_no_runtime_is_an_error(project, toolkit, wanted):
+    (toolkit / "lib64" / "libcudart_static.a").unlink()
+    done = build(project, HF_ACTNN_BUILD=wanted, CUDA_HOME=str(toolkit))
     assert "libcudart_static.a" in done.stderr
-    done = setup("--version", HF_ACTNN_BUILD="auto", CUDA_HOME=str(tmp_path))
-    assert done.returncode == 0
-    assert "HF_ACTNN_BUILD=cuda makes this an error" in done.stderr
+    assert (done.returncode == 0) == (wanted == "auto")
+    assert ("HF_ACTNN_BUILD=cuda makes this an error" in done.stderr) == (wanted == "auto")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
-def test_unknown_architectures_are_an_error():
-    done = setup("--version", HF_ACTNN_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0 Hopper")
+def test_unknown_architectures_are_an_error(project, toolkit):
+    done = build(project, HF_ACTNN_BUILD="cuda", CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST="8.0 Hopper")
     assert done.returncode != 0
     assert "'Hopper'" in done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "auto", "cpu"])
+def test_a_failed_build_leaves_no_older_module(project, toolkit, wanted):
+    """Of other sources it may be, and would be loaded."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    platform = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folders = [project / "hf_actnn", project / "build" / platform / "hf_actnn"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("cpu", "cuda"):
+            (folder / f"_native_{kind}{suffix}").touch()
+    done = build(project, HF_ACTNN_BUILD=wanted, CUDA_HOME=str(toolkit))
+    assert (done.returncode == 0) == (wanted == "auto")
+    left = sorted({path.name.partition(".")[0] for path in project.rglob("*.so")})
+    assert left == (["_native_cuda"] if wanted == "cpu" else [])  # which nobody asked to build
 
 
 # Builds the CUDA module alone, as setup.py does, and has the assembler say what each kernel needs.
@@ -54,7 +126,7 @@ BUILD = """
 import os, runpy, sys
 from setuptools import Distribution
 parts = runpy.run_path("setup.py", run_name="parts of setup.py")
-command = parts["BuildKernels"](Distribution({"ext_modules": [parts["cuda_extension"](parts["find_nvcc"]())]}))
+command = parts["BuildKernels"](Distribution({"ext_modules": [parts["cuda_extension"]()]}))
 command.build_lib, command.build_temp = sys.argv[1], os.path.join(sys.argv[1], "temp")
 command.ensure_finalized()
 command.run()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_actnn.codec import ops, reference
+from tests.codec import masks
 from tests.cuda import shim
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -291,9 +292,10 @@ def test_masks_of_booleans_and_what_they_stand_for(kernels, offset):
         for x in (torch.arange(n) % 3 == 0, (torch.arange(n) % 5).to(torch.uint8)):
             codes = reference.pack_mask(x, "nonzero", 0.0, 0.0)
             assert same(kernels.pack_mask(x, "nonzero", 0.0, 0.0), codes)
-        for out in (*DTYPES, torch.bool, torch.uint8):
-            off = -1.25 if out.is_floating_point else 0.0
-            assert same(kernels.unpack_mask(codes, n, 2.5, off, out), reference.unpack_mask(codes, n, 2.5, off, out))
+        for dtype in (*DTYPES, torch.bool, torch.uint8):
+            for on, off in masks.pairs(dtype):
+                expected = reference.unpack_mask(codes, n, on, off, dtype)
+                assert same(kernels.unpack_mask(codes, n, on, off, dtype), expected), (n, dtype, on, off)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

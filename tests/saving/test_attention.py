@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_actnn
+from hf_actnn.saving.rules import attention
 from tests.saving.bench import Bench, run
 
 HEADS, TOKENS, WIDTH = 2, 64, 32
@@ -99,3 +100,19 @@ def test_output_costs_nothing():
         run(model, inputs(1.0))
     codes = sum(hf_actnn.quantize(x, 8, WIDTH).nbytes for x in inputs(1.0))
     assert memory.saved_bytes == pytest.approx(codes, rel=0.03)
+
+
+def test_a_rerun_that_may_not_record_changes_nothing():
+    """Where hooks are switched off it raises, before gradients are on and autocast is off."""
+    recording = attention._Recording(lambda tensor: 0, lambda index: torch.empty(0), "cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+            with pytest.raises(RuntimeError, match="no hooks here"):
+                recording.__enter__()
+            assert not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+        with recording:
+            assert torch.is_grad_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")

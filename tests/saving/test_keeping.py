@@ -447,3 +447,42 @@ def test_layers_made_one_by_one_draw_apart_and_a_seed_repeats_a_run():
         model = hf_actnn.convert(Bench(lambda m, x: F.linear(x, m.w), w=w), bits=2, min_numel=0, seed=3)
         gradients.append(run(model, [x])[1]["w"])
     assert torch.equal(*gradients)
+
+
+class Reserve(torch.autograd.Function):
+    """Gives back what it is given, and saves a tensor that it must find unchanged."""
+
+    @staticmethod
+    def forward(ctx, x, reserve):
+        ctx.save_for_backward(reserve)
+        ctx.expected = reserve.tolist()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (reserve,) = ctx.saved_tensors
+        assert reserve.tolist() == ctx.expected
+        return grad, None
+
+
+@pytest.mark.parametrize(
+    "reserve",
+    [torch.arange(40, dtype=torch.uint8), torch.arange(8, dtype=torch.uint8), torch.arange(40.0)],
+    ids=["bytes", "as many bytes as channels", "floats"],
+)
+@pytest.mark.parametrize("statistics", [True, False], ids=["running statistics", "none"])
+def test_what_a_normalisation_saves_behind_its_statistics_is_none(monkeypatch, reserve, statistics):
+    """As cuDNN's batch normalisation does: bytes for its backward pass, after mean and scale."""
+    batch_norm = torch.batch_norm
+    monkeypatch.setattr(torch, "batch_norm", lambda *arguments: Reserve.apply(batch_norm(*arguments), reserve))
+    norm = nn.BatchNorm2d(8, track_running_stats=statistics)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model, x = (
+        Bench(lambda m, x: F.conv2d(m.norm(x), m.w), norm=norm, w=torch.randn(4, 8, 1, 1)),
+        torch.randn(6, 8, 9, 9),
+    )
+    _, exact = run(model, [3 * x + 1])
+    _, found = run(hf_actnn.convert(model, bits=8, min_numel=0), [3 * x + 1])
+    assert "recipe: batch_norm" in {row.kept for row in hf_actnn.report(model).rows}
+    for name, gradient in found.items():
+        assert (gradient - exact[name]).norm() <= 0.02 * exact[name].norm(), name

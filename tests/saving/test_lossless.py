@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_actnn
+from hf_actnn import codec
 from hf_actnn.saving import call as saving_call
-from hf_actnn.saving.kept import Exact, Kept, TwoValued
+from hf_actnn.saving.kept import Exact, Geometry, Kept, TwoValued
 from hf_actnn.saving.scope import observers
 from hf_actnn.saving.values import two_values
 from tests.saving.bench import Bench, run
@@ -73,8 +74,8 @@ def test_two_values_come_back_to_the_bit(dtype, values):
     mask[3] = off  # a row that is shut
     split = two_values(mask.view(-1))
     assert split is not None
-    back = torch.where(split.upper, torch.tensor(split.on, dtype=dtype), torch.tensor(split.off, dtype=dtype))
-    assert same_bits(back.view_as(mask), mask)
+    kept = TwoValued(codec.pack_mask(split.upper, "nonzero"), Geometry(mask), split.on, split.off)
+    assert same_bits(kept.get(), mask)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,23 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture
+def unpacked(monkeypatch):
+    """What masks in bits have come back as, in the order in which they did."""
+    found: list[torch.Tensor] = []
+    unpack = codec.unpack_mask
+
+    def noted(*arguments):
+        found.append(unpack(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(codec, "unpack_mask", noted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", MASKS)
-def test_attention_masks(monkeypatch, shape, dtype):
+def test_attention_masks(monkeypatch, unpacked, shape, dtype):
     """Kept in bits, and the gradients are those of the mask kept as it is."""
     torch.manual_seed(0)
     additive = torch.zeros(TOKENS, TOKENS, dtype=dtype).masked_fill(torch.rand(TOKENS, TOKENS) < 0.4, -math.inf)
@@ -127,6 +142,7 @@ def test_attention_masks(monkeypatch, shape, dtype):
     with Watcher("scaled_dot_product_attention") as watcher:
         out, found = run(build(), inputs)
     assert any(isinstance(leaf, TwoValued) for kept in watcher.kept for leaf in kept.leaves())
+    assert unpacked and all(values.dtype == dtype and set(values.tolist()) == {0.0, -math.inf} for values in unpacked)
     held = {
         leaf.tensor.untyped_storage()._cdata for k in watcher.kept for leaf in k.leaves() if isinstance(leaf, Exact)
     }

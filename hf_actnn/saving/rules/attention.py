@@ -158,14 +158,15 @@ class _Recording:
 
     def __enter__(self) -> None:
         self.before = torch.is_grad_enabled(), torch.is_autocast_enabled(self.device)
+        # First, for where hooks are switched off this raises, and nothing may be left changed.
+        torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
         torch._C._set_grad_enabled(True)
         torch.set_autocast_enabled(self.device, False)
-        torch._C._autograd._push_saved_tensors_default_hooks(self.pack, self.unpack)
 
     def __exit__(self, *_: Any) -> None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
         torch.set_autocast_enabled(self.device, self.before[1])
         torch._C._set_grad_enabled(self.before[0])
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def _again(

@@ -51,9 +51,17 @@ def _keep_input(call: Call, rows: str | None) -> tuple[Kept | None, list[Slot]]:
     return source, rest
 
 
-def _keep_statistics(call: Call, slots: list[Slot]) -> list[Kept]:
-    """The two that the operation computed for itself, which nobody else gets to see; fewer if it did not."""
-    found = [slot for slot in slots if slot.tensor is not None and slot.tensor.numel()][-2:]
+def _keep_statistics(call: Call, slots: list[Slot], size: int) -> list[Kept]:
+    """The two that the operation computed for itself, which nobody else gets to see; fewer if it did not.
+
+    They are told by their size, mean before scale. An operation may save more after them: cuDNN's batch normalisation
+    leaves its backward pass bytes of its own.
+    """
+    found = [
+        slot
+        for slot in slots
+        if slot.tensor is not None and slot.tensor.is_floating_point() and slot.tensor.numel() == size
+    ][-2:]
     return [call.own(slot, "a statistic") for slot in found] if len(found) == 2 else []
 
 
@@ -124,7 +132,7 @@ def _keep_batch_norm(call: Call) -> None:
     source, rest = _keep_input(call, SAMPLE)
     use_batch = training or running_mean is None
     if use_batch:
-        statistics = _keep_statistics(call, rest)
+        statistics = _keep_statistics(call, rest, call.argument(0, "input").shape[1])
     else:
         statistics = [exact(call.scope, value, call.where) for value in (running_mean, running_var)]
     if not statistics:
@@ -147,7 +155,8 @@ def _keep_instance_norm(call: Call) -> None:
     data = at(0, "input")
     weight, bias = at(3, "weight"), at(4, "bias")
     source, rest = _keep_input(call, SAMPLE)
-    statistics = _keep_statistics(call, rest) if at(5, "use_input_stats", True) else []
+    size = data.shape[0] * data.shape[1]
+    statistics = _keep_statistics(call, rest, size) if at(5, "use_input_stats", True) else []
     if not statistics:
         return
     tail, shape = (1,) * (data.dim() - 2), data.shape
@@ -163,9 +172,10 @@ def _keep_instance_norm(call: Call) -> None:
 
 
 def _keep_layer_norm(call: Call) -> None:
+    data, normalized = call.argument(0, "input"), call.argument(1, "normalized_shape")
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
-    source, rest = _keep_input(call, LAST if len(call.argument(1, "normalized_shape")) == 1 else None)
-    statistics = _keep_statistics(call, rest)
+    source, rest = _keep_input(call, LAST if len(normalized) == 1 else None)
+    statistics = _keep_statistics(call, rest, data.shape[: data.dim() - len(normalized)].numel())
     if not statistics:
         return
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
@@ -186,7 +196,7 @@ def _keep_group_norm(call: Call) -> None:
     data, groups = call.argument(0, "input"), call.argument(1, "num_groups")
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
     source, rest = _keep_input(call, SAMPLE)
-    statistics = _keep_statistics(call, rest)
+    statistics = _keep_statistics(call, rest, data.shape[0] * groups)
     if not statistics:
         return
     tail, channels = (1,) * (data.dim() - 2), data.shape[1]
