@@ -117,8 +117,7 @@ def _native_quantize(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int | None]:
     widths, room = widths.contiguous(), _room(widths, x)
-    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
+    codes, meta = ops._room(at, x)
     exact = ops._launch(
         kernels.quantize_mixed,
         x,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from hf_actnn.codec import buffers, native, reference
+from hf_actnn.codec import arena, buffers, native, reference
 from hf_actnn.errors import CodecError, message
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -264,12 +264,16 @@ def _native_quantize(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int | None]:
     """Codes, metadata and, on a CPU, the number of exact groups; on CUDA it is added to ``count``, if there is one."""
-    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=x.device)
-    meta = torch.empty((at.n_groups, 2), dtype=torch.bfloat16, device=x.device)
+    codes, meta = _room(at, x)
     cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, bits)
     draw, coded = _draw(x, seed, stream, advance), _coded(codes, meta, count)
     exact = _launch(kernels.quantize, x, *cut, *draw, *coded)
     return codes, meta, exact
+
+
+def _room(at: reference.Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised codes and metadata, on the device of ``x``."""
+    return arena.empty((at.nbytes,), torch.uint8, x.device), arena.empty((at.n_groups, 2), torch.bfloat16, x.device)
 
 
 def _draw(x: Tensor, seed: int, stream: int, advance: Tensor | None) -> tuple[int, ...]:
@@ -313,7 +317,7 @@ def _native_dequantize(
 
 
 def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
+    codes = arena.empty((reference.uint_nbytes(x.numel(), 1),), torch.uint8, x.device)
     _launch(
         kernels.pack_mask, x, x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr()
     )
@@ -327,7 +331,7 @@ def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off:
 
 
 def _native_pack_uint(kernels: Any, values: Tensor, bits: int) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    codes = arena.empty((reference.uint_nbytes(values.numel(), bits),), torch.uint8, values.device)
     _launch(kernels.pack_uint, values, values.data_ptr(), values.numel(), bits, codes.data_ptr())
     return codes
 

@@ -482,7 +482,11 @@ def _named(config: ActNNConfig) -> str:
 
 def _setting(config: ActNNConfig) -> dict[str, Any]:
     """What a state must have in common with the configuration it is loaded into."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("update_interval", "swap")}
+    free = ("update_interval", "swap", "arena")
+    setting = {key: value for key, value in config.to_dict().items() if key not in free}
+    if config.level in ("L4", "L5"):
+        setting["level"] = "L3"  # where the codes are has nothing to do with their bits
+    return setting
 
 
 def _is_alone() -> bool:
