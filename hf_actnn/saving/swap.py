@@ -94,10 +94,6 @@ class Engine(Protocol):
         """Copy on the side stream, without waiting for it."""
         ...
 
-    def share(self, tensor: Tensor, stream: Any) -> None:
-        """The tensor is used on a stream that its memory was not allocated on."""
-        ...
-
 
 class CudaEngine:
     """:class:`Engine` of a CUDA device."""
@@ -124,9 +120,6 @@ class CudaEngine:
     def copy(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
-
-    def share(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
-        tensor.record_stream(stream)
 
 
 def engine_for(device: torch.device) -> Engine | None:
@@ -434,6 +427,9 @@ class Swapper:
             if order.expected is None:
                 order.expect(self._learnt.get(order.key, []))
                 self._learnt[order.key] = order.sequence
+            if taken.parts is not None and not taken.is_original and stream != taken.stream:
+                # Its memory is used again in the order of the stream for which it was fetched, which this one is not.
+                self._return(taken)
             if taken.parts is None:
                 self._fetch(taken, stream)
                 # Nothing expected this one: what else was fetched ahead may be in the way of what will be needed.
@@ -445,9 +441,6 @@ class Swapper:
                 self._recent.discard(taken)
                 self._recent.add(taken)
                 self._engine.wait(stream, taken.ready)
-                if stream != taken.stream:
-                    for part in parts:
-                        self._engine.share(part, stream)
                 self._shrink(self._recent, max(self._bounds.recent, taken.nbytes))
             order.asked(taken.place)
             self._look_ahead(order, stream)
@@ -484,9 +477,13 @@ class Swapper:
 
     def _shrink(self, queue: _Queue, nbytes: int) -> None:
         while queue.nbytes > nbytes:
-            taken = queue.first()
-            queue.remove(taken)
-            self._vacate(taken)
+            self._return(queue.first())
+
+    def _return(self, taken: Taken) -> None:
+        """Let go of what was fetched; the host still has it."""
+        self._ahead.discard(taken)
+        self._recent.discard(taken)
+        self._vacate(taken)
 
     # -- the end of a leaf --------------------------------------------------------------------------------------------
 

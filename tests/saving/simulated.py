@@ -75,7 +75,6 @@ class SimulatedEngine:
         self._copies: list[_Copy] = []  # those that are not made, or that a stream does not know to be
         self._slabs: list[Tensor] = []
         self._writers: dict[tuple[int, int], Any] = {}  # bytes of the host -> who wrote them last
-        self.shared: list[tuple[int, str]] = []
         self.bytes_out = self.bytes_in = 0
 
     # -- the protocol ------------------------------------------------------------------------------------------------
@@ -125,9 +124,6 @@ class SimulatedEngine:
             self._check_content(host)
             self.bytes_in += host.nbytes
         self._copies.append(_Copy(self._tick(SIDE), _Memory(device), host, out))
-
-    def share(self, tensor: Tensor, stream: str) -> None:
-        self.shared.append((tensor.data_ptr(), stream))
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
