@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_actnn.codec import arena
+from hf_actnn.codec import arena, buffers
 from hf_actnn.errors import ActNNWarning, NotAvailableError, message
 from hf_actnn.saving.kept import Exact, Leaf
 
@@ -45,7 +45,7 @@ class Bounds(NamedTuple):
         ahead: bytes fetched and not asked for yet.
         recent: bytes fetched and asked for that stay on the device.
         slab: bytes of pinned memory asked for at a time, a power of two: torch rounds up to one.
-        host: the most pinned memory; None for half of the machine's.
+        host: the most pinned memory, for each device of each model; None for :func:`host_limit`.
     """
 
     smallest: int = 64 * 2**10
@@ -131,8 +131,9 @@ def engine_for(device: torch.device) -> Engine | None:
 
 
 def host_limit() -> int:
-    """Half of the machine's memory: pages that are pinned cannot be had by anyone else."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Half of the memory there is, shared among the processes that torchrun started here: pages that are pinned cannot
+    be had by anyone else."""
+    return buffers.total_memory() // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class Room(NamedTuple):

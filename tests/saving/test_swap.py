@@ -566,6 +566,14 @@ def test_where_the_host_has_no_room_the_rest_stays(simulation):
     simulation.finish()
 
 
+def test_half_of_the_host_is_for_all_processes_together(monkeypatch):
+    monkeypatch.setattr(swap.buffers, "total_memory", lambda: 2**30)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert swap.host_limit() == 2**29
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert swap.host_limit() == 2**26
+
+
 def test_host_memory_is_used_again(simulation):
     model = hf_actnn.convert(network(), "L2", swap=True, min_numel=0)
     ordinary(model, 0)
