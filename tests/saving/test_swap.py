@@ -731,6 +731,16 @@ def test_copies_and_pickles_of_a_model_begin_anew(simulation):
     simulation.finish()
 
 
+@pytest.mark.parametrize(("before", "after", "fits"), [("L3", "L4", True), ("L5", "L3", True), ("L2.5", "L4", False)])
+def test_a_state_does_not_depend_on_where_codes_wait(before, after, fits):
+    state = hf_actnn.controller(hf_actnn.convert(network(), before)).state_dict()
+    controller = hf_actnn.controller(hf_actnn.convert(network(), after))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        controller.load_state_dict(state)
+    assert (not caught) is fits
+
+
 def test_stand_ins_say_what_they_stand_for(simulation):
     swapper = Swapper(SimulatedEngine(), TIGHT)
     x = torch.randn(8, 256)
