@@ -9,21 +9,19 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from hf_actnn.errors import ConfigError, NotAvailableError, message
+from hf_actnn.errors import ConfigError, message
 
-#: The paper's levels (Chen et al. 2021, table 1) as presets of fields. ``None`` for bits: nothing is compressed.
+_L3 = {"bits": 2, "exact_norms": False, "per_sample": True, "per_tensor": True}
+#: The paper's levels (Chen et al. 2021, table 1) as presets of fields. ``None`` for bits: nothing is compressed. Fields
+#: that a level does not name are off.
 LEVELS: dict[str, dict[str, Any]] = {
-    "L0": {"bits": None, "exact_norms": True, "per_sample": False, "per_tensor": False},
-    "L1": {"bits": 4, "exact_norms": True, "per_sample": False, "per_tensor": False},
-    "L2": {"bits": 4, "exact_norms": False, "per_sample": False, "per_tensor": False},
-    "L2.5": {"bits": 4, "exact_norms": False, "per_sample": True, "per_tensor": False},
-    "L3": {"bits": 2, "exact_norms": False, "per_sample": True, "per_tensor": True},
-}
-
-#: Levels that have a meaning in the paper and none here yet, with what they wait for.
-PLANNED_LEVELS: dict[str, str] = {
-    "L4": "L3 and swapping to the host",
-    "L5": "L4 and defragmentation",
+    "L0": {"bits": None, "exact_norms": True},
+    "L1": {"bits": 4, "exact_norms": True},
+    "L2": {"bits": 4, "exact_norms": False},
+    "L2.5": {"bits": 4, "exact_norms": False, "per_sample": True},
+    "L3": _L3,
+    "L4": {**_L3, "swap": True},
+    "L5": {**_L3, "swap": True, "arena": True},
 }
 
 MIN_BITS, MAX_BITS = 1, 8
@@ -51,8 +49,8 @@ class ActNNConfig:
     Args:
         level: ``"L0"`` keeps everything exactly, ``"L1"`` quantises to 4 bits and leaves what normalisations keep
             exact, ``"L2"`` quantises that too, ``"L2.5"`` chooses the bits of each sample, 4 on average, ``"L3"`` those
-            of each sample and each kept tensor, 2 on average. ``"L4"`` and ``"L5"`` raise
-            :class:`~hf_actnn.errors.NotAvailableError`.
+            of each sample and each kept tensor, 2 on average, ``"L4"`` swaps what L3 keeps to the host, and ``"L5"``
+            puts its codes into one allocation besides.
         bits: bits per value, 1 to 8, in place of the level's. Where bits are chosen it is their average, and may be a
             fraction. ``"auto"``: as few as keep the added variance within ``max_added_variance``, chosen per sample and
             per kept tensor whatever the level.
@@ -69,11 +67,13 @@ class ActNNConfig:
             as a share of the variance that drawing the mini-batch gives it, on average over parameters; ``None`` is
             0.1.
         per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.
-        swap: swapping to the host; not available yet, so anything but ``None`` raises.
+        swap: whether what is kept on a CUDA device, exact tensors included, waits for the backward pass in pinned host
+            memory; ``None`` takes the level's. On a CPU there is nothing to swap to, and one warning says so.
+        arena: whether the codes of a step share one allocation per device, so that their changing sizes do not cut the
+            allocator's memory to pieces; ``None`` takes the level's.
 
     Raises:
         ConfigError: a field that cannot mean anything.
-        NotAvailableError: a level or field that is planned and not there yet.
     """
 
     level: str = ""
@@ -89,6 +89,7 @@ class ActNNConfig:
     per_sample: bool | None = None
     per_tensor: bool | None = None
     swap: bool | None = None
+    arena: bool | None = None
     _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
@@ -102,8 +103,7 @@ class ActNNConfig:
             whole = isinstance(self.bits, int)
             object.__setattr__(self, "level", "L2" if whole else "L3")
         _check_level(self.level)
-        _check_unavailable(self)
-        for name in ("per_sample", "per_tensor", "exact_norms"):
+        for name in ("per_sample", "per_tensor", "exact_norms", "swap", "arena"):
             _check_yes_or_no(name, getattr(self, name))
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
@@ -159,18 +159,27 @@ class ActNNConfig:
     @property
     def chooses_per_sample(self) -> bool:
         """Whether samples of one tensor may differ in bits."""
-        return self._choice("per_sample")
+        return self._chosen("per_sample", self.bits == AUTO)
 
     @property
     def chooses_per_tensor(self) -> bool:
         """Whether kept tensors may differ in bits."""
-        return self._choice("per_tensor")
+        return self._chosen("per_tensor", self.bits == AUTO)
 
-    def _choice(self, name: str) -> bool:
+    @property
+    def swaps(self) -> bool:
+        """Whether what is kept waits in host memory."""
+        return self._chosen("swap")
+
+    @property
+    def uses_arena(self) -> bool:
+        """Whether the codes of a step share one allocation."""
+        return self._chosen("arena")
+
+    def _chosen(self, name: str, otherwise: bool = False) -> bool:
+        """A yes or no: the field if it is named, else ``otherwise`` or the level's."""
         chosen = getattr(self, name)
-        if chosen is None:
-            chosen = self.bits == AUTO or LEVELS[self.level][name]
-        return bool(chosen)
+        return bool(otherwise or LEVELS[self.level].get(name, False)) if chosen is None else chosen
 
     @property
     def is_adaptive(self) -> bool:
@@ -287,15 +296,6 @@ class ActNNConfig:
 def _check_level(level: Any) -> None:
     if isinstance(level, str) and level in LEVELS:
         return
-    if isinstance(level, str) and level in PLANNED_LEVELS:
-        raise NotAvailableError(
-            message(
-                f"level {level!r} ({PLANNED_LEVELS[level]}) is not available yet",
-                expected=f"one of {', '.join(LEVELS)}, or bits=1 to 8",
-                received=repr(level),
-                next_step="Use 'L3', which lacks the swapping alone",
-            )
-        )
     raise ConfigError(
         message(
             "unknown level",
@@ -304,18 +304,6 @@ def _check_level(level: Any) -> None:
             next_step="For a bit width write bits=2",
         )
     )
-
-
-def _check_unavailable(config: ActNNConfig) -> None:
-    if config.swap is not None:
-        raise NotAvailableError(
-            message(
-                "`swap` cannot be set: swapping to the host is not available yet",
-                expected="None",
-                received=repr(config.swap),
-                next_step="Leave the field out",
-            )
-        )
 
 
 def _check_yes_or_no(name: str, value: Any) -> None:
@@ -370,7 +358,7 @@ def _check_range(value: Any, where: str, adaptive: bool) -> None:
             message(
                 "a range of bits where bits are not chosen",
                 where=where,
-                expected="a number of bits, or a level that chooses them: L2.5, L3",
+                expected="a number of bits, or a level that chooses them: L2.5, L3, L4, L5",
                 received=repr(value),
                 next_step="Give one number of bits, or level='L3'",
             )

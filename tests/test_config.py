@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_actnn import ActNNConfig
-from hf_actnn.errors import ActNNError, ConfigError, NotAvailableError
+from hf_actnn.errors import ActNNError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,8 @@ from hf_actnn.errors import ActNNError, ConfigError, NotAvailableError
         ({"level": "L1"}, 4, True),
         ({"level": "L2"}, 4, False),
         ({}, 4, False),  # what `bits="auto"` begins with
-        ({"level": "L3"}, 2, False),
+        ({"level": "L4"}, 2, False),
+        ({"level": "L5"}, 2, False),
         ({"level": "L1", "bits": 2}, 2, True),  # a field beside a level replaces that field alone
         ({"level": "L2", "exact_norms": True}, 4, True),
         ({"level": "L1", "exact_norms": False}, 4, False),
@@ -34,11 +35,39 @@ def test_levels_are_presets(fields, bits, exact_norms):
     assert (config.effective_bits, config.effective_exact_norms) == (bits, exact_norms)
 
 
+@pytest.mark.parametrize(
+    "fields, swaps, arena",
+    [
+        *[({"level": level}, False, False) for level in ("L0", "L1", "L2", "L2.5", "L3")],
+        ({}, False, False),
+        ({"bits": "auto"}, False, False),
+        ({"level": "L4"}, True, False),
+        ({"level": "L5"}, True, True),
+        ({"level": "L5", "swap": False}, False, True),
+        ({"level": "L5", "arena": False}, True, False),
+        ({"level": "L0", "swap": True}, True, False),
+        ({"bits": 4, "swap": True, "arena": True}, True, True),
+    ],
+)
+def test_where_what_is_kept_waits(fields, swaps, arena):
+    config = ActNNConfig(**fields)
+    assert (config.swaps, config.uses_arena) == (swaps, arena)
+
+
+def test_l4_and_l5_choose_bits_as_l3_does():
+    for level in ("L4", "L5"):
+        config = ActNNConfig(level=level)
+        assert config.chooses_per_sample and config.chooses_per_tensor
+        assert ActNNConfig(level=level, bits=3.5, overrides={"a": (2, 6)}).is_adaptive
+
+
 BAD = {
-    "unknown level": ({"level": "L7"}, ConfigError, ["unknown level", "L0, L1, L2, L2.5, L3", "'L7'", "bits=2"]),
+    "unknown level": (
+        {"level": "L7"},
+        ConfigError,
+        ["unknown level", "L0, L1, L2, L2.5, L3, L4, L5", "'L7'", "bits=2"],
+    ),
     "level that is no text": ({"level": 2}, ConfigError, ["unknown level", "Received 2", "bits=2"]),
-    "L4": ({"level": "L4"}, NotAvailableError, ["'L4'", "swapping", "not available yet"]),
-    "L5": ({"level": "L5"}, NotAvailableError, ["'L5'", "defragmentation", "not available yet"]),
     "0 bits": ({"bits": 0}, ConfigError, ["at bits", "from 1 to 8", "Received 0", "the safe one"]),
     "9 bits": ({"bits": 9}, ConfigError, ["at bits", "from 1 to 8", "Received 9"]),
     "minus one bit": ({"bits": -1}, ConfigError, ["from 1 to 8", "Received -1"]),
@@ -85,7 +114,8 @@ BAD = {
     "negative min_numel": ({"min_numel": -1}, ConfigError, ["`min_numel`", "Received -1"]),
     "exact_norms": ({"exact_norms": 1}, ConfigError, ["`exact_norms`", "True, False or None", "Received 1"]),
     "no interval": ({"update_interval": 0}, ConfigError, ["`update_interval`", "from 1", "Received 0"]),
-    "swap": ({"swap": True}, NotAvailableError, ["`swap`", "not available yet", "True"]),
+    "swap": ({"swap": "cpu"}, ConfigError, ["`swap`", "True, False or None", "'cpu'"]),
+    "arena": ({"arena": 1}, ConfigError, ["`arena`", "True, False or None", "Received 1"]),
 }
 
 
@@ -120,6 +150,8 @@ FULL = ActNNConfig(
     seed=7,
     min_numel=5,
     exact_norms=False,
+    swap=True,
+    arena=False,
 )
 
 

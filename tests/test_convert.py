@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hf_actnn
-from hf_actnn.errors import ActNNError, ConfigError, ConversionError, NotAvailableError
+from hf_actnn.errors import ActNNError, ConfigError, ConversionError
 
 
 def small() -> nn.Module:
@@ -43,7 +43,6 @@ def compiled_in_place() -> nn.Module:
 
 REFUSED = {
     "unknown level": (small, {"config": "L9"}, ConfigError, ["unknown level", "L0, L1, L2", "'L9'"]),
-    "planned level": (small, {"config": "L4"}, NotAvailableError, ["'L4'", "not available yet", "'L3'"]),
     "no bits": (small, {"bits": 0}, ConfigError, ["from 1 to 8", "Received 0"]),
     "too many bits": (small, {"bits": 9}, ConfigError, ["from 1 to 8", "Received 9"]),
     "fractional bits": (small, {"config": "L2", "bits": 2.5}, ConfigError, ["is an average", "2.5"]),

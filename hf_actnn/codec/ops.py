@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from hf_actnn.codec import buffers, native, reference
+from hf_actnn.codec import arena, buffers, native, reference
 from hf_actnn.errors import CodecError, message
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -282,8 +282,8 @@ def _make_codes(
         widths: the bits, or where those of the samples lie; as the kernel takes them.
     """
     device = x.device
-    codes = torch.empty(at.nbytes, dtype=torch.uint8, device=device)
-    meta = torch.empty(at.n_groups, 2, dtype=torch.bfloat16, device=device)  # a tuple would take longer to read
+    codes = arena.empty((at.nbytes,), torch.uint8, device)
+    meta = arena.empty((at.n_groups, 2), torch.bfloat16, device)
     cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, *widths)
     into = codes.data_ptr(), meta.data_ptr()
     if _on_cpu(x):
@@ -315,7 +315,7 @@ def _make_values(
 
 
 def _native_pack_mask(kernels: Any, x: Tensor, predicate: str, lo: float, hi: float) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
+    codes = arena.empty((reference.uint_nbytes(x.numel(), 1),), torch.uint8, x.device)
     _launch(
         kernels.pack_mask, x, x.data_ptr(), _CODE[x.dtype], x.numel(), _PREDICATE[predicate], lo, hi, codes.data_ptr()
     )
@@ -329,7 +329,7 @@ def _native_unpack_mask(kernels: Any, codes: Tensor, numel: int, on: float, off:
 
 
 def _native_pack_uint(kernels: Any, values: Tensor, bits: int) -> Tensor:
-    codes = torch.empty(reference.uint_nbytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    codes = arena.empty((reference.uint_nbytes(values.numel(), bits),), torch.uint8, values.device)
     _launch(kernels.pack_uint, values, values.data_ptr(), values.numel(), bits, codes.data_ptr())
     return codes
 

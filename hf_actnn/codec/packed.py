@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -101,6 +102,12 @@ class PackedTensor:
         """Every byte held: codes, metadata, widths and groups kept exact."""
         held = self.codes.nbytes + self.meta.nbytes + (0 if self.widths is None else self.widths.nbytes)
         return held if self.patch is None else held + self.patch[0].nbytes + self.patch[1].nbytes
+
+    def holding(self, codes: Tensor, meta: Tensor) -> PackedTensor:
+        """The same with these codes and metadata, wherever they are, in place of its own."""
+        twin = copy.copy(self)
+        twin.codes, twin.meta = codes, meta
+        return twin
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, in the original shape and strides.

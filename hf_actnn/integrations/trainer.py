@@ -54,8 +54,8 @@ class ActNNCallback(TrainerCallback, ExportableState):
     Reporting tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
 
     Args:
-        config: a level ("L0", "L1", "L2", "L2.5", "L3"), an `ActNNConfig`, a dict of its fields, or the path of a JSON
-            file.
+        config: a level ("L0", "L1", "L2", "L2.5", "L3", "L4", "L5"), an `ActNNConfig`, a dict of its fields, or the
+            path of a JSON file.
 
     Raises:
         ConfigError: a configuration that means nothing.
@@ -207,8 +207,8 @@ class ActNNTrainingArguments(TrainingArguments):
     """TrainingArguments with a flag for compressed activations; `HfArgumentParser` then takes `--actnn L2`.
 
     Args:
-        actnn: the level, "L0", "L1", "L2", "L2.5" or "L3". Nothing is compressed while this and `actnn_config` are
-            None.
+        actnn: the level, "L0", "L1", "L2", "L2.5", "L3", "L4" or "L5". Nothing is compressed while this and
+            `actnn_config` are None.
         actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn`
             replaces the one in here.
 

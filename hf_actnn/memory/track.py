@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import scope
 from hf_actnn.saving.call import Slot
-from hf_actnn.saving.kept import Exact
+from hf_actnn.saving.kept import Exact, Leaf
 
 
 class MemoryReport:
@@ -25,25 +25,60 @@ class MemoryReport:
 
     Attributes:
         saved_bytes: the most that was held at one time: packed codes, metadata and exact tensors, each storage once;
-            parameters and buffers of the model excluded.
+            parameters and buffers of the model excluded, and so is what was on the host alone.
+        swapped_bytes: the most that was on the host alone at one time; 0 where nothing is swapped.
         uncompressed_bytes: the same for the tensors as autograd meant to save them.
-        by_module: module path -> (bytes held, bytes uncompressed), each storage at the module that saved it first.
+        by_module: module path -> (bytes held, bytes uncompressed), each storage at the module that saved it first;
+            swapped or not.
+        allocated_bytes, reserved_bytes: what tensors have, and what torch has taken from the driver, on the CUDA
+            devices of the model: when the context was left, or now while it is open. None for a model that is on none.
+        unused_bytes: their difference: reserved, and in no tensor.
     """
 
-    def __init__(self, own: set[int]) -> None:
+    def __init__(self, own: set[int], devices: Iterable[torch.device] = ()) -> None:
         self.saved_bytes = 0
+        self.swapped_bytes = 0
         self.uncompressed_bytes = 0
-        self._held = self._held_raw = 0
+        self._held = self._held_raw = self._away = 0
+        self._devices = [device for device in devices if device.type == "cuda"]
+        self._at_end: tuple[int, int] | None = None
         self._own = own
         self._by_module: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self._holders: dict[Any, int] = {}
         self._raw: dict[int, tuple[StorageWeakRef, int]] = {}
+        #: How to stop counting a leaf that may be swapped: where it is now.
+        self._places: weakref.WeakKeyDictionary[Leaf, Any] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     @property
     def ratio(self) -> float:
         """How many times fewer bytes are held than autograd meant to."""
         return self.uncompressed_bytes / self.saved_bytes if self.saved_bytes else 1.0
+
+    @property
+    def allocated_bytes(self) -> int | None:
+        found = self._of_allocator()
+        return None if found is None else found[0]
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        found = self._of_allocator()
+        return None if found is None else found[1]
+
+    @property
+    def unused_bytes(self) -> int | None:
+        found = self._of_allocator()
+        return None if found is None else found[1] - found[0]
+
+    def _of_allocator(self) -> tuple[int, int] | None:
+        if self._at_end is not None or not self._devices:
+            return self._at_end
+        allocated = sum(torch.cuda.memory_allocated(device) for device in self._devices)
+        return allocated, sum(torch.cuda.memory_reserved(device) for device in self._devices)
+
+    def close(self) -> None:
+        """The context is left."""
+        self._at_end = self._of_allocator()
 
     @property
     def by_module(self) -> dict[str, tuple[int, int]]:
@@ -62,6 +97,15 @@ class MemoryReport:
             f"{'total'.ljust(width)}  {self.saved_bytes / 1e6:10.3f}  {self.uncompressed_bytes / 1e6:10.3f}  "
             f"{self.ratio:6.1f}"
         )
+        if self.swapped_bytes:
+            lines.append(f"{'on the host'.ljust(width)}  {self.swapped_bytes / 1e6:10.3f}")
+        found = self._of_allocator()
+        if found is not None:
+            allocated, reserved = (nbytes / 1e6 for nbytes in found)
+            lines.append(
+                f"the device's allocator: {allocated:.3f} MB allocated, {reserved:.3f} MB reserved, "
+                f"{reserved - allocated:.3f} MB of them unused"
+            )
         return "\n".join(lines)
 
     # -- counting ------------------------------------------------------------------------------------------------------
@@ -73,11 +117,32 @@ class MemoryReport:
             kept = slot.kept
             assert kept is not None
             for leaf in kept.leaves():
+                if isinstance(leaf, Leaf) and leaf.swapped is not None:
+                    continue  # counted when it was decided on; `moved` tells what became of it
                 if isinstance(leaf, Exact):
                     if not leaf.parameter:
                         self._count_storage(leaf.tensor, path, leaf)
                 elif leaf.nbytes:
                     self._hold(("leaf", id(leaf)), leaf.nbytes, path, leaf)
+
+    def moved(self, leaf: Leaf, to_host: bool) -> None:
+        """What a leaf holds left the device, or came back."""
+        with self._lock:
+            let_go = self._places.pop(leaf, None)
+            if let_go is None:
+                return  # kept before this report began
+            let_go()
+            if to_host:
+                self._away += leaf.nbytes
+                self.swapped_bytes = max(self.swapped_bytes, self._away)
+                self._places[leaf] = weakref.finalize(leaf, self._let_go_away, leaf.nbytes)
+                self._places[leaf].atexit = False
+            else:
+                self._hold(("leaf", id(leaf)), leaf.nbytes, None, leaf)
+
+    def _let_go_away(self, nbytes: int) -> None:
+        with self._lock:
+            self._away -= nbytes
 
     def copied(self, kept: Exact, path: str) -> None:
         """A tensor that recipes read was copied before it was written to."""
@@ -95,18 +160,22 @@ class MemoryReport:
         if storage._cdata not in self._own:
             self._hold(("storage", storage._cdata), storage.nbytes(), path, holder)
 
-    def _hold(self, key: Any, nbytes: int, path: str, holder: Any) -> None:
-        """Count bytes once while any of their holders lives."""
+    def _hold(self, key: Any, nbytes: int, path: str | None, holder: Any) -> None:
+        """Count bytes once while any of their holders lives; at a module, if they are new."""
         count = self._holders.get(key, 0)
         if count == 0:
             self._held += nbytes
-            self._by_module[path][0] += nbytes
+            if path is not None:
+                self._by_module[path][0] += nbytes
             self.saved_bytes = max(self.saved_bytes, self._held)
         self._holders[key] = count + 1
         if key[0] == "leaf" and count:
             self._holders[key] = count  # the leaf itself is the holder, however many saves it stands behind
             return
-        weakref.finalize(holder, self._let_go, key, nbytes).atexit = False
+        let_go = weakref.finalize(holder, self._let_go, key, nbytes)
+        let_go.atexit = False
+        if isinstance(holder, Leaf):
+            self._places[holder] = let_go
 
     def _let_go(self, key: Any, nbytes: int) -> None:
         with self._lock:
@@ -180,7 +249,7 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
         for tensor in [*model.parameters(), *model.buffers()]
         if tensor.layout == torch.strided
     }
-    memory = MemoryReport(own)
+    memory = MemoryReport(own, {tensor.device for tensor in [*model.parameters(), *model.buffers()]})
     stack: list[str] = [""]
     handles = []
     for path, module in model.named_modules():
@@ -200,6 +269,7 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
             yield memory
     finally:
         watching.remove(memory)
+        memory.close()
         for handle in handles:
             handle.remove()
 

@@ -499,7 +499,9 @@ def _named(config: ActNNConfig) -> str:
 def _setting(config: ActNNConfig) -> dict[str, Any]:
     """What a state must have in common with the configuration it is loaded into."""
     values = {**config.to_dict(), "level": config.level, "bits": config.bits}
-    return {key: value for key, value in values.items() if key not in ("update_interval", "swap")}
+    if config.level in ("L4", "L5"):
+        values["level"] = "L3"  # where the codes are has nothing to do with their bits
+    return {key: value for key, value in values.items() if key not in ("update_interval", "swap", "arena")}
 
 
 def _is_alone() -> bool:

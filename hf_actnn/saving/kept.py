@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,7 +102,43 @@ class Kept:
         return 0
 
 
-class Exact(Kept):
+class Swapped(Protocol):
+    """Where the bytes of a leaf are once a swapper has taken them; see `saving.swap`."""
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The leaf's parts, on their device."""
+        ...
+
+    def original(self) -> Tensor | None:
+        """The first part, if it is still the very tensor that was saved."""
+        ...
+
+    def drop(self) -> None:
+        """Let go of the tensors that were saved: they are about to be written to."""
+        ...
+
+
+class Leaf(Kept):
+    """Holds bytes itself. A swapper may take its ``parts``: stand-ins without memory are then left in their place."""
+
+    __slots__ = ("swapped",)
+    swapped: Swapped | None
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that may be taken, the leaf's own; none where that would be of no use."""
+        return ()
+
+    def hand_over(self, swapped: Swapped) -> None:
+        """``swapped`` gives the parts from here on."""
+        raise TypeError(f"{type(self).__name__} has no parts to hand over")
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of these sizes and this dtype that takes no memory."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+class Exact(Leaf):
     """The tensor itself, by reference, with the version it had.
 
     Saved-tensor hooks switch autograd's own version check off, so it is made here.
@@ -120,45 +156,85 @@ class Exact(Kept):
         self.parameter = parameter
         self.where = where
         self.lent = False  # noted by the session as one that recipes read
+        self.swapped = None
 
     def get(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if self.swapped is None:
+            return self._checked(self.tensor)
+        (tensor,) = self.swapped.get()
+        original = self.swapped.original()
+        return tensor if original is None else self._checked(original)
+
+    def _checked(self, tensor: Tensor) -> Tensor:
+        if tensor._version != self.version:
             raise SavedTensorError(
                 message(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{tuple(self.tensor.shape)} {self.tensor.dtype} is at version {self.tensor._version}",
+                    f"{tuple(tensor.shape)} {tensor.dtype} is at version {tensor._version}",
                     where=self.where,
                     expected=f"version {self.version}",
-                    received=f"version {self.tensor._version}",
+                    received=f"version {tensor._version}",
                     next_step="Make the change out of place, or after backward()",
                 )
             )
-        return self.tensor
+        return tensor
 
-    def secure(self) -> None:
-        """Hold a copy from here on: the tensor is about to be written to."""
-        if self.tensor._version == self.version:
-            self.tensor = self.tensor.detach().clone()
-            self.version, self.parameter = self.tensor._version, False
+    def original(self) -> Tensor | None:
+        """The very tensor that was saved, as long as it is referred to."""
+        return self.tensor if self.swapped is None else self.swapped.original()
+
+    def secure(self) -> bool:
+        """Refer to the tensor no longer: it is about to be written to. Whether a copy of it had to be made."""
+        if self.swapped is not None:
+            self.swapped.drop()
+            return False
+        if self.tensor._version != self.version:
+            return False
+        self.tensor = self.tensor.detach().clone()
+        self.version, self.parameter = self.tensor._version, False
+        return True
+
+    def parts(self) -> tuple[Tensor, ...]:
+        tensor = self.tensor
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_complex()
+        if self.parameter or not plain or not fills_its_memory(tensor):
+            return ()
+        return (tensor,)
+
+    def hand_over(self, swapped: Swapped) -> None:
+        self.swapped, self.tensor = swapped, stand_in(self.tensor)
 
     @property
     def nbytes(self) -> int:
         return 0 if self.parameter else self.tensor.untyped_storage().nbytes()
 
 
-class Quantized(Kept):
+class Quantized(Leaf):
     """A randomly quantised code of the tensor; its expectation is the tensor.
 
-    ``name`` is the tensor's where bits are chosen; ``item`` says more of it on a step that is measured.
+    ``form`` is the packed tensor, whose sizes may always be read, and ``packed`` the same with its bytes. ``name`` is
+    the tensor's where bits are chosen; ``item`` says more of it on a step that is measured.
     """
 
-    __slots__ = ("packed", "name", "item")
+    __slots__ = ("form", "name", "item")
     kind = "quantized"
 
     def __init__(self, packed: codec.PackedTensor, name: str = "", item: Any = None) -> None:
-        self.packed = packed
+        self.form = packed
         self.name = name
         self.item = item
+        self.swapped = None
+
+    @property
+    def packed(self) -> codec.PackedTensor:
+        return self.form if self.swapped is None else self.form.holding(*self.swapped.get())
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.form.codes, self.form.meta
+
+    def hand_over(self, swapped: Swapped) -> None:
+        codes, meta = self.parts()
+        self.swapped, self.form = swapped, self.form.holding(stand_in(codes), stand_in(meta))
 
     def get(self) -> Tensor:
         value = self.packed.dequantize()
@@ -168,7 +244,7 @@ class Quantized(Kept):
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes
+        return self.form.nbytes
 
 
 class Geometry:
@@ -194,23 +270,44 @@ class Geometry:
         return flat.as_strided(self.shape, self.stride)
 
 
-class Mask(Kept):
+class _Coded(Leaf):
+    """Holds one tensor of codes."""
+
+    __slots__ = ("_codes",)
+
+    def __init__(self, codes: Tensor) -> None:
+        self._codes = codes
+        self.swapped = None
+
+    @property
+    def codes(self) -> Tensor:
+        return self._codes if self.swapped is None else self.swapped.get()[0]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self._codes,)
+
+    def hand_over(self, swapped: Swapped) -> None:
+        self.swapped, self._codes = swapped, stand_in(self._codes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes
+
+
+class Mask(_Coded):
     """One bit per value, given back as one of two values of the saved tensor's dtype."""
 
-    __slots__ = ("codes", "geometry", "on", "off")
+    __slots__ = ("geometry", "on", "off")
     kind = "mask"
 
     def __init__(self, codes: Tensor, geometry: Geometry, on: float, off: float) -> None:
-        self.codes, self.geometry, self.on, self.off = codes, geometry, on, off
+        super().__init__(codes)
+        self.geometry, self.on, self.off = geometry, on, off
 
     def get(self) -> Tensor:
         geometry = self.geometry
         flat = codec.unpack_mask(self.codes, geometry.shape.numel(), self.on, self.off, geometry.dtype)
         return geometry.from_flat(flat)
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.untyped_storage().nbytes()
 
 
 class TwoValued(Mask):
@@ -220,23 +317,20 @@ class TwoValued(Mask):
     same_bits = True
 
 
-class Offsets(Kept):
+class Offsets(_Coded):
     """Small integers in a few bits; ``decode`` turns them into what was saved: a pooling's flat indices, say, or the
     classes of pixels."""
 
-    __slots__ = ("codes", "bits", "numel", "decode")
+    __slots__ = ("bits", "numel", "decode")
     kind = "offsets"
     same_bits = True
 
     def __init__(self, codes: Tensor, bits: int, numel: int, decode: Callable[[Tensor], Tensor]) -> None:
-        self.codes, self.bits, self.numel, self.decode = codes, bits, numel, decode
+        super().__init__(codes)
+        self.bits, self.numel, self.decode = bits, numel, decode
 
     def get(self) -> Tensor:
         return self.decode(codec.unpack_uint(self.codes, self.bits, self.numel, torch.int32))
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.untyped_storage().nbytes()
 
 
 class Blank(Kept):

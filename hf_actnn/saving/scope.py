@@ -22,8 +22,9 @@ from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
 from hf_actnn.saving.identity import Registry
-from hf_actnn.saving.kept import Exact, Kept, at_end_of_backward, probe
+from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.swap import ForwardPass
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
 
@@ -53,6 +54,10 @@ class Observer(Protocol):
 
     def copied(self, kept: Exact, path: str) -> None:
         """A tensor that recipes refer to was copied before it was written to."""
+        ...
+
+    def moved(self, leaf: Leaf, to_host: bool) -> None:
+        """What a leaf holds left the device, or came back; the copy on the host stays."""
         ...
 
 
@@ -87,6 +92,7 @@ class Scope:
         self.samples = 1
         self.tape: Tape | None = None
         self._packed: dict[tuple[str, str], int] = {}
+        self._swapping: ForwardPass | None = None
         session.opened()
 
     def next_stream(self) -> int:
@@ -97,13 +103,19 @@ class Scope:
 
     def run(self, place: tuple[str, Policy], forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the outermost module's own call with this scope on."""
+        session = self.session
+        if session.swappers is not None:
+            self._swapping = session.swappers.begin(self.root, place[0])
+        if session.arenas is not None:
+            session.arenas.begin()
         self.places.append(place)
         _thread.scope = self
         try:
-            if self.adaptation is not None:
-                return self._adapting(self.adaptation, forward, args, kwargs)
-            with self._hooks, self._mode:
-                return forward(*args, **kwargs)
+            with contextlib.nullcontext() if session.arenas is None else session.arenas.serving():
+                if self.adaptation is not None:
+                    return self._adapting(self.adaptation, forward, args, kwargs)
+                with self._hooks, self._mode:
+                    return forward(*args, **kwargs)
         finally:
             _thread.scope = None
             self.places.pop()
@@ -170,6 +182,7 @@ class Scope:
             kept, tensor = slot.kept, slot.tensor
             assert tensor is not None and kept is not None
             nbytes = tensor.nbytes
+            first = slot
             if type(kept) is Exact:
                 kind = "parameter" if kept.parameter else "exact"
             else:
@@ -183,6 +196,10 @@ class Scope:
             for observer in self._observers:
                 observer.saved(slot, tensor, path, function)
             slot.tensor = None
+            if self._swapping is not None and first is slot:
+                for leaf in kept.leaves():
+                    if isinstance(leaf, Leaf):
+                        self._swapping.take(leaf, self._observers)
         if replaced:
             del tensor
             codec.dropped(replaced)

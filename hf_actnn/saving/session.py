@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hf_actnn.codec.arena import Arenas
 from hf_actnn.config import ActNNConfig
 from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Kept, View
+from hf_actnn.saving.swap import Swappers
 
 if TYPE_CHECKING:
     from hf_actnn.saving.policy import Policy
@@ -104,6 +106,10 @@ class Session:
         self.notes: list[tuple[str, str, str, str, int]] = []
         self._lent: dict[int, list[weakref.ref[Exact]]] = {}
         self._until_cleaning = CLEAN_EVERY
+        #: Where codes are put and whereto what is kept is swapped, where the configuration says so. Neither goes along
+        #: when the model is copied or pickled.
+        self.arenas = Arenas() if config.uses_arena else None
+        self.swappers = Swappers(self.arenas) if config.swaps else None
 
     def key(self) -> int:
         rank = 0
@@ -125,16 +131,15 @@ class Session:
         """
         while type(kept) is View:
             kept = kept.parent
-        if type(kept) is Exact and not kept.lent:
+        if type(kept) is Exact and not kept.lent and (tensor := kept.original()) is not None:
             kept.lent = True
-            self._lent.setdefault(storage_key(kept.tensor), []).append(weakref.ref(kept))
+            self._lent.setdefault(storage_key(tensor), []).append(weakref.ref(kept))
 
     def before_write(self, tensor: Tensor) -> list[Exact]:
-        """A tensor is about to be written in place: what recipes read of its memory is copied first, and returned."""
-        copied = [kept for one in self._lent.pop(storage_key(tensor), ()) if (kept := one()) is not None]
-        for kept in copied:
-            kept.secure()
-        return copied
+        """A tensor is about to be written in place: what recipes read of its memory is secured first. Those of which a
+        copy had to be made are returned."""
+        lent = [kept for one in self._lent.pop(storage_key(tensor), ()) if (kept := one()) is not None]
+        return [kept for kept in lent if kept.secure()]
 
     def opened(self) -> None:
         """A forward pass begins. Once in a while the notes of recipes that are gone are dropped."""

@@ -172,10 +172,13 @@ def test_unused_memory_is_the_least_of_machine_and_control_group(monkeypatch, tm
     monkeypatch.setattr(buffers, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(buffers, "_CGROUP", tmp_path)
     assert buffers._unused_memory() == 0.6
+    machine = buffers.total_memory()
     (tmp_path / "memory.max").write_text("max\n")
+    assert buffers.total_memory() == machine > 1000
     (tmp_path / "memory.current").write_text("750\n")
     assert buffers._unused_memory() == 0.6
     (tmp_path / "memory.max").write_text("1000\n")
+    assert buffers.total_memory() == 1000
     (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 0\n")
     assert buffers._unused_memory() == 0.25
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 400\n")  # what a data loader has read

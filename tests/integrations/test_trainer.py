@@ -198,7 +198,6 @@ def test_without_the_flag_nothing_changes(arguments, data):
     ("flag", "error", "says"),
     [
         ({"actnn": "L9"}, ConfigError, "L9"),
-        ({"actnn": "L4"}, NotAvailableError, "L4"),
         ({"actnn_config": {"bits": 9}}, ConfigError, "9"),
         ({"actnn_config": {"bitz": 2}}, ConfigError, "bitz"),
         ({"actnn_config": "missing.json"}, ConfigError, "missing.json"),

@@ -75,10 +75,8 @@ def _origin(kept: Kept | None) -> tuple:
             kept = kept.parent
         else:
             kept = kept.parents[0]
-    if isinstance(kept, Quantized):
-        packed = kept.packed
-        if place == (0, packed.shape, packed.stride):
-            place = ()
+    if isinstance(kept, Quantized) and place == (0, kept.form.shape, kept.form.stride):
+        place = ()
     return id(kept), place
 
 
