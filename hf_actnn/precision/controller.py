@@ -160,27 +160,26 @@ class Controller:
     def _read(self, tape: Any, calls: Collection[int]) -> Reading:
         """What a step showed. Its differences from others are of all its micro-batches; the tape has some of them."""
         share = sum(min(count, MOST_CALLS) for count in calls) / max(sum(calls), 1)
-        drawn = self._drawing.take()
+        drawn = {owner: one * share for owner, one in self._drawing.take().items()}
+        if self.config.allowed_variance is None:
+            reading = sensitivity.read(tape)
+            added = sum(one.variance for one in reading.kept.values())
+            return reading._replace(drawn=_without(sum(drawn.values()), added)) if drawn else reading
         own: dict[int, float] = {}
         weights: dict[int, float] = {}
 
-        def weigh(responses: Mapping[int, float], squares: Mapping[int, float]) -> Mapping[int, float]:
+        def weigh(
+            responses: Mapping[int, float], squares: Mapping[int, float], added: Mapping[int, float]
+        ) -> Mapping[int, float]:
             for owner, response in responses.items():
-                own[owner] = drawn[owner] * share if owner in drawn else squares.get(owner, 0.0)
+                seen = drawn.get(owner)
+                own[owner] = squares.get(owner, 0.0) if seen is None else _without(seen, added.get(owner, 0.0))
                 least = max(own[owner], DEAD * response)
                 weights[owner] = 1 / least if least > 0 else 0.0
             return weights
 
-        if self.config.allowed_variance is not None:
-            reading = sensitivity.read(tape, weigh)
-            total = sum(one * weights[owner] for owner, one in own.items())
-        else:
-            reading = sensitivity.read(tape)
-            total = sum(drawn.values()) * share
-        if not drawn:
-            return reading
-        added = sum(one.variance for one in reading.kept.values())
-        return reading._replace(drawn=max(total - added, total / 4))  # what is left of much noise is not known well
+        reading = sensitivity.read(tape, weigh)
+        return reading._replace(drawn=sum(one * weights[owner] for owner, one in own.items())) if drawn else reading
 
     def bits(self) -> dict[str, float]:
         """Average bits of each kept tensor, by name: module path, operation and, from the second of its kind on, a
@@ -502,6 +501,11 @@ def _setting(config: ActNNConfig) -> dict[str, Any]:
     if config.level in ("L4", "L5"):
         values["level"] = "L3"  # where the codes are has nothing to do with their bits
     return {key: value for key, value in values.items() if key not in ("update_interval", "swap", "arena")}
+
+
+def _without(seen: float, added: float) -> float:
+    """A variance without what quantisation adds to it. What is left of much noise is not known well."""
+    return max(seen - added, seen / 4)
 
 
 def _is_alone() -> bool:

@@ -18,7 +18,7 @@ PARTS = 8
 
 
 #: See `read`.
-Weigh = Callable[[Mapping[int, float], Mapping[int, float]], Mapping[int, float]]
+Weigh = Callable[[Mapping[int, float], Mapping[int, float], Mapping[int, float]], Mapping[int, float]]
 
 
 class Kept(NamedTuple):
@@ -137,14 +137,14 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
     """The sensitivities that a `hf_actnn.saving.tape.Tape` holds once its backward pass has run.
 
     Args:
-        weigh: from each parameter's squared response to a gradient of random signs, and from its squared gradient, both
-            by owner (see `Node.owners`), the weights that squared changes of their gradients count with. All alike if
-            not given.
+        weigh: from each parameter's squared response to a gradient of random signs, from its squared gradient, and from
+            the variance that quantisation adds to it, all by owner (see `Node.owners`), the weights that squared
+            changes of their gradients count with. All alike if not given.
     """
     values = _Values(tape)
     weights: Mapping[int, float] | None = None
     if weigh is not None:
-        weights = weigh(*(_by_owner(tape, name, values) for name in ("parameters", "made")))
+        weights = weigh(*(_by_owner(tape, name, values) for name in ("parameters", "made")), _added(tape, values))
 
     def weighted(sums: Mapping[int, torch.Tensor]) -> float:
         if weights is None:
@@ -171,6 +171,29 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
         kept[key] = Kept(cost, variance[key], size, parts(spread), item.low, item.high, sizes, item.asked)
     squared = sum(weighted(node.made) for node in tape.nodes)
     return Reading(kept, sum(parameters), _minibatch(tape, weighted, parameters), squared)
+
+
+def _added(tape: Any, values: Any) -> dict[int, float]:
+    """By owner, the variance that the bits of this step add. What `amplification` sums up from parameters to nodes is
+    handed on from nodes to parameters here."""
+    added: dict[int, float] = {}
+    arriving = [0.0] * len(tape.nodes)
+    for harm in tape.harms:
+        for owner, one in harm.direct.items():
+            added[owner] = added.get(owner, 0.0) + values(one)
+        for into, moved in harm.carried:
+            arriving[into] += values(moved)
+    for at in reversed(range(len(tape.nodes))):
+        node, out = tape.nodes[at], values(tape.nodes[at].out)
+        share = arriving[at] / out if out > 0 else 0.0
+        if not share:
+            continue
+        for owner, one in node.parameters.items():
+            added[owner] = added.get(owner, 0.0) + share * values(one)
+        for where, one in zip(node.following, node.ins, strict=True):
+            if where >= 0:
+                arriving[where] += share * values(one)
+    return added
 
 
 def _by_owner(tape: Any, name: str, values: Any) -> dict[int, float]:

@@ -576,6 +576,22 @@ def test_auto_leaves_no_parameter_to_the_noise(monkeypatch):
     assert max(share for name, share in summed.items() if name.startswith("small")) > 3 * max(found.values())
 
 
+def test_noise_does_not_pass_for_the_gradient_s_own_variance(monkeypatch):
+    """Gradients of steps differ by what quantisation adds too. A parameter that has more noise than gradient would get
+    ever more if that counted as its own."""
+
+    def run() -> float:
+        model, controller = adaptive(TwoScales(), bits="auto", max_added_variance=1.0, update_interval=4)
+        train(model, controller, range(24), lr=0.0)
+        controller.active = False
+        found = shares(model)
+        return sum(found.values()) / len(found)
+
+    assert 0.5 * AIM < run() < 2 * AIM
+    monkeypatch.setattr(module, "_without", lambda seen, added: seen)
+    assert run() > 2 * AIM
+
+
 class Exponential(nn.Module):
     """A weight that is the exponential of a parameter, and twenty times as steep."""
 
@@ -595,7 +611,7 @@ def test_auto_knows_a_weight_that_is_computed_from_a_parameter():
     model, controller = adaptive(Exponential(), bits="auto", max_added_variance=0.1, update_interval=4)
     train(model, controller, range(16), lr=0.0)
     controller.active = False
-    assert shares(model)["logarithm"] < 0.025  # 0.05 where the units are mixed up
+    assert shares(model)["logarithm"] < 0.04  # 0.05 where the units are mixed up
 
 
 def test_auto_does_not_serve_a_bias_that_has_no_gradient():

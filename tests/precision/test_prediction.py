@@ -486,14 +486,21 @@ def test_accumulated_gradients_add_up():
 
 @pytest.mark.parametrize("name", ["0.weight", "2.weight"])
 def test_weights_single_out_a_parameter(name):
-    """With the weight of one parameter alone, what a tape says is the variance of that one's gradient."""
+    """With the weight of one parameter alone, what a tape says is the variance of that one's gradient, and that is what
+    the choice of weights is told beforehand."""
     run = classify(normal(64, 32))
     model = seeded(mlp)
     (tape,) = collect(model, run, 3)
     hf_actnn.controller(model).active = False
     chosen = dict(model.named_parameters())[name]
     owner = id(chosen)
-    reading = sensitivity.read(tape, lambda responses, squares: {owner: 2.0})
+    told = []
+
+    def weigh(responses, squares, added):
+        told.append(added[owner])
+        return {owner: 2.0}
+
+    reading = sensitivity.read(tape, weigh)
     errors = []
     for _ in range(200):
         model.zero_grad()
@@ -501,6 +508,17 @@ def test_weights_single_out_a_parameter(name):
         errors.append(chosen.grad.double().flatten())
     found = sum(one.variance for one in reading.kept.values())
     assert found == pytest.approx(2 * float(torch.stack(errors).var(0).sum()), rel=0.2)
+    assert told == [pytest.approx(found / 2, rel=1e-6)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_added_to_parameters_is_what_kept_tensors_cause(name):
+    build, shape, _ = NETWORKS[name]
+    (tape,) = collect(seeded(build), classify(normal(*shape)), 2)
+    told: dict[int, float] = {}
+    reading = sensitivity.read(tape, lambda responses, squares, added: told.update(added) or dict.fromkeys(added, 1.0))
+    assert len(told) > 3
+    assert sum(told.values()) == pytest.approx(sum(one.variance for one in reading.kept.values()), rel=1e-6)
 
 
 def test_two_backward_passes_of_one_graph():
