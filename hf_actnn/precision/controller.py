@@ -39,7 +39,7 @@ ALIKE = 0.95
 #: bias before a normalisation is nothing but rounding, and so is what is added to it.
 DEAD = 0.1
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
-AIM = 0.5
+AIM = 0.65
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
 _VERSION = 2
