@@ -587,9 +587,9 @@ def test_noise_does_not_pass_for_the_gradient_s_own_variance(monkeypatch):
         found = shares(model)
         return sum(found.values()) / len(found)
 
-    assert 0.5 * AIM < run() < 2 * AIM
+    assert 0.5 * AIM < run() < 1.5 * AIM
     monkeypatch.setattr(module, "_without", lambda seen, added: seen)
-    assert run() > 2 * AIM
+    assert run() > 1.5 * AIM
 
 
 class Exponential(nn.Module):
@@ -611,7 +611,7 @@ def test_auto_knows_a_weight_that_is_computed_from_a_parameter():
     model, controller = adaptive(Exponential(), bits="auto", max_added_variance=0.1, update_interval=4)
     train(model, controller, range(16), lr=0.0)
     controller.active = False
-    assert shares(model)["logarithm"] < 0.04  # 0.05 where the units are mixed up
+    assert shares(model)["logarithm"] < 0.08 * AIM  # 0.1 where the units are mixed up
 
 
 def test_auto_does_not_serve_a_bias_that_has_no_gradient():
