@@ -215,6 +215,12 @@ void scale_by_mask(uintptr_t values, uintptr_t codes, int64_t numel, double on, 
       [&](int64_t first, int64_t last) { kernels->scale_by_mask(args, first, last); });
 }
 
+void select_by_mask(uintptr_t x, int dtype, uintptr_t codes, int64_t numel, uintptr_t out, int threads) {
+  const SelectByMaskArgs args{pointer<const void>(x), dtype, pointer<const uint8_t>(codes), numel, pointer<void>(out)};
+  run(ceil_div(numel, kMaskGroup), numel, threads,
+      [&](int64_t first, int64_t last) { kernels->select_by_mask(args, first, last); });
+}
+
 void affine(uintptr_t values, int64_t numel, int64_t channels, int64_t inner, uintptr_t scale, uintptr_t shift,
             int threads) {
   const AffineArgs args{pointer<const float>(scale), pointer<const float>(shift), channels, inner,
@@ -272,6 +278,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("pack_mask", &pack_mask);
   m.def("unpack_mask", &unpack_mask);
   m.def("scale_by_mask", &scale_by_mask);
+  m.def("select_by_mask", &select_by_mask);
   m.def("affine", &affine);
   m.def("normalize", &normalize);
   m.def("pack_uint", &pack_uint);

@@ -71,6 +71,8 @@ class ActNNConfig:
             memory; ``None`` takes the level's. On a CPU there is nothing to swap to, and one warning says so.
         arena: whether the codes of a step share one allocation per device, so that their changing sizes do not cut the
             allocator's memory to pieces; ``None`` takes the level's.
+        fused_backward: whether the backward passes of ReLU, GELU and SiLU read codes of large tensors as they are, in
+            place of the tensors decoded beforehand.
 
     Raises:
         ConfigError: a field that cannot mean anything.
@@ -90,6 +92,7 @@ class ActNNConfig:
     per_tensor: bool | None = None
     swap: bool | None = None
     arena: bool | None = None
+    fused_backward: bool = True
     _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
@@ -105,6 +108,7 @@ class ActNNConfig:
         _check_level(self.level)
         for name in ("per_sample", "per_tensor", "exact_norms", "swap", "arena"):
             _check_yes_or_no(name, getattr(self, name))
+        _check_on_or_off("fused_backward", self.fused_backward)
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
         if self.update_interval is not None:
@@ -314,6 +318,18 @@ def _check_yes_or_no(name: str, value: Any) -> None:
                 expected="True, False or None",
                 received=repr(value),
                 next_step="Leave it out to take the level's",
+            )
+        )
+
+
+def _check_on_or_off(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(
+            message(
+                f"`{name}` is neither on nor off",
+                expected="True or False",
+                received=repr(value),
+                next_step="Leave it out for True",
             )
         )
 

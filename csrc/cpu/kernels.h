@@ -59,6 +59,14 @@ struct ScaleByMaskArgs {
   float* values;  // times on or 0, in place
 };
 
+struct SelectByMaskArgs {
+  const void* x;
+  int dtype;
+  const uint8_t* codes;
+  int64_t numel;
+  void* out;  // x where the bit is set, 0 elsewhere
+};
+
 struct AffineArgs {
   const float* scale;  // [channels], and shift too
   const float* shift;
@@ -96,6 +104,7 @@ struct Kernels {
   void (*pack_mask)(const PackMaskArgs&, int64_t first, int64_t last);  // groups of 256 elements, here and below
   void (*unpack_mask)(const UnpackMaskArgs&, int64_t first, int64_t last);
   void (*scale_by_mask)(const ScaleByMaskArgs&, int64_t first, int64_t last);
+  void (*select_by_mask)(const SelectByMaskArgs&, int64_t first, int64_t last);
   void (*affine)(const AffineArgs&, int64_t first, int64_t last);        // runs of inner values
   void (*normalize)(const NormalizeArgs&, int64_t first, int64_t last);  // rows
   void (*pack_uint)(const PackUintArgs&, int64_t first, int64_t last);

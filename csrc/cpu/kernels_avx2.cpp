@@ -8,7 +8,7 @@
 
 namespace hf_actnn {
 
-extern const Kernels kAvx2 = {"avx2",        quantize, ranges,    dequantize, pack_mask,  unpack_mask,
-                              scale_by_mask, affine,   normalize, pack_uint,  unpack_uint};
+extern const Kernels kAvx2 = {"avx2",        quantize,       ranges, dequantize, pack_mask, unpack_mask,
+                              scale_by_mask, select_by_mask, affine, normalize,  pack_uint, unpack_uint};
 
 }  // namespace hf_actnn

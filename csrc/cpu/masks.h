@@ -113,6 +113,43 @@ void scale_by_mask(const ScaleByMaskArgs& args, int64_t first, int64_t last) {
   }
 }
 
+template <int J = 0>
+ALWAYS_INLINE void select_full(const uint8_t* codes, const float* x, float* out) {
+  for (int i = 0; i < 32; i += Simd::W)
+    Simd::store(out + 32 * J + i, Simd::template choose<J>(codes + i, Simd::load(x + 32 * J + i), Simd::set1(0.0f)));
+  if constexpr (J < 7) select_full<J + 1>(codes, x, out);
+}
+
+// T is an unsigned integer as wide as the dtype: nan is handed on as it is.
+template <class T>
+void select_bits(const uint8_t* bits, const char* x, int64_t n, char* out) {
+  for (int64_t i = 0; i < n; ++i) ((T*)out)[i] = bits[i] != 0 ? ((const T*)x)[i] : (T)0;
+}
+
+void select_by_mask(const SelectByMaskArgs& args, int64_t first, int64_t last) {
+  alignas(64) uint8_t bits[kMaskGroup + 2 * kSlack];
+  const int64_t size = item_size(args.dtype);
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t n = mask_group_size(g, args.numel);
+    const uint8_t* codes = args.codes + g * (kMaskGroup / 8);
+    const char* x = (const char*)args.x + g * kMaskGroup * size;
+    char* out = (char*)args.out + g * kMaskGroup * size;
+    if (size == 4 && n == kMaskGroup) {
+      select_full(codes, (const float*)x, (float*)out);
+      continue;
+    }
+    unpack_group<1>(codes, n, bits);
+    if (size == 8)
+      select_bits<uint64_t>(bits, x, n, out);
+    else if (size == 4)
+      select_bits<uint32_t>(bits, x, n, out);
+    else if (size == 2)
+      select_bits<uint16_t>(bits, x, n, out);
+    else
+      select_bits<uint8_t>(bits, x, n, out);
+  }
+}
+
 void pack_uint(const PackUintArgs& args, int64_t first, int64_t last) {
   alignas(64) uint8_t codes[kMaskGroup + 2 * kSlack];
   const PackGroup pack = packer(args.bits);

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,35 @@ class PackedTensor:
             groups, values = self.patch
             flat[_positions(groups, self.numel, self.row_length, self.group_size)] = values.to(dtype)
         return flat.as_strided(self.shape, self.stride)
+
+    @property
+    def unit(self) -> int:
+        """Elements of which :meth:`part` gives any number in a row: a row, or a sample where widths differ. 0 where
+        there are only the values of the whole."""
+        if self.patch is not None or self.code != "uniform":
+            return 0
+        return self.row_length if self.widths is None else self.numel // self.widths.numel()
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Some of the values in storage order: one dimension. Both ends are multiples of :attr:`unit`."""
+        length, size = self.row_length, stop - start
+        groups_per_row = ops.plan(length, length, 1, self.group_size).n_groups
+        meta = self.meta[start // length * groups_per_row : stop // length * groups_per_row]
+        if self.widths is None:
+            bits: Any = self.bits
+            first, last = (self._nbytes_of(end, bits) for end in (start, stop))
+            back: Any = ops.dequantize
+        else:
+            each = self.unit
+            before, bits = self.widths[: start // each], self.widths[start // each : stop // each]
+            sizes = reference.sample_nbytes(each, length, self.group_size)
+            first = sum(sizes[width] for width in before.tolist())
+            last = first + sum(sizes[width] for width in bits.tolist())
+            back = mixed.dequantize
+        return back(self.codes[first:last], meta, bits, length, self.group_size, size, self.dtype)
+
+    def _nbytes_of(self, numel: int, bits: int) -> int:
+        return ops.plan(numel, self.row_length, bits, self.group_size).nbytes if numel else 0
 
     def __repr__(self) -> str:
         exact = "" if self.patch is None else f", {len(self.patch[0])} groups exact"

@@ -43,6 +43,8 @@ AIM = 0.65
 #: Forward passes without a call of `step` after which its absence is reported.
 FORGOTTEN = 256
 _VERSION = 2
+#: What may differ between the configuration that a state was made with and the one that it is loaded into.
+_FREE = frozenset({"update_interval", "swap", "arena", "fused_backward"})
 
 
 class _Items:
@@ -500,7 +502,7 @@ def _setting(config: ActNNConfig) -> dict[str, Any]:
     values = {**config.to_dict(), "level": config.level, "bits": config.bits}
     if config.level in ("L4", "L5"):
         values["level"] = "L3"  # where the codes are has nothing to do with their bits
-    return {key: value for key, value in values.items() if key not in ("update_interval", "swap", "arena")}
+    return {key: value for key, value in values.items() if key not in _FREE}
 
 
 def _without(seen: float, added: float) -> float:

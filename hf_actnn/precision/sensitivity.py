@@ -144,7 +144,8 @@ def read(tape: Any, weigh: Weigh | None = None) -> Reading:
     values = _Values(tape)
     weights: Mapping[int, float] | None = None
     if weigh is not None:
-        weights = weigh(*(_by_owner(tape, name, values) for name in ("parameters", "made")), _added(tape, values))
+        responses, squares = (_by_owner(tape, name, values) for name in ("parameters", "made"))
+        weights = weigh(responses, squares, _added(tape, values))
 
     def weighted(sums: Mapping[int, torch.Tensor]) -> float:
         if weights is None:

@@ -45,7 +45,7 @@ class Slot:
     known, and with them the role of each save.
     """
 
-    __slots__ = ("tensor", "kept", "reason", "where", "shared", "__weakref__")
+    __slots__ = ("tensor", "kept", "reason", "where", "shared", "fused", "__weakref__")
 
     def __init__(self, tensor: Tensor, where: str) -> None:
         self.tensor: Tensor | None = tensor
@@ -54,6 +54,8 @@ class Slot:
         self.where = where
         #: Whether other saves are given back by the same object; see `scope._Rebuilt`.
         self.shared = False
+        #: Whether the operation's backward function may read codes; see `saving.fused`.
+        self.fused = False
 
     def get(self) -> Tensor:
         if self.kept is None:
@@ -435,6 +437,10 @@ class Call:
         slot.kept = mask = Mask(codes, geometry, on, off)
         return mask
 
+    def fuse(self, slot: Slot) -> None:
+        """Let the backward function read the codes of this save, where the configuration says so."""
+        slot.fused = self.scope.fuses
+
     # -- recipes for outputs ---------------------------------------------------------------------------------------
 
     def kept_of(self, tensor: Any) -> Kept | None:
@@ -450,6 +456,8 @@ class Call:
         writes: bool = False,
         repeats: bool = False,
         linear: bool = False,
+        samples: tuple[bool, ...] = (),
+        elementwise: bool = False,
         output: Tensor | None = None,
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
@@ -461,7 +469,8 @@ class Call:
         if repeats and function is not None:
             function = as_now(function, output.device.type)
         known: Sequence[Kept] = parents  # type: ignore[assignment]
-        kept = Recipe(name, function, known, output, writes=writes, repeats=repeats, linear=linear)
+        how: dict[str, Any] = {"repeats": repeats, "linear": linear, "samples": samples, "elementwise": elementwise}
+        kept = Recipe(name, function, known, output, writes=writes, **how)
         scope = self.scope
         scope.registry.learn(output, kept)
         for parent in known:

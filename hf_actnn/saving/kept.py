@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +96,22 @@ class Kept:
 
     def leaves(self) -> Iterator[Kept]:
         yield self
+
+    @property
+    def form(self) -> Any:
+        """What has the shape, stride, dtype and device of the tensor, where it fills its memory; else None."""
+        return None
+
+    @property
+    def unit(self) -> int:
+        """Elements of which :meth:`part` gives any number in a row, in storage order; 0 where only the whole can be
+        had."""
+        return 0
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Some of the values in storage order, one dimension, the caller's own. Both ends are multiples of
+        :attr:`unit`."""
+        raise TypeError(f"{type(self).__name__} cannot be had in parts")
 
     @property
     def nbytes(self) -> int:
@@ -216,14 +233,25 @@ class Quantized(Leaf):
     the tensor's where bits are chosen; ``item`` says more of it on a step that is measured.
     """
 
-    __slots__ = ("form", "name", "item")
+    __slots__ = ("_form", "name", "item")
     kind = "quantized"
 
     def __init__(self, packed: codec.PackedTensor, name: str = "", item: Any = None) -> None:
-        self.form = packed
+        self._form = packed
         self.name = name
         self.item = item
         self.swapped = None
+
+    @property
+    def form(self) -> codec.PackedTensor:
+        return self._form
+
+    @property
+    def unit(self) -> int:
+        return self._form.unit
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.packed.part(start, stop)
 
     @property
     def packed(self) -> codec.PackedTensor:
@@ -234,7 +262,7 @@ class Quantized(Leaf):
 
     def hand_over(self, swapped: Swapped) -> None:
         codes, meta = self.parts()
-        self.swapped, self.form = swapped, self.form.holding(stand_in(codes), stand_in(meta))
+        self.swapped, self._form = swapped, self.form.holding(stand_in(codes), stand_in(meta))
 
     def get(self) -> Tensor:
         value = self.packed.dequantize()
@@ -254,6 +282,16 @@ class Geometry:
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    @property
+    def per_sample(self) -> int:
+        """Elements of one entry of the first dimension, where storage holds one after the other; else 0."""
+        size = self.shape[1:].numel()
+        return size if self.shape and (self.stride[0] == size or self.shape[0] == 1) else 0
+
+    def like(self, form: Any) -> bool:
+        """Whether values in storage order are the same elements of both."""
+        return tuple(self.shape) == tuple(form.shape) and tuple(self.stride) == tuple(form.stride)
 
     def empty(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
@@ -304,6 +342,10 @@ class Mask(_Coded):
         super().__init__(codes)
         self.geometry, self.on, self.off = geometry, on, off
 
+    @property
+    def form(self) -> Geometry:
+        return self.geometry
+
     def get(self) -> Tensor:
         geometry = self.geometry
         flat = codec.unpack_mask(self.codes, geometry.shape.numel(), self.on, self.off, geometry.dtype)
@@ -346,6 +388,13 @@ class Blank(Kept):
         return self.geometry.empty()
 
 
+class _Form(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class View(Kept):
     """Another view of a tensor that is kept."""
 
@@ -369,6 +418,23 @@ class View(Kept):
     def get(self) -> Tensor:
         return self.of(self.parent.get())
 
+    @property
+    def form(self) -> Any:
+        """Of a view that has all values of what it is a view of, in whatever shape."""
+        form = self.parent.form
+        if form is None or self.offset or self.shape.numel() != math.prod(form.shape):
+            return None
+        if not is_dense(self.shape, self.stride):
+            return None
+        return _Form(self.shape, self.stride, form.dtype, form.device)
+
+    @property
+    def unit(self) -> int:
+        return self.parent.unit
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.parent.part(start, stop)
+
     def of(self, value: Tensor) -> Tensor:
         """This view of what the parent has given back."""
         return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
@@ -382,9 +448,10 @@ class Recipe(Kept):
     overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
     the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
     that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
-    gives a result that is."""
+    gives a result that is. ``samples``: which parents run along the samples, as the first one does; the function may
+    then be called with some of these. ``elementwise``: it may be called with any run of values of its parents."""
 
-    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats", "linear")
+    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats", "linear", "samples", "elementwise")
 
     def __init__(
         self,
@@ -396,9 +463,11 @@ class Recipe(Kept):
         writes: bool = False,
         repeats: bool = False,
         linear: bool = False,
+        samples: tuple[bool, ...] = (),
+        elementwise: bool = False,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
-        self.repeats, self.linear = repeats, linear
+        self.repeats, self.linear, self.samples, self.elementwise = repeats, linear, samples, elementwise
         self.geometry = Geometry(like)
 
     def of(self, parents: Sequence[Kept]) -> Recipe:
@@ -424,6 +493,37 @@ class Recipe(Kept):
         if self.writes and not (self.parents[0].fresh and fills_its_memory(values[0])):
             values[0] = values[0].clone()
         return self.geometry.fit(values[0] if self.function is None else self.function(*values))
+
+    @property
+    def form(self) -> Geometry:
+        return self.geometry
+
+    @property
+    def unit(self) -> int:
+        if self.elementwise:
+            return math.lcm(*(self._unit_of(parent) for parent in self.parents))
+        if not self.samples:
+            return 0
+        return math.lcm(self._unit_of(self.parents[0]), self.geometry.per_sample)
+
+    def _unit_of(self, parent: Kept) -> int:
+        return parent.unit if parent.form is not None and self.geometry.like(parent.form) else 0
+
+    def part(self, start: int, stop: int) -> Tensor:
+        assert self.function is not None
+        if self.elementwise:
+            value = self.function(*(parent.part(start, stop) for parent in self.parents))
+            return value.to(self.geometry.dtype)
+        geometry = self.geometry
+        first, last = start // geometry.per_sample, stop // geometry.per_sample
+        shape = (last - first, *geometry.shape[1:])
+        values = [self.parents[0].part(start, stop).view(-1).as_strided(shape, geometry.stride)]
+        for parent, along in zip(self.parents[1:], self.samples[1:], strict=True):
+            values.append(parent.get()[first:last] if along else parent.get())
+        value = self.function(*values)
+        if value.stride() != values[0].stride() or value.dtype != geometry.dtype:
+            value = torch.empty_strided(shape, geometry.stride, dtype=geometry.dtype, device=value.device).copy_(value)
+        return value.as_strided((stop - start,), (1,), value.storage_offset())
 
     def leaves(self) -> Iterator[Kept]:
         for parent in self.parents:
@@ -452,6 +552,24 @@ class Masked(Kept):
         if value.stride() == mask.geometry.stride and value.shape == mask.geometry.shape:
             return codec.scale_by_mask_(value, mask.codes, self.on)
         return value.mul_(mask.get() != mask.off).mul_(self.on)
+
+    @property
+    def form(self) -> Geometry:
+        return self.geometry
+
+    @property
+    def unit(self) -> int:
+        form, geometry = self.source.form, self.geometry
+        alike = form is not None and geometry.like(form) and geometry.like(self.mask.geometry)
+        return self.source.unit if alike and form.dtype == geometry.dtype else 0
+
+    def part(self, start: int, stop: int) -> Tensor:
+        value, before = self.source.part(start, stop), start % 256
+        codes = self.mask.codes[(start - before) // 8 : -(-stop // 8)]
+        if not before:
+            return codec.scale_by_mask_(value, codes, self.on)
+        bits = codec.unpack_mask(codes, stop - start + before)[before:]
+        return value.mul_(bits).mul_(self.on)
 
     def leaves(self) -> Iterator[Kept]:
         yield from self.source.leaves()

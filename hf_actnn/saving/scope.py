@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
+from hf_actnn.saving.fused import deferred
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
@@ -93,6 +95,8 @@ class Scope:
         self.tape: Tape | None = None
         self._packed: dict[tuple[str, str], int] = {}
         self._swapping: ForwardPass | None = None
+        #: Whether backward functions may read codes.
+        self.fuses = session.config.fused_backward
         session.opened()
 
     def next_stream(self) -> int:
@@ -397,9 +401,15 @@ def _given_back(slot: Slot) -> Tensor:
         with torch.no_grad():
             return slot.get()
     kept = slot.kept
-    if kept is None or slot.shared:
-        return _rebuilt.get(slot)
-    return kept.get()  # the usual case
+    if slot.fused and kept is not None and probe.read is None and probe.values is None:
+        stand_in = deferred(kept, partial(_whole, slot))
+        if stand_in is not None:
+            return stand_in
+    return _whole(slot)
+
+
+def _whole(slot: Slot) -> Tensor:
+    return _rebuilt.get(slot) if slot.shared else slot.get()
 
 
 #: Types of attributes that are no tensors, of all modules seen.

@@ -53,6 +53,7 @@ def _smooth(
     again: Callable[[Call], Callable[[Tensor], Tensor]],
     bounded: str = "the derivative is bounded and continuous in the input",
     sides: Callable[[Call], Sides | None] = lambda call: None,
+    fused: bool = False,
 ) -> Rule:
     """A rule for a function that saves its input and whose derivative is bounded in it.
 
@@ -60,6 +61,7 @@ def _smooth(
         again: from the call, the function that computes its output from its input once more, in place: an MLP's hidden
             layer is the largest tensor there is, and a second one beside it would be the peak.
         sides: from the call, what to do where the derivative jumps; None where it does not.
+        fused: whether there is a backward pass that reads codes.
     """
 
     def keep(call: Call) -> None:
@@ -69,7 +71,9 @@ def _smooth(
                 return
             kept = call.data_argument(slot, call.argument(0, "input"))
             kept = _sided(call, slot, tensor, kept, sides(call))
-            call.output_recipe(call.name, again(call), [kept], writes=True)
+            if fused:
+                call.fuse(slot)
+            call.output_recipe(call.name, again(call), [kept], writes=True, elementwise=True)
 
     return register(
         Rule(names[0], keep, bounded=bounded, needs_before=True),
@@ -96,8 +100,8 @@ def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
     return lambda value: torch.ops.aten.softplus.out(value, beta, threshold, out=value)
 
 
-GELU = _smooth(("gelu",), _gelu)
-SILU = _smooth(("silu",), _plain(F.silu))
+GELU = _smooth(("gelu",), _gelu, fused=True)
+SILU = _smooth(("silu",), _plain(F.silu), fused=True)
 MISH = _smooth(("mish",), _plain(F.mish))
 
 
@@ -195,6 +199,7 @@ def _keep_relu(call: Call) -> None:
     for slot, result in call.open_slots():
         # threshold_backward passes the gradient where not (y <= 0): nan passes it.
         mask = call.mask(slot, result, "not_le", 0.0, 0.0, on=1.0, off=0.0)
+        call.fuse(slot)
         call.output_masked(call.before, mask, 1.0)
 
 
@@ -208,6 +213,7 @@ def _keep_threshold(call: Call) -> None:
     for slot, tensor in call.open_slots():
         if abs(limit) < 128:  # beyond, limit + 1 may be limit in the narrowest dtype
             call.mask(slot, tensor, "not_le", limit, 0.0, on=limit + 1, off=limit - 1)
+            call.fuse(slot)
 
 
 THRESHOLD = register(
@@ -238,7 +244,9 @@ LEAKY_RELU = register(
 )
 
 
-def _keep_between(call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor]) -> None:
+def _keep_between(
+    call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor], slope_is_one: bool = True
+) -> None:
     """The derivative is constant between two corners and zero outside: one bit."""
     on, off = inside_and_outside(low, high)
     for slot, tensor in call.open_slots():
@@ -246,6 +254,8 @@ def _keep_between(call: Call, low: float, high: float, predicate: str, again: Ca
         if on is None or off is None or not max(abs(on), abs(off)) * (1 + _MARGIN) < limit:
             continue
         call.mask(slot, tensor, predicate, low, high, on=on, off=off)
+        if slope_is_one:
+            call.fuse(slot)
         call.output_recipe(call.name, again, [call.before])
 
 
@@ -285,7 +295,7 @@ def _within(call: Call) -> str:
 
 def _keep_hardsigmoid(call: Call) -> None:
     # hardsigmoid_backward passes the gradient where -3 < x < 3: nan stops it.
-    _keep_between(call, -3.0, 3.0, "strict_inside", F.hardsigmoid)
+    _keep_between(call, -3.0, 3.0, "strict_inside", F.hardsigmoid, slope_is_one=False)
 
 
 _ONE_BIT: dict[str, Any] = {"bounded": "one exact bit per value", "needs_before": True, "lossless": True}

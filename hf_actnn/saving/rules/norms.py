@@ -48,6 +48,7 @@ def _keep_input(call: Call, rows: str | None) -> tuple[Kept | None, list[Slot]]:
             source = call.exact(slot, _EXACT_NORMS)
         else:
             source = call.data_argument(slot, data, rows)
+            call.fuse(slot)
     return source, rest
 
 
@@ -147,7 +148,9 @@ def _keep_batch_norm(call: Call) -> None:
         shift = (parameters[-1] if has_bias else 0) - middle * scale
         return codec.channel_affine_(_widened(value, scale), scale, shift)
 
-    call.output_recipe(call.name, rebuild, [source, *statistics, *_parameters(call, weight, bias)], writes=True)
+    parents = [source, *statistics, *_parameters(call, weight, bias)]
+    samples = (True,) + (False,) * (len(parents) - 1)
+    call.output_recipe(call.name, rebuild, parents, writes=True, samples=samples)
 
 
 def _keep_instance_norm(call: Call) -> None:
@@ -189,7 +192,10 @@ def _keep_layer_norm(call: Call) -> None:
             parameters[-1] if has_bias else None,
         )
 
-    call.output_recipe(call.name, rebuild, [source, *statistics, *_parameters(call, weight, bias)], writes=True)
+    parents = [source, *statistics, *_parameters(call, weight, bias)]
+    along = data.dim() > len(normalized)  # else all of it is one sample
+    samples = (along,) * 3 + (False,) * (len(parents) - 3) if along else ()
+    call.output_recipe(call.name, rebuild, parents, writes=True, samples=samples)
 
 
 def _keep_group_norm(call: Call) -> None:

@@ -1,0 +1,66 @@
+"""Backward passes of activations that read codes as they are.
+
+They do what autograd's own functions do with the decoded tensor, which is their reference: `threshold_backward`,
+`gelu_backward` and `silu_backward` of `torch.ops.aten`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_actnn.codec import mixed, ops
+from hf_actnn.codec.packed import PackedTensor
+
+#: Activations whose derivative the CUDA kernels know, by operator and the value of `approximate`.
+_FUNCTIONS = {
+    (torch.ops.aten.gelu_backward.default, "none"): 0,
+    (torch.ops.aten.gelu_backward.default, "tanh"): 1,
+    (torch.ops.aten.silu_backward.default, "none"): 2,
+}
+
+
+def select_by_mask(x: Tensor, codes: Tensor) -> Tensor:
+    """The values where a mask's bit is set, and 0 elsewhere, whatever the value: the backward pass of a ReLU.
+
+    Args:
+        x: flat, of a dtype that masks have.
+        codes: from :func:`~hf_actnn.codec.pack_mask`, of as many elements.
+
+    Returns:
+        Flat, of the same dtype.
+    """
+    kernel = getattr(ops._direct(x), "select_by_mask", None)
+    if kernel is None:
+        return torch.where(ops.unpack_mask(codes, x.numel()), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    out = torch.empty_like(x)
+    ops._launch(kernel, x, x.data_ptr(), ops._CODE[x.dtype], codes.data_ptr(), x.numel(), out.data_ptr())
+    return out
+
+
+def activation_backward(function: Any, grad: Tensor, packed: PackedTensor, approximate: str = "none") -> Tensor | None:
+    """What ``function(grad, packed.dequantize())`` returns, where a kernel computes it in one pass.
+
+    Args:
+        function: the operator, `gelu_backward` or `silu_backward`.
+        grad: flat, in the storage order and the dtype of the packed tensor.
+        approximate: as GELU has it.
+
+    Returns:
+        Flat; None where there is no such kernel, as on a CPU.
+    """
+    number = _FUNCTIONS.get((function, approximate))
+    kernels = ops._direct(grad) if grad.is_cuda and packed.patch is None and packed.code == "uniform" else None
+    if number is None or kernels is None or not hasattr(kernels, "activation_backward"):
+        return None
+    out = torch.empty_like(grad)
+    cut = (packed.codes.data_ptr(), packed.meta.data_ptr(), packed.numel, packed.row_length, packed.group_size)
+    last = (ops._CODE[grad.dtype], number, grad.data_ptr(), out.data_ptr())
+    if packed.widths is None:
+        ops._launch(kernels.activation_backward, grad, *cut, packed.bits, *last)
+    else:
+        places = mixed._places(packed.widths, mixed._room(packed.widths, grad))
+        ops._launch(kernels.activation_backward_mixed, grad, *cut, *places, *last)
+    return out

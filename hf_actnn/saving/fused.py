@@ -1,0 +1,256 @@
+"""Saved tensors that are never decoded as a whole, where their backward function can do without.
+
+Autograd hands what a saved-tensor hook returns to the operation's backward function. A `Deferred` has the sizes of the
+tensor and none of its memory: a function of the table below is dispatched to one that reads codes, or the values of
+some samples after the other, and any other function gets all values as ever. So a backward pass holds the incoming and
+the outgoing gradient of a layer, and no third tensor of their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hf_actnn import codec
+from hf_actnn.codec import backward
+from hf_actnn.saving.kept import Kept, Mask, Quantized
+
+#: Fewest elements for which it pays, by kind of device: a tensor that is dispatched on costs some 20 microseconds.
+SMALLEST = {"cpu": 2**18, "cuda": 2**20}
+#: Elements that an elementwise function reads at a time: a megabyte in float32, about what a core's own cache holds.
+RUN = 2**18
+#: Parts of a batch that products and convolutions are cut into at most. Each adds to the gradient of the weight, so a
+#: part is no smaller than that.
+PARTS = 8
+
+aten = torch.ops.aten
+
+
+class Deferred(Tensor):
+    """Stands for what a kept tensor gives back."""
+
+    kept: Kept
+    #: Gives all values.
+    whole: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, kept: Kept, whole: Callable[[], Tensor]) -> Deferred:
+        form = kept.form
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, form.shape, strides=form.stride, dtype=form.dtype, device=form.device
+        )
+        made.kept, made.whole = kept, whole
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if function is aten.detach.default:  # autograd makes its own tensor of what a hook returns
+            return cls(args[0].kept, args[0].whole)
+        fused = _FUSED.get(function)
+        if fused is not None and type(args[0]) is Tensor and type(args[1]) is cls:
+            found = fused(function, *args, **kwargs)
+            if found is not None:
+                return found
+        args, kwargs = tree_map(_values, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _values(value: Any) -> Any:
+    return value.whole() if isinstance(value, Deferred) else value
+
+
+def deferred(kept: Kept, whole: Callable[[], Tensor]) -> Deferred | None:
+    """A stand-in for what ``kept`` gives back to a backward pass that is under way; None where it would not pay.
+
+    Args:
+        whole: gives all values, where they are asked for.
+    """
+    form = kept.form
+    if form is None or math.prod(form.shape) < SMALLEST.get(form.device.type, math.inf):
+        return None
+    if not (kept.unit and form.device.type == "cpu") and type(kept) not in (Quantized, Mask):
+        return None
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    return Deferred(kept, whole)
+
+
+def _runs(kept: Kept, numel: int, least: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Where to cut the values, in storage order, into runs of about so many; a run is a multiple of ``multiple``.
+    Empty where that is not possible."""
+    unit = math.lcm(kept.unit, multiple)
+    if not unit or numel % unit:
+        return []
+    step = -(-least // unit) * unit
+    return [(start, min(start + step, numel)) for start in range(0, numel, step)]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In storage order, of a tensor without gaps."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _alike(grad: Tensor, saved: Tensor) -> bool:
+    """Whether a gradient has the very layout of the saved tensor."""
+    return (grad.shape, grad.dtype, grad.device) == (saved.shape, saved.dtype, saved.device) and (
+        grad.stride() == saved.stride()
+    )
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+def _activation(function: Any, grad: Tensor, saved: Deferred, **options: Any) -> Tensor | None:
+    if not _alike(grad, saved):
+        return None
+    kept, flat = saved.kept, _flat(grad)
+    if not grad.is_cpu:
+        out = backward.activation_backward(function, flat, kept.packed, **options) if type(kept) is Quantized else None
+        return None if out is None else out.as_strided(grad.shape, grad.stride())
+    runs = _runs(kept, grad.numel(), RUN)
+    if not runs:
+        return None
+    out = torch.empty_like(flat)
+    for start, stop in runs:
+        _INTO[function](flat[start:stop], kept.part(start, stop), grad_input=out[start:stop], **options)
+    return out.as_strided(grad.shape, grad.stride())
+
+
+def _select(function: Any, grad: Tensor, saved: Deferred, *limits: float) -> Tensor | None:
+    """The derivative is one where the bit is set and zero elsewhere: masks of such functions alone are deferred."""
+    if not _alike(grad, saved) or type(saved.kept) is not Mask:
+        return None
+    return backward.select_by_mask(_flat(grad), saved.kept.codes).as_strided(grad.shape, grad.stride())
+
+
+# -- gradients of weights ---------------------------------------------------------------------------------------------
+
+
+def _parts(kept: Kept, numel: int, multiple: int, weight: int) -> list[tuple[int, int]]:
+    """:func:`_runs` for sums over a batch; fewer than two where it would not pay."""
+    count = min(PARTS, numel // weight)
+    return _runs(kept, numel, max(-(-numel // count), RUN), multiple) if count > 1 else []
+
+
+def _product(function: Any, left: Tensor, saved: Deferred) -> Tensor | None:
+    """``left [M, R] @ saved [R, K]``, the gradient of a linear layer's weight, some of the `R` rows at a time."""
+    width = saved.shape[1]
+    exact = saved.dtype in (torch.float32, torch.float64) and left.dtype == saved.dtype
+    if not exact or not saved.is_contiguous() or not left.is_cpu:
+        return None  # narrower sums would be rounded once per part
+    parts = _parts(saved.kept, saved.numel(), width, left.shape[0] * width)
+    if len(parts) < 2:
+        return None
+    out: Tensor | None = None
+    for start, stop in parts:
+        columns = left[:, start // width : stop // width]
+        values = saved.kept.part(start, stop).view(-1, width)
+        out = torch.mm(columns, values) if out is None else out.addmm_(columns, values)
+    return out
+
+
+def _convolution(
+    function: Any, grad: Tensor, saved: Deferred, weight: Tensor, bias: Any, *rest: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """Gradients of a convolution, some samples at a time."""
+    samples = saved.shape[0]
+    each = saved.numel() // samples
+    if not grad.is_cpu or saved.dtype not in (torch.float32, torch.float64) or saved.stride(0) != each:
+        return None
+    parts = _parts(saved.kept, saved.numel(), each, weight.numel())
+    if len(parts) < 2:
+        return None
+    inner: Tensor | None = None
+    sums: list[Tensor | None] = [None, None]
+    for start, stop in parts:
+        some = slice(start // each, stop // each)
+        shape = (some.stop - some.start, *saved.shape[1:])
+        values = saved.kept.part(start, stop).as_strided(shape, saved.stride())
+        found = function(grad[some], values, weight, bias, *rest)
+        if found[0] is not None:
+            if inner is None:
+                inner = _room_for(found[0], samples)
+            inner[some].copy_(found[0])
+        for i, one in enumerate(found[1:]):
+            known = sums[i]
+            sums[i] = one if known is None else known.add_(one)
+    return inner, sums[0], sums[1]
+
+
+def _room_for(part: Tensor, samples: int) -> Tensor:
+    """For as many samples as there are, each as in the part."""
+    return torch.empty_strided((samples, *part.shape[1:]), part.stride(), dtype=part.dtype, device=part.device)
+
+
+# -- batch normalisation ----------------------------------------------------------------------------------------------
+
+
+def _batch_norm(
+    function: Any,
+    grad: Tensor,
+    saved: Deferred,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    factor: Tensor | None,
+    training: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """Gradients of a batch normalisation in training, the values being looked at twice, some samples at a time.
+
+    With `x' = x - mean`, `r` the reciprocal of the standard deviation and `M` values per channel,
+    `dx = w r (dy - sum(dy) / M - x' r^2 sum(dy x') / M)` (Ioffe and Szegedy 2015, section 3).
+    """
+    each = saved.numel() // saved.shape[0]
+    plain = _alike(grad, saved) and grad.is_cpu and grad.dtype == torch.float32 and saved.dim() > 1
+    if not plain or not training or mean is None or factor is None or saved.stride(0) != each:
+        return None
+    runs = _runs(saved.kept, saved.numel(), RUN, each)
+    if not runs:
+        return None
+
+    def parts() -> Iterator[tuple[slice, Tensor]]:
+        for start, stop in runs:
+            some = slice(start // each, stop // each)
+            yield some, saved.kept.part(start, stop).as_strided((some.stop - some.start, *shape[1:]), saved.stride())
+
+    shape = saved.shape
+    others, view = (0, *range(2, len(shape))), (1, -1) + (1,) * (len(shape) - 2)
+    total, product = torch.zeros_like(mean), torch.zeros_like(mean)
+    one = torch.ones_like(mean)
+    for some, values in parts():
+        total += grad[some].sum(others)
+        product += codec.channel_affine_(values, one, -mean).mul_(grad[some]).sum(others)
+    out = None
+    if wanted[0]:
+        count = saved.numel() // shape[1]
+        scale = factor if weight is None else factor * weight
+        slope = -scale * factor.square() * product / count
+        shift = -scale * total / count - slope * mean
+        out = torch.empty_like(grad)
+        for some, values in parts():
+            torch.addcmul(codec.channel_affine_(values, slope, shift), grad[some], scale.view(view), out=out[some])
+    return out, product * factor if wanted[1] else None, total if wanted[2] else None
+
+
+_INTO = {
+    aten.gelu_backward.default: aten.gelu_backward.grad_input,
+    aten.silu_backward.default: aten.silu_backward.grad_input,
+}
+_FUSED: dict[Any, Callable[..., Any]] = {
+    aten.gelu_backward.default: _activation,
+    aten.silu_backward.default: _activation,
+    aten.threshold_backward.default: _select,
+    aten.hardtanh_backward.default: _select,
+    aten.mm.default: _product,
+    aten.convolution_backward.default: _convolution,
+    aten.native_batch_norm_backward.default: _batch_norm,
+}
