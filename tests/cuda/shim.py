@@ -133,7 +133,18 @@ class Shim:
 
     def run(self, kernel: str, buffers: list[Buffer], blocks: tuple[int, int] = (0, -1), **fields) -> list[bytes]:
         """Run a kernel; the contents of its outputs come back."""
-        names = ("dtype", "numel", "row_length", "group_size", "bits", "samples", "seed", "stream", "predicate", "function")
+        names = (
+            "dtype",
+            "numel",
+            "row_length",
+            "group_size",
+            "bits",
+            "samples",
+            "seed",
+            "stream",
+            "predicate",
+            "function",
+        )
         numbers = [KERNELS.index(kernel), *(fields.get(name, 0) for name in names)]
         numbers += [*blocks, ORDERS[self.order], len(buffers)]
         job = struct.pack("<15q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
