@@ -4,7 +4,8 @@
 
 Every row of a table is timed in the same interleaved rounds, by events on the device; medians. A rate counts all bytes
 that have to move, read and written: values, codes and metadata; a copy's counts its values twice. Before anything is
-timed, the kernels' bytes are compared with the specification's. Writes benchmarks/results/codec_gpu.json, and a picture
+timed, the kernels' bytes are compared with the specification's, and gradients that they make of codes with torch's.
+Writes benchmarks/results/codec_gpu.json, and a picture
 beside it where matplotlib is installed.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import environment
 
 from hf_actnn.codec import mixed, native, ops, pack_mask, reference, unpack_mask
+from hf_actnn.codec.ops import _launch as launch
 
 RESULTS = Path(__file__).parent / "results" / "codec_gpu.json"
 GROUP = 256
@@ -34,6 +37,13 @@ SAMPLES = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What the kernels are meant to reach of a copy's rate.
 GOALS = {"quantise": 0.85, "dequantise": 0.90, "mixed": 0.80}
+
+# Activations whose gradients a kernel makes of codes: its number for each (csrc/codec.h), and what torch has for them.
+ACTIVATIONS: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "GELU": (0, torch.ops.aten.gelu_backward),
+    "tanh GELU": (1, partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+    "SiLU": (2, torch.ops.aten.silu_backward),
+}
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -65,6 +75,55 @@ def check_bytes(device: torch.device) -> None:
             got = ops.quantize(x.to(device, dtype), bits, 1024, GROUP, 1, 1)
             if not all(torch.equal(a.cpu(), b) for a, b in zip(got[:2], expected[:2], strict=True)):
                 raise SystemExit(f"The kernels' bytes are wrong at {bits} bits, {dtype}: nothing is measured.")
+
+
+def activation_backward(codes: torch.Tensor, meta: torch.Tensor, bits: int, number: int, grad: torch.Tensor) -> Any:
+    """The gradient of an activation whose input is in codes, a row of at most 2^20 elements at a time."""
+    n, out, kernels = grad.numel(), torch.empty_like(grad), native.cuda(grad.device.index)
+    cut = (codes.data_ptr(), meta.data_ptr(), n, min(n, 2**20), GROUP, bits)
+    launch(kernels.activation_backward, grad, *cut, ops._CODE[grad.dtype], number, grad.data_ptr(), out.data_ptr())
+    return out
+
+
+def select_by_mask(grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The gradient of a ReLU whose output is known as a mask."""
+    out, kernels = torch.empty_like(grad), native.cuda(grad.device.index)
+    dtype = ops._CODE[grad.dtype]
+    launch(kernels.select_by_mask, grad, grad.data_ptr(), dtype, mask.data_ptr(), grad.numel(), out.data_ptr())
+    return out
+
+
+def gradients(x: torch.Tensor, name: str) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """Backward passes of one kernel, each beside the two calls that it stands for: unpack, then torch's own. Both are
+    rated by the bytes that the one has to move, so their rates are to each other as their times are. The incoming
+    gradient is ``x``."""
+    n, bits = x.numel(), 2
+    mask = pack_mask(x, "gt")
+    codes, meta, _ = ops.quantize(x, bits, min(n, 2**20), GROUP, 1, 1)
+    calls: dict[str, Callable[[], Any]] = {
+        f"{name} ReLU backward": lambda: select_by_mask(x, mask),
+        f"{name} ReLU backward, two calls": lambda: torch.ops.aten.threshold_backward(
+            x, unpack_mask(mask, n, 1.0, 0.0, x.dtype), 0.0
+        ),
+    }
+    moved = dict.fromkeys(calls, 2 * x.nbytes + mask.nbytes)
+    back = (codes, meta, bits, min(n, 2**20), GROUP, n, x.dtype)
+    for activation, (number, aten) in ACTIVATIONS.items():
+        label = f"{name} {activation} backward"
+        calls[label] = lambda number=number: activation_backward(codes, meta, bits, number, x)
+        calls[f"{label}, two calls"] = lambda aten=aten: aten(x, ops.dequantize(*back))
+        moved[label] = moved[f"{label}, two calls"] = 2 * x.nbytes + codes.nbytes + meta.nbytes
+    return calls, moved
+
+
+def check_gradients(device: torch.device) -> None:
+    """A kernel's gradient is that of the two calls, as far as the dtype tells them apart."""
+    for name, dtype in DTYPES.items():
+        calls, _ = gradients(torch.randn(64 * 1024, device=device).to(dtype), name)
+        tolerance = 4 * torch.finfo(dtype).eps
+        for label in [label for label in calls if "two calls" not in label]:
+            if not torch.allclose(calls[label](), calls[f"{label}, two calls"](), rtol=tolerance, atol=tolerance):
+                raise SystemExit(f"The kernels' gradients are wrong for {label}: nothing is measured.")
 
 
 def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
@@ -107,7 +166,8 @@ def contenders(x: torch.Tensor, name: str) -> tuple[dict[str, Callable[[], Any]]
     calls[f"{name} pack a mask"] = lambda: pack_mask(x, "gt")
     calls[f"{name} unpack a mask"] = lambda: unpack_mask(mask, n, 1.0, 0.0, x.dtype)
     moved[f"{name} pack a mask"] = moved[f"{name} unpack a mask"] = n * item + mask.nbytes
-    return calls, moved
+    more_calls, more_moved = gradients(x, name)
+    return calls | more_calls, moved | more_moved
 
 
 def host_microseconds(call: Callable[[], Any], calls: int = 300) -> float:
@@ -181,6 +241,7 @@ def main() -> None:
     if native.cuda(device.index) is None:
         raise SystemExit("The CUDA kernels are not built; there is nothing to measure.")
     check_bytes(device)
+    check_gradients(device)
     facts = device_facts(device)
     print(facts)
 

@@ -26,6 +26,7 @@ namespace hf_actnn {
 // As hf_actnn/codec/ops.py numbers them.
 enum Dtype : int { kFloat32, kFloat16, kBFloat16, kFloat64, kBool, kUInt8, kInt32, kInt64 };
 enum Predicate : int { kNotLe, kGt, kInside, kStrictInside, kNonzero };
+enum Function : int { kGelu, kGeluTanh, kSilu };
 
 constexpr int kMaxGroup = 4096;
 constexpr int kMaskGroup = 256;

@@ -69,6 +69,24 @@ void dequantize_mixed(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t ro
              mixed(numel, row_length, group_size, widths, samples, places, target), dtype, pointer<void>(out), target);
 }
 
+void activation_backward_uniform(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                                 int bits, int dtype, int function, uintptr_t grad, uintptr_t out, int device,
+                                 uintptr_t queue) {
+  activation_backward(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
+                      uniform(numel, row_length, group_size, bits), dtype, function, pointer<const void>(grad),
+                      pointer<void>(out), Target{device, queue});
+}
+
+void activation_backward_mixed(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                               uintptr_t widths, int64_t samples, uintptr_t places, int dtype, int function,
+                               uintptr_t grad, uintptr_t out, int device, uintptr_t queue) {
+  if (numel == 0) return;
+  const Target target{device, queue};
+  activation_backward(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
+                      mixed(numel, row_length, group_size, widths, samples, places, target), dtype, function,
+                      pointer<const void>(grad), pointer<void>(out), target);
+}
+
 void spread(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, int64_t samples,
             uintptr_t ranges, uintptr_t out, int device, uintptr_t queue) {
   sample_spread(pointer<const void>(x), dtype, Cut{numel, row_length, group_size, 1, samples, nullptr},
@@ -83,6 +101,12 @@ void pack_mask_of(uintptr_t x, int dtype, int64_t numel, int predicate, double l
 void unpack_mask_of(uintptr_t codes, int64_t numel, int dtype, double on, double off, uintptr_t out, int device,
                     uintptr_t queue) {
   unpack_mask(pointer<const uint8_t>(codes), numel, dtype, on, off, pointer<void>(out), Target{device, queue});
+}
+
+void select_by_mask_of(uintptr_t x, int dtype, uintptr_t codes, int64_t numel, uintptr_t out, int device,
+                       uintptr_t queue) {
+  select_by_mask(pointer<const void>(x), dtype, pointer<const uint8_t>(codes), numel, pointer<void>(out),
+                 Target{device, queue});
 }
 
 void pack_uint_of(uintptr_t values, int64_t numel, int bits, uintptr_t codes, int device, uintptr_t queue) {
@@ -104,9 +128,12 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("dequantize", &dequantize_uniform);
   m.def("quantize_mixed", &quantize_mixed);
   m.def("dequantize_mixed", &dequantize_mixed);
+  m.def("activation_backward", &activation_backward_uniform);
+  m.def("activation_backward_mixed", &activation_backward_mixed);
   m.def("sample_spread", &spread);
   m.def("pack_mask", &pack_mask_of);
   m.def("unpack_mask", &unpack_mask_of);
+  m.def("select_by_mask", &select_by_mask_of);
   m.def("pack_uint", &pack_uint_of);
   m.def("unpack_uint", &unpack_uint_of);
 }

@@ -119,7 +119,8 @@ __device__ __forceinline__ float to_float(Half x) {
 #endif
 }
 
-// Two values side by side in a word, the first in the low half; neither is nan. Half saturates.
+// Two values side by side in a word, the first in the low half, to nearest. What is beyond the largest half becomes
+// inf.
 __device__ __forceinline__ uint32_t two(BFloat16, float low, float high) {
 #if defined(HF_ACTNN_SM80)
   uint32_t r;
@@ -131,21 +132,31 @@ __device__ __forceinline__ uint32_t two(BFloat16, float low, float high) {
 }
 __device__ __forceinline__ uint32_t two(Half, float low, float high) {
 #if defined(HF_ACTNN_SM80)
-  const float most = 65504.0f;
-  low = fminf(fmaxf(low, -most), most);
-  high = fminf(fmaxf(high, -most), most);
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 #elif defined(__CUDA_ARCH__)
-  const float most = 65504.0f;
   uint16_t a, b;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(fminf(fmaxf(low, -most), most)));
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(fminf(fmaxf(high, -most), most)));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(high));
   return a | (uint32_t)b << 16;
 #else
-  return float_to_finite_half(low) | (uint32_t)float_to_finite_half(high) << 16;
+  return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
 #endif
+}
+
+// What to round instead of a value that is not nan, so that it stays finite: a dequantised one may lie a rounding
+// beyond the largest half.
+template <class T>
+__device__ __forceinline__ float finite(T, float x) {
+  return x;
+}
+__device__ __forceinline__ float finite(Half, float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+
+__device__ __forceinline__ float rounded(float, float x) { return x; }
+template <class T>
+__device__ __forceinline__ T rounded(T, float x) {
+  return T{(uint16_t)two(T{}, x, x)};
 }
 
 // Of the pairs in two words: the lesser, nan if either is; the greater.
@@ -206,6 +217,21 @@ __device__ __forceinline__ float element(BFloat16, const uint4& v, int i) {
 __device__ __forceinline__ float element(Half, const uint4& v, int i) {
   const uint32_t word = word_of(v, i / 2);
   return to_float(Half{(uint16_t)(i % 2 == 0 ? word : word >> 16)});
+}
+
+// A vector of its elements, each rounded; where they have to stay finite, none is nan.
+template <class T, bool Finite>
+__device__ __forceinline__ uint4 vec_of_floats(const float (&y)[Vec<T>::kElements]) {
+  constexpr int V = Vec<T>::kElements;
+  const auto word = [&](int i) {
+    if constexpr (V == 4)
+      return bits_of(y[i]);
+    else if constexpr (Finite)
+      return two(T{}, finite(T{}, y[i]), finite(T{}, y[i + 1]));
+    else
+      return two(T{}, y[i], y[i + 1]);
+  };
+  return make_uint4(word(0), word(V / 4), word(V / 2), word(3 * V / 4));
 }
 
 // Calls body with a value of the type that a floating dtype names.

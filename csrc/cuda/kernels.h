@@ -35,6 +35,9 @@ struct Draw {
 void quantize(const void* x, int dtype, const Cut& cut, const Draw& draw, uint8_t* codes, uint32_t* meta, int* exact,
               const Target& target);
 void dequantize(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, void* out, const Target& target);
+// out = grad * f'(x), x what dequantize gives in the dtype, f the activation of that number.
+void activation_backward(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function,
+                         const void* grad, void* out, const Target& target);
 // Writes places from numbers of the host, which travel as arguments of the launch: no copy that a stream would have to
 // wait for, or a captured graph would repeat from memory that is gone.
 void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target);
@@ -43,6 +46,8 @@ void pack_mask(const void* x, int dtype, int64_t numel, int predicate, double lo
                const Target& target);
 void unpack_mask(const uint8_t* codes, int64_t numel, int dtype, double on, double off, void* out,
                  const Target& target);
+// out = x where the mask's bit is set, and 0 elsewhere, whatever x is there.
+void select_by_mask(const void* x, int dtype, const uint8_t* codes, int64_t numel, void* out, const Target& target);
 void pack_uint(const uint8_t* values, int64_t numel, int bits, uint8_t* codes, const Target& target);
 void unpack_uint(const uint8_t* codes, int64_t numel, int bits, int dtype, void* out, const Target& target);
 

@@ -117,23 +117,58 @@ __device__ __forceinline__ uint4 vec_of(const Get& get) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// U is an unsigned integer as wide as the dtype: the two values are chosen as bit patterns.
+// What a mask's bit chooses between. U is an unsigned integer as wide as the dtype: values are chosen as bit patterns.
+//
+// Two values that are the same for all elements,
 template <class U>
+struct Pair {
+  U on, off;
+
+  bool aligned() const { return true; }
+  __device__ __forceinline__ uint4 read(int64_t) const { return make_uint4(0, 0, 0, 0); }
+  template <class Bit>
+  __device__ __forceinline__ uint4 of(const uint4&, const Bit& bit) const {
+    return vec_of<U>([&](int i) { return bit(i) ? on : off; });
+  }
+  __device__ __forceinline__ U of(int64_t, bool bit) const { return bit ? on : off; }
+};
+// or an element of a tensor and 0.
+template <class U>
+struct Kept {
+  const U* x;
+
+  bool aligned() const { return hf_actnn::aligned(x, 16); }
+  __device__ __forceinline__ uint4 read(int64_t index) const { return load_vec(x, index); }
+  template <class Bit>
+  __device__ __forceinline__ uint4 of(const uint4& v, const Bit& bit) const {
+    const uint4 kept = vec_of<U>([&](int i) { return bit(i) ? (U) ~(U)0 : (U)0; });
+    return make_uint4(v.x & kept.x, v.y & kept.y, v.z & kept.z, v.w & kept.w);
+  }
+  __device__ __forceinline__ U of(int64_t position, bool bit) const { return bit ? x[position] : (U)0; }
+};
+
+template <class U, class Choice>
 __global__ void __launch_bounds__(kThreads)
-    unpack_mask_kernel(const uint8_t* codes, int64_t numel, U on, U off, bool vectors, U* out) {
+    choose_kernel(const uint8_t* codes, int64_t numel, Choice choice, bool vectors, U* out) {
   constexpr int V = Vec<U>::kElements, Lanes = Vec<U>::kLanes;
   const Turn turn(numel, Lanes);
   if (vectors && turn.full()) {
+    const int64_t first = turn.group * kRuns * Lanes + turn.lane;
+    uint4 v[kRuns];
+#pragma unroll
+    for (int m = 0; m < kRuns; ++m) v[m] = choice.read(first + m * Lanes);
     const Bytes<V> bits = load_bytes<V>(codes + turn.group * 32 + V * turn.lane);
 #pragma unroll
     for (int m = 0; m < kRuns; ++m)
-      store_vec(out, (turn.group * kRuns + m) * Lanes + turn.lane,
-                vec_of<U>([&](int i) { return (bits.w[i / 4] >> (8 * (i % 4) + m) & 1u) != 0 ? on : off; }));
+      store_vec(out, first + m * Lanes,
+                choice.of(v[m], [&](int i) { return (bits.w[i / 4] >> (8 * (i % 4) + m) & 1u) != 0; }));
     return;
   }
   const int bytes = (turn.size + 7) / 8;
-  for (int e = turn.lane; e < turn.size; e += Lanes)
-    out[turn.group * kMaskGroup + e] = (codes[turn.group * 32 + e % bytes] >> (e / bytes) & 1) != 0 ? on : off;
+  for (int e = turn.lane; e < turn.size; e += Lanes) {
+    const int64_t at = turn.group * kMaskGroup + e;
+    out[at] = choice.of(at, (codes[turn.group * 32 + e % bytes] >> (e / bytes) & 1) != 0);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -195,6 +230,12 @@ void pack_mask_as(const T* x, int64_t numel, int predicate, double lo, double hi
          aligned(x, 16) && aligned(codes, 16), codes);
 }
 
+template <class Choice, class U>
+void choose(const Choice& choice, const uint8_t* codes, int64_t numel, U* out, const Target& target) {
+  launch(choose_kernel<U, Choice>, blocks_for<U>(numel), 0, target, codes, numel, choice,
+         choice.aligned() && aligned(out, 16) && aligned(codes, 16), out);
+}
+
 // Calls body with an unsigned integer that is as wide as the dtype.
 template <class Body>
 void with_width(int dtype, const Body& body) {
@@ -228,8 +269,15 @@ void unpack_mask(const uint8_t* codes, int64_t numel, int dtype, double on, doub
   if (numel == 0) return;
   with_width(dtype, [&](auto type) {
     using U = decltype(type);
-    launch(unpack_mask_kernel<U>, blocks_for<U>(numel), 0, target, codes, numel, (U)pattern(on, dtype),
-           (U)pattern(off, dtype), aligned(out, 16) && aligned(codes, 16), (U*)out);
+    choose(Pair<U>{(U)pattern(on, dtype), (U)pattern(off, dtype)}, codes, numel, (U*)out, target);
+  });
+}
+
+void select_by_mask(const void* x, int dtype, const uint8_t* codes, int64_t numel, void* out, const Target& target) {
+  if (numel == 0) return;
+  with_width(dtype, [&](auto type) {
+    using U = decltype(type);
+    choose(Kept<U>{(const U*)x}, codes, numel, (U*)out, target);
   });
 }
 

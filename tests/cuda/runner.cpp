@@ -11,10 +11,20 @@
 
 namespace {
 
-enum Kernel : int64_t { kQuantize, kDequantize, kSpread, kPackMask, kUnpackMask, kPackUint, kUnpackUint };
+enum Kernel : int64_t {
+  kQuantize,
+  kDequantize,
+  kActivation,
+  kSpread,
+  kPackMask,
+  kUnpackMask,
+  kSelect,
+  kPackUint,
+  kUnpackUint
+};
 
 struct Job {
-  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate;
+  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate, function;
   int64_t first_block, blocks, order, buffers;
   double lo, hi;
 };
@@ -106,6 +116,10 @@ int main() {
       case kDequantize:
         dequantize(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, b[3]->of<void>(), target);
         break;
+      case kActivation:
+        activation_backward(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.function, b[3]->of<void>(),
+                            b[4]->of<void>(), target);
+        break;
       case kSpread:
         sample_spread(b[1]->of<void>(), dtype, cut, b[2]->of<float>(), b[3]->of<double>(), target);
         break;
@@ -114,6 +128,9 @@ int main() {
         break;
       case kUnpackMask:
         unpack_mask(b[0]->of<uint8_t>(), job.numel, dtype, job.hi, job.lo, b[1]->of<void>(), target);
+        break;
+      case kSelect:
+        select_by_mask(b[0]->of<void>(), dtype, b[1]->of<uint8_t>(), job.numel, b[2]->of<void>(), target);
         break;
       case kPackUint:
         pack_uint(b[0]->of<uint8_t>(), job.numel, bits, b[1]->of<uint8_t>(), target);

@@ -20,8 +20,18 @@ from torch import Tensor
 from hf_actnn.codec import ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("quantize.cu", "dequantize.cu", "masks.cu", "samples.cu")
-KERNELS = ("quantize", "dequantize", "spread", "pack_mask", "unpack_mask", "pack_uint", "unpack_uint")
+SOURCES = ("quantize.cu", "dequantize.cu", "activations.cu", "masks.cu", "samples.cu")
+KERNELS = (
+    "quantize",
+    "dequantize",
+    "activation_backward",
+    "spread",
+    "pack_mask",
+    "unpack_mask",
+    "select_by_mask",
+    "pack_uint",
+    "unpack_uint",
+)
 FLAGS = ["-std=c++17", "-g0", "-ffp-contract=off", "-fno-math-errno", "-DHF_ACTNN_SHIM"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # In what order the lanes of a block run between two barriers.
@@ -123,10 +133,21 @@ class Shim:
 
     def run(self, kernel: str, buffers: list[Buffer], blocks: tuple[int, int] = (0, -1), **fields) -> list[bytes]:
         """Run a kernel; the contents of its outputs come back."""
-        names = ("dtype", "numel", "row_length", "group_size", "bits", "samples", "seed", "stream", "predicate")
+        names = (
+            "dtype",
+            "numel",
+            "row_length",
+            "group_size",
+            "bits",
+            "samples",
+            "seed",
+            "stream",
+            "predicate",
+            "function",
+        )
         numbers = [KERNELS.index(kernel), *(fields.get(name, 0) for name in names)]
         numbers += [*blocks, ORDERS[self.order], len(buffers)]
-        job = struct.pack("<14q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
+        job = struct.pack("<15q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
         results = []
         try:
             self.process.stdin.write(job)
@@ -199,6 +220,27 @@ class Shim:
         ]
         return tensor(self.run("dequantize", buffers, dtype=ops._CODE[dtype], **fields)[0], dtype)
 
+    def activation_backward(
+        self,
+        codes: Tensor,
+        meta: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        function: int,
+        grad: Tensor,
+    ) -> Tensor:
+        places, fields, _ = cut(grad.numel(), bits, row_length, group_size)
+        buffers = [
+            places,
+            Buffer(codes.nbytes, bytes_of(codes), self.offset % 16),
+            Buffer(meta.nbytes, bytes_of(meta)),
+            self._of(grad),
+            self._out(grad.numel(), grad.dtype),
+        ]
+        out = self.run("activation_backward", buffers, dtype=ops._CODE[grad.dtype], function=function, **fields)
+        return tensor(out[0], grad.dtype)
+
     def sample_spread(self, x: Tensor, samples: int, row_length: int, group_size: int) -> Tensor:
         at = reference.layout(x.numel(), row_length, 1, group_size)
         out = self.run(
@@ -223,6 +265,11 @@ class Shim:
         buffers = [Buffer(codes.nbytes, bytes_of(codes), self.offset % 16), self._out(numel, dtype)]
         out = self.run("unpack_mask", buffers, dtype=ops._CODE[dtype], numel=numel, lo=off, hi=on)
         return tensor(out[0], dtype)
+
+    def select_by_mask(self, x: Tensor, codes: Tensor) -> Tensor:
+        buffers = [self._of(x), Buffer(codes.nbytes, bytes_of(codes), self.offset % 16), self._out(x.numel(), x.dtype)]
+        out = self.run("select_by_mask", buffers, dtype=ops._CODE[x.dtype], numel=x.numel())
+        return tensor(out[0], x.dtype)
 
     def pack_uint(self, values: Tensor, bits: int) -> Tensor:
         codes = Buffer(reference.uint_nbytes(values.numel(), bits), None, self.offset % 16)

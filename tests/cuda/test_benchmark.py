@@ -26,14 +26,17 @@ class Event:
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def benchmark(monkeypatch, module):
+    """Its own calls of kernels go to those that run on the CPU."""
     spec = importlib.util.spec_from_file_location("codec_gpu", shim.ROOT / "benchmarks" / "codec_gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(module, "SAMPLES", 4)
-    return module
+    monkeypatch.setattr(loaded, "SAMPLES", 4)
+    monkeypatch.setattr(loaded.native, "cuda", lambda device: module)
+    monkeypatch.setattr(loaded, "launch", lambda kernel, x, *arguments: kernel(*arguments, 0, 0))
+    return loaded
 
 
 def test_rows(benchmark, capsys, tmp_path):
@@ -47,6 +50,8 @@ def test_rows(benchmark, capsys, tmp_path):
     assert rows["bf16 copy"]["of_copy"] == 1.0
     assert moved["bf16 copy"] == 4 * n
     assert moved["bf16 quantise 4 bits"] == 2 * n + n // 2 + 4 * n // 256
+    assert moved["bf16 SiLU backward"] == moved["bf16 SiLU backward, two calls"] == 4 * n + n // 4 + 4 * n // 256
+    assert moved["bf16 ReLU backward"] == moved["bf16 ReLU backward, two calls"] == 4 * n + n // 8
     for name, row in rows.items():
         assert row["gb_per_s"] == pytest.approx(moved[name] / row["us"] / 1e3, rel=0.02, abs=0.1)
     pytest.importorskip("matplotlib")
@@ -59,6 +64,13 @@ def test_bytes_are_compared_first(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark.ops, "quantize", lambda x, *_: (torch.zeros(1), torch.zeros(1)))
     with pytest.raises(SystemExit, match="bytes are wrong at 2 bits"):
         benchmark.check_bytes(torch.device("cpu"))
+
+
+def test_gradients_are_compared_first(benchmark, monkeypatch):
+    benchmark.check_gradients(torch.device("cpu"))
+    monkeypatch.setitem(benchmark.ACTIVATIONS, "GELU", (2, torch.ops.aten.gelu_backward))
+    with pytest.raises(SystemExit, match="gradients are wrong for fp32 GELU backward"):
+        benchmark.check_gradients(torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")

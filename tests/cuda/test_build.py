@@ -193,5 +193,7 @@ def test_kernels_need_no_stack_and_few_registers(built):
     assert len(usage) > 30, built[1][-4000:]
     assert {name: numbers for name, numbers in usage.items() if any(numbers[:3])} == {}
     full_groups = {name: numbers[3] for name, numbers in usage.items() if re.search(r"quantize_even.*Lb0", name)}
-    assert len(full_groups) == 6  # to codes and back, three dtypes
+    assert len(full_groups) == 15  # to codes; back, and on to the gradients of three activations; three dtypes
     assert max(full_groups.values()) <= HALF, full_groups
+    backward = [name for name in usage if re.search(r"dequantize_(even|any).*Derived|choose_kernel.*Kept", name)]
+    assert len(backward) == 3 * (2 * 3 + 4) + 4  # functions, kinds of groups and dtypes; widths of a masked element

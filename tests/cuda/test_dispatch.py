@@ -11,6 +11,7 @@ import hf_actnn
 from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, reference, sample_spread
 from hf_actnn.codec import unpack_mask as to_values
 from hf_actnn.codec import unpack_uint as to_integers
+from tests.cuda.test_backward_on_cpu import ATEN, check_gradient, selected
 from tests.cuda.test_on_cpu import DTYPES, same, sample
 from tests.models import assert_same, gradients
 
@@ -84,6 +85,32 @@ def test_masks_integers_and_spread(kernels):
     assert torch.equal(to_integers(codes, 4, 3000, torch.int64), values.long())
     torch.testing.assert_close(sample_spread(x, 10, 300), reference.sample_spread(x, 10, 300, 256), rtol=1e-12, atol=0)
     assert {"pack_mask", "unpack_mask", "pack_uint", "unpack_uint", "sample_spread"} <= kernels.calls.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_made_of_codes(module, dtype):
+    """The bindings take their arguments in the order that is written down for them."""
+    x, code, out = sample(20 * 96, dtype, 1), ops._CODE[dtype], torch.empty(20 * 96, dtype=dtype)
+    grad, n = torch.randn(x.numel()).to(dtype), x.numel()
+    for function in ATEN:
+        codes, meta, _ = reference.quantize(x, 3, 96, 64, 1, 2)
+        cut = codes.data_ptr(), meta.data_ptr(), n, 96, 64
+        module.activation_backward(*cut, 3, code, function, grad.data_ptr(), out.data_ptr(), 0, 0)
+        check_gradient(out, function, grad, reference.dequantize(codes, meta, 3, 96, 64, n, dtype))
+        codes, meta, _ = reference.quantize_mixed(x, WIDTHS, 96, 64, 1, 2)
+        cut, places = (codes.data_ptr(), meta.data_ptr(), n, 96, 64), torch.empty(len(WIDTHS), dtype=torch.int64)
+        widths = WIDTHS.data_ptr(), len(WIDTHS), places.data_ptr()
+        module.activation_backward_mixed(*cut, *widths, code, function, grad.data_ptr(), out.data_ptr(), 0, 0)
+        check_gradient(out, function, grad, reference.dequantize_mixed(codes, meta, WIDTHS, 96, 64, n, dtype))
+    codes = reference.pack_mask(x, "gt", 0.0, 0.0)
+    module.select_by_mask(grad.data_ptr(), code, codes.data_ptr(), n, out.data_ptr(), 0, 0)
+    assert same(out, selected(grad, codes))
+    for name, arguments in (  # of nothing at all
+        ("activation_backward", (0, 0, 0, 0, 256, 3, code, 0, 0, 0)),
+        ("activation_backward_mixed", (0, 0, 0, 0, 256, 0, 0, 0, code, 0, 0, 0)),
+        ("select_by_mask", (0, code, 0, 0, 0)),
+    ):
+        getattr(module, name)(*arguments, 0, 0)
 
 
 def test_a_group_that_is_huge_comes_back_as_nan(kernels):

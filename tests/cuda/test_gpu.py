@@ -14,6 +14,7 @@ from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, r
 from hf_actnn.codec import unpack_mask as to_values
 from hf_actnn.codec import unpack_uint as to_integers
 from tests.codec import masks
+from tests.cuda.test_backward_on_cpu import ATEN, check_activations, check_gradient, gradients, selected
 from tests.cuda.test_on_cpu import CUTS, DTYPES, Large, same, sample
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +114,71 @@ def test_masks_and_small_integers(offset):
             for dtype in ops.INTS:
                 got = to_integers(codes.cuda(), bits, n, dtype)
                 assert same(got.cpu(), reference.unpack_uint(codes, bits, n, dtype))
+
+
+class Backward:
+    """The kernels that make gradients of codes, called as the runner of those on the CPU is."""
+
+    def __init__(self, offset: int = 0) -> None:
+        #: How far, in elements, tensors lie from where an allocation begins.
+        self.offset = offset
+
+    def there(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_zeros(self.offset), x]).cuda()[self.offset :]
+
+    def activation_backward(self, codes, meta, bits, row_length, group_size, function, grad):
+        codes, meta, grad = self.there(codes), meta.cuda(), self.there(grad)
+        kernels, out = native.cuda(grad.device.index), self.there(torch.empty_like(grad, device="cpu"))
+        cut = (codes.data_ptr(), meta.data_ptr(), grad.numel(), row_length, group_size)
+        into = (ops._CODE[grad.dtype], function, grad.data_ptr(), out.data_ptr())
+        if isinstance(bits, int):
+            ops._launch(kernels.activation_backward, grad, *cut, bits, *into)
+        else:
+            places = torch.empty(len(bits), dtype=torch.int64, device="cuda")
+            widths = (bits.data_ptr(), len(bits), places.data_ptr())
+            ops._launch(kernels.activation_backward_mixed, grad, *cut, *widths, *into)
+        return out.cpu()
+
+    def select_by_mask(self, x, codes):
+        codes, x = self.there(codes), self.there(x)
+        kernels, out = native.cuda(x.device.index), self.there(torch.empty_like(x, device="cpu"))
+        into = (codes.data_ptr(), x.numel(), out.data_ptr())
+        ops._launch(kernels.select_by_mask, x, x.data_ptr(), ops._CODE[x.dtype], *into)
+        return out.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_gradients_of_activations(name, dtype):
+    row_length, group_size, rows = CUTS[name]
+    for bits in range(1, 9):
+        check_activations(Backward(), 2 * sample(rows[-1] * row_length, dtype, bits), bits, row_length, group_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_activations_with_mixed_widths_and_unaligned(dtype):
+    for row_length in (256, 192, 250):
+        check_activations(Backward(), sample(len(WIDTHS) * 21 * row_length, dtype, 1), WIDTHS, row_length)
+    check_activations(Backward(offset=1), sample(256 * 40, dtype, 1), 3, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_activations_are_as_near_as_torchs(dtype):
+    x, grad = (torch.randn(2**20, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2))
+    codes, meta, _ = ops.quantize(3 * x, 8, 256, 256, 1, 2)
+    values = ops.dequantize(codes, meta, 8, 256, 256, x.numel(), dtype)
+    for function, aten in ATEN.items():
+        check_gradient(aten(grad.cuda(), values.cuda()).cpu(), function, grad, values)
+        got = Backward().activation_backward(codes, meta, 8, 256, 256, function, grad)
+        check_gradient(got, function, grad, values)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_selection(offset):
+    for n in (1, 255, 256, 257, 100_003):
+        for dtype in DTYPES:
+            x, codes = gradients(n, dtype, n), reference.pack_mask(sample(n, dtype, 1), "gt", 0.0, 0.0)
+            assert same(Backward(offset).select_by_mask(x, codes), selected(x, codes))
 
 
 def test_sample_spread():
@@ -281,7 +347,8 @@ def test_a_training_step_does_not_wait_for_the_device(fields):
 # Every kernel once, on small tensors of exactly the size asked for.
 SMALL_CASE = """
 import torch
-from hf_actnn.codec import pack_mask, pack_uint, quantize, sample_spread, unpack_mask, unpack_uint
+from hf_actnn.codec import native, ops, pack_mask, pack_uint, quantize, sample_spread, unpack_mask, unpack_uint
+kernels = native.cuda(0)
 widths = torch.tensor([1, 2, 3, 8, 5], dtype=torch.uint8)
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     for row in (256, 192, 250, 7, 3000):
@@ -290,7 +357,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             quantize(x, bits, group_size=1000 if row == 3000 else 256, row_length=row).dequantize()
         sample_spread(x, 5, row)
         flat = x.view(-1)
-        unpack_mask(pack_mask(flat, "gt"), flat.numel(), 1.0, 0.0, dtype)
+        mask, out = pack_mask(flat, "gt"), torch.empty_like(flat)
+        unpack_mask(mask, flat.numel(), 1.0, 0.0, dtype)
+        code, n, into = ops._CODE[dtype], flat.numel(), (flat.data_ptr(), out.data_ptr())
+        ops._launch(kernels.select_by_mask, flat, into[0], code, mask.data_ptr(), n, into[1])
+        codes, meta, _ = ops.quantize(flat, 3, row, 256, 1, 2)
+        for function in range(3):
+            cut = (codes.data_ptr(), meta.data_ptr(), n, row, 256, 3)
+            ops._launch(kernels.activation_backward, flat, *cut, code, function, *into)
 values = torch.randint(9, (1000,), device="cuda").to(torch.uint8)
 for dtype in (torch.uint8, torch.int32, torch.int64):
     unpack_uint(pack_uint(values, 4), 4, 1000, dtype)

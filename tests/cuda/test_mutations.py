@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.cuda import shim
+from tests.cuda.test_backward_on_cpu import check_activations
 from tests.cuda.test_on_cpu import check, sample
 
 
@@ -59,6 +60,20 @@ MUTATIONS = {
         "if (even(groups))",
         True,
         unaligned,
+    ),
+    "a gradient's run": (
+        "dequantize.cuh",
+        "next = use.ahead(first + (m + 1) * Lanes);",
+        "next = use.ahead(first + m * Lanes);",
+        False,
+        lambda kernels: check_activations(kernels, values(256), 2, 256),
+    ),
+    "a derivative": (
+        "activations.cu",
+        "return backward_of<kGeluTanh>(",
+        "return backward_of<kGelu>(",
+        False,
+        lambda kernels: check_activations(kernels, values(256), 2, 256),
     ),
 }
 
