@@ -1,5 +1,6 @@
 """A tensor in a few bits per element, and back. Knows torch; knows nothing of modules or of autograd."""
 
+from hf_actnn.codec.backward import mask_part
 from hf_actnn.codec.buffers import dropped, release, settle
 from hf_actnn.codec.inplace import channel_affine_, normalize_, scale_by_mask_
 from hf_actnn.codec.ops import pack_mask, pack_uint, unpack_mask, unpack_uint
@@ -13,6 +14,7 @@ __all__ = [
     "channel_affine_",
     "default_row_length",
     "dropped",
+    "mask_part",
     "normalize_",
     "pack_mask",
     "pack_uint",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_actnn.codec import mixed, ops
+from hf_actnn.codec import mixed, ops, reference
 from hf_actnn.codec.packed import PackedTensor
 
 #: Activations whose derivative the CUDA kernels know, by operator and the value of `approximate`.
@@ -38,6 +38,20 @@ def select_by_mask(x: Tensor, codes: Tensor) -> Tensor:
     out = torch.empty_like(x)
     ops._launch(kernel, x, x.data_ptr(), ops._CODE[x.dtype], codes.data_ptr(), x.numel(), out.data_ptr())
     return out
+
+
+def mask_part(codes: Tensor, numel: int, start: int, stop: int) -> tuple[Tensor, int, int]:
+    """The codes of some elements of a mask, which are those of whole groups.
+
+    Args:
+        codes: of a mask of ``numel`` elements.
+
+    Returns:
+        Codes that are a mask of their own, and how many elements it has before ``start`` and from ``stop`` on.
+    """
+    first = start // reference.MASK_GROUP * reference.MASK_GROUP
+    last = min(-(-stop // reference.MASK_GROUP) * reference.MASK_GROUP, numel)
+    return codes[first // 8 : -(-last // 8)], start - first, last - stop
 
 
 def activation_backward(function: Any, grad: Tensor, packed: PackedTensor, approximate: str = "none") -> Tensor | None:

@@ -103,7 +103,7 @@ def _alike(grad: Tensor, saved: Tensor) -> bool:
     )
 
 
-# -- activations ------------------------------------------------------------------------------------------------------
+# -- elementwise ------------------------------------------------------------------------------------------------------
 
 
 def _activation(function: Any, grad: Tensor, saved: Deferred, **options: Any) -> Tensor | None:
@@ -119,6 +119,18 @@ def _activation(function: Any, grad: Tensor, saved: Deferred, **options: Any) ->
     out = torch.empty_like(flat)
     for start, stop in runs:
         _INTO[function](flat[start:stop], kept.part(start, stop), grad_input=out[start:stop], **options)
+    return out.as_strided(grad.shape, grad.stride())
+
+
+def _times(function: Any, grad: Tensor, saved: Deferred) -> Tensor | None:
+    """The gradient of one factor, which is the other one times what comes in."""
+    runs = _runs(saved.kept, saved.numel(), RUN) if _alike(grad, saved) and grad.is_cpu else []
+    if not runs:
+        return None
+    flat = _flat(grad)
+    out = torch.empty_like(flat)
+    for start, stop in runs:
+        torch.mul(flat[start:stop], saved.kept.part(start, stop), out=out[start:stop])
     return out.as_strided(grad.shape, grad.stride())
 
 
@@ -250,6 +262,7 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     aten.silu_backward.default: _activation,
     aten.threshold_backward.default: _select,
     aten.hardtanh_backward.default: _select,
+    aten.mul.Tensor: _times,
     aten.mm.default: _product,
     aten.convolution_backward.default: _convolution,
     aten.native_batch_norm_backward.default: _batch_norm,

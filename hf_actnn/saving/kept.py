@@ -504,10 +504,20 @@ class Recipe(Kept):
             return math.lcm(*(self._unit_of(parent) for parent in self.parents))
         if not self.samples:
             return 0
-        return math.lcm(self._unit_of(self.parents[0]), self.geometry.per_sample)
+        units = [self._unit_of(self.parents[0]), self.geometry.per_sample]
+        for parent, along in zip(self.parents[1:], self.samples[1:], strict=True):
+            if along:
+                units.append(self._unit_of(parent) or int(self._is_cheap(parent)))
+        return math.lcm(*units)
 
     def _unit_of(self, parent: Kept) -> int:
         return parent.unit if parent.form is not None and self.geometry.like(parent.form) else 0
+
+    def _is_cheap(self, parent: Kept) -> bool:
+        """Whether a parent may be given back as a whole for each part."""
+        form = parent.form
+        small = form is not None and 16 * math.prod(form.shape) <= self.geometry.shape.numel()
+        return small or type(parent) is Exact
 
     def part(self, start: int, stop: int) -> Tensor:
         assert self.function is not None
@@ -517,9 +527,12 @@ class Recipe(Kept):
         geometry = self.geometry
         first, last = start // geometry.per_sample, stop // geometry.per_sample
         shape = (last - first, *geometry.shape[1:])
-        values = [self.parents[0].part(start, stop).view(-1).as_strided(shape, geometry.stride)]
-        for parent, along in zip(self.parents[1:], self.samples[1:], strict=True):
-            values.append(parent.get()[first:last] if along else parent.get())
+        values = []
+        for parent, along in zip(self.parents, self.samples, strict=True):
+            if along and self._unit_of(parent):
+                values.append(parent.part(start, stop).as_strided(shape, geometry.stride))
+            else:
+                values.append(parent.get()[first:last] if along else parent.get())
         value = self.function(*values)
         if value.stride() != values[0].stride() or value.dtype != geometry.dtype:
             value = torch.empty_strided(shape, geometry.stride, dtype=geometry.dtype, device=value.device).copy_(value)
@@ -564,11 +577,11 @@ class Masked(Kept):
         return self.source.unit if alike and form.dtype == geometry.dtype else 0
 
     def part(self, start: int, stop: int) -> Tensor:
-        value, before = self.source.part(start, stop), start % 256
-        codes = self.mask.codes[(start - before) // 8 : -(-stop // 8)]
-        if not before:
+        value, mask = self.source.part(start, stop), self.mask
+        codes, before, after = codec.mask_part(mask.codes, mask.geometry.shape.numel(), start, stop)
+        if not before and not after:
             return codec.scale_by_mask_(value, codes, self.on)
-        bits = codec.unpack_mask(codes, stop - start + before)[before:]
+        bits = codec.unpack_mask(codes, before + stop - start + after)[before : before + stop - start]
         return value.mul_(bits).mul_(self.on)
 
     def leaves(self) -> Iterator[Kept]:

@@ -73,7 +73,7 @@ def _keep_power(call: Call) -> None:
         return
     for slot, _ in call.open_slots():
         kept = call.data_argument(slot, data)
-        call.output_recipe("pow", lambda value: value.pow(exponent), [kept])
+        call.output_recipe("pow", lambda value: value.pow(exponent), [kept], elementwise=True)
 
 
 _POLYNOMIAL = "the derivative is a polynomial of degree one or two"
@@ -118,7 +118,8 @@ def _keep_clamp(call: Call) -> None:
         inside = (tensor >= low) & (tensor <= high)
         # A comparison with nan is false, whatever the bounds.
         call.mask(slot, inside, "nonzero", 0.0, 0.0, on=on, off=math.nan)
-        call.output_recipe("clamp", lambda value: value.clamp(low, high), [call.before], repeats=True)
+        parents = [call.before]
+        call.output_recipe("clamp", lambda value: value.clamp(low, high), parents, repeats=True, elementwise=True)
 
 
 CLAMP = register(

@@ -51,19 +51,31 @@ def _keep_matmul(call: Call) -> None:
 
 
 def _keep_mul(call: Call) -> None:
-    call.data_all([slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)])
+    factors = [slot for slot, tensor in call.open_slots() if not call.is_weight(tensor)]
+    call.data_all(factors)
+    for slot in factors:
+        call.fuse(slot)
     left, right = call.argument(0, "input"), call.argument(1, "other")
     if call.in_place:
         return
     if not isinstance(right, Tensor):  # by a number: nothing is saved
         source = call.kept_of(left)
         if source is not None and not isinstance(source, Exact):
-            call.output_recipe("mul", lambda value: value * right, [source])
+            call.output_recipe("mul", lambda value: value * right, [source], elementwise=True)
     elif isinstance(left, Tensor):
         # Both factors are kept: their product, coded independently, is unbiased.
         parents = [call.kept_of(factor) for factor in (left, right)]
         if _origin(parents[0]) != _origin(parents[1]):
-            call.output_recipe("mul", lambda a, b: a * b, parents)
+            alike = left.shape == right.shape
+            samples = () if alike else _along_samples(call.output, left, right)
+            call.output_recipe("mul", lambda a, b: a * b, parents, elementwise=alike, samples=samples)
+
+
+def _along_samples(output: Tensor, *factors: Tensor) -> tuple[bool, ...]:
+    """Which factors have a first dimension of samples, as the first one must."""
+    if not output.dim() or factors[0].shape != output.shape:
+        return ()
+    return tuple(one.dim() == output.dim() and one.shape[0] == len(output) for one in factors)
 
 
 def _origin(kept: Kept | None) -> tuple:
