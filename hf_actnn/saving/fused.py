@@ -27,6 +27,8 @@ RUN = 2**18
 #: Parts of a batch that products and convolutions are cut into at most. Each adds to the gradient of the weight, so a
 #: part is no smaller than that.
 PARTS = 8
+#: Dtypes in which sums over a batch may be made of sums over its parts; narrower ones would be rounded once for each.
+_WIDE = (torch.float32, torch.float64)
 
 aten = torch.ops.aten
 
@@ -153,9 +155,8 @@ def _parts(kept: Kept, numel: int, multiple: int, weight: int) -> list[tuple[int
 def _product(function: Any, left: Tensor, saved: Deferred) -> Tensor | None:
     """``left [M, R] @ saved [R, K]``, the gradient of a linear layer's weight, some of the `R` rows at a time."""
     width = saved.shape[1]
-    exact = saved.dtype in (torch.float32, torch.float64) and left.dtype == saved.dtype
-    if not exact or not saved.is_contiguous() or not left.is_cpu:
-        return None  # narrower sums would be rounded once per part
+    if saved.dtype not in _WIDE or left.dtype != saved.dtype or not saved.is_contiguous() or not left.is_cpu:
+        return None
     parts = _parts(saved.kept, saved.numel(), width, left.shape[0] * width)
     if len(parts) < 2:
         return None
@@ -173,7 +174,7 @@ def _convolution(
     """Gradients of a convolution, some samples at a time."""
     samples = saved.shape[0]
     each = saved.numel() // samples
-    if not grad.is_cpu or saved.dtype not in (torch.float32, torch.float64) or saved.stride(0) != each:
+    if not grad.is_cpu or saved.dtype not in _WIDE or saved.stride(0) != each:
         return None
     parts = _parts(saved.kept, saved.numel(), each, weight.numel())
     if len(parts) < 2:
@@ -189,10 +190,12 @@ def _convolution(
             if inner is None:
                 inner = _room_for(found[0], samples)
             inner[some].copy_(found[0])
-        for i, one in enumerate(found[1:]):
-            known = sums[i]
-            sums[i] = one if known is None else known.add_(one)
+        sums = [_sum(known, one) for known, one in zip(sums, found[1:], strict=True)]
     return inner, sums[0], sums[1]
+
+
+def _sum(known: Tensor | None, one: Tensor | None) -> Tensor | None:
+    return one if known is None or one is None else known.add_(one)
 
 
 def _room_for(part: Tensor, samples: int) -> Tensor:
@@ -200,7 +203,41 @@ def _room_for(part: Tensor, samples: int) -> Tensor:
     return torch.empty_strided((samples, *part.shape[1:]), part.stride(), dtype=part.dtype, device=part.device)
 
 
-# -- batch normalisation ----------------------------------------------------------------------------------------------
+# -- normalisations ---------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(
+    function: Any,
+    grad: Tensor,
+    saved: Deferred,
+    normalized: list[int],
+    mean: Tensor,
+    factor: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """Gradients of a layer normalisation, some rows at a time."""
+    if not _alike(grad, saved) or not grad.is_cpu or saved.dtype not in _WIDE or not saved.is_contiguous():
+        return None
+    width = math.prod(normalized)
+    runs = _runs(saved.kept, saved.numel(), RUN, width)
+    if not runs:
+        return None
+    flat, means, factors = _flat(grad), mean.reshape(-1, 1), factor.reshape(-1, 1)
+    parameters = [None if one is None else one.reshape(-1) for one in (weight, bias)]
+    out = torch.empty_like(flat) if wanted[0] else None
+    sums: list[Tensor | None] = [None, None]
+    for start, stop in runs:
+        rows = slice(start // width, stop // width)
+        values = saved.kept.part(start, stop).view(-1, width)
+        some = flat[start:stop].view(-1, width)
+        found = function(some, values, [width], means[rows], factors[rows], *parameters, wanted)
+        if out is not None:
+            out[start:stop].copy_(found[0].view(-1))
+        sums = [_sum(known, one) for known, one in zip(sums, found[1:], strict=True)]
+    inner = None if out is None else out.as_strided(grad.shape, grad.stride())
+    return inner, *(None if one is None else one.view(normalized) for one in sums)  # type: ignore[return-value]
 
 
 def _batch_norm(
@@ -265,5 +302,6 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: _times,
     aten.mm.default: _product,
     aten.convolution_backward.default: _convolution,
+    aten.native_layer_norm_backward.default: _layer_norm,
     aten.native_batch_norm_backward.default: _batch_norm,
 }
