@@ -37,11 +37,9 @@ import contextlib
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -49,9 +47,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import limits
 import memory
 import timing
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 
@@ -60,7 +60,7 @@ from hf_actnn.codec import native
 from hf_actnn.config import LEVELS
 from hf_actnn.errors import ActNNWarning, NativeError
 
-RESULTS = Path(__file__).parent / "results" / "max_batch.json"
+RESULTS = Path(__file__).parent / "results"
 MODELS = (
     *("resnet50", "resnet152", "wide_resnet101_2"),
     *("densenet201", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
@@ -83,12 +83,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-4),
 }
-#: On a CPU with more than so many seconds between polls a child could use much more than it is allowed.
-POLL_SECONDS = 0.003
-#: A try that takes longer hangs.
-TRY_SECONDS = 1800
-#: How many times the largest size that fitted the next one may be: a line through small sizes is not to be trusted far.
-JUMP = 16
 #: Words of errors that are for want of memory, from allocators, CUDA's libraries and the operating system.
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
@@ -108,25 +102,30 @@ QUANTITIES = {
     "width": Quantity(4, 1, 64, 2**13),
     "resolution": Quantity(16, 2, 96, 2**13),
 }
-UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of `16GB`, `1.5GiB`, `500MB`.
+def limit_name(text: str) -> str:
+    """A limit as it is given; an argparse type."""
+    if text != "all":
+        limits.parse(text)
+    return text
 
-    Raises:
-        ValueError: it is none of that kind.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text)
-    if found is None:
-        raise ValueError(f"a limit is {text!r}; expected something like 16GB, 1.5GiB or 500MB")
-    return int(float(found.group(1)) * UNITS[found.group(2)])
+
+def method_name(text: str) -> str:
+    """A method, another level of hf_actnn, or another budget; an argparse type."""
+    if text not in (*METHODS, *LEVELS) and not re.fullmatch(r"compile:(0(\.\d+)?|1)", text):
+        raise ValueError(f"no method is called {text!r}")
+    return text
 
 
 def limit_of(point: dict[str, Any]) -> int:
     """Bytes that a point may use."""
-    memory_there: int = point["memory"]
-    return memory_there if point["limit"] == "all" else parse_bytes(point["limit"])
+    return int(point["memory"]) if point["limit"] == "all" else limits.parse(point["limit"])
+
+
+def title(point: dict[str, Any]) -> str:
+    """A point for those who watch."""
+    return " ".join(point[name] for name in ("vary", "limit", "model", "method"))
 
 
 # -- one try, in a process of its own ----------------------------------------------------------------------------------
@@ -188,6 +187,8 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     """
     device, vary = torch.device(point["device"]), point["vary"]
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(limit_of(point) / point["memory"], device)
     batch = size if vary == "batch" else point["batch"]
     side = size if vary == "resolution" else point["image_size"]
@@ -223,106 +224,17 @@ def child(point: dict[str, Any], size: int) -> None:
             found: dict[str, Any] = {"status": "ok", **train(point, size)}
         except Exception as error:
             short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {error}"[:2000]
             found = {"status": "out of memory"} if short else {"status": "error", "error": text}
     said = [str(one.message) for one in caught if issubclass(one.category, ActNNWarning)]
     print(json.dumps({**found, "warnings": said} if said else found))
 
 
-# -- the parent: watching, searching -----------------------------------------------------------------------------------
-
-
-def resident(process: int) -> int:
-    """Bytes of a process's resident set now; 0 once it has ended."""
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def watched(command: list[str], limit: int | None, seconds: float = TRY_SECONDS) -> dict[str, Any]:
-    """Run a command that prints JSON, and end it above a limit of its resident set in bytes.
-
-    Returns:
-        What it printed, or ``status`` "out of memory" if it went above the limit, was killed for memory, or did not
-        say; "error" with the text if it ended in any other way.
-    """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
-        environment = os.environ | ({} if limit is None else memory.SETTINGS["pages"][0])
-        process = subprocess.Popen(command, stdout=out, stderr=told, env=environment)
-        start, above, late = time.monotonic(), False, False
-        try:
-            while process.poll() is None and not (above or late):
-                time.sleep(POLL_SECONDS)
-                above = limit is not None and resident(process.pid) > limit
-                late = time.monotonic() - start > seconds
-        finally:
-            process.kill()
-            process.wait()
-        out.seek(0)
-        told.seek(0)
-        lines, errors = out.read().splitlines(), told.read()
-    if above or process.returncode == -signal.SIGKILL and not late:
-        return {"status": "out of memory"}
-    if late:
-        return {"status": "error", "error": f"no result after {seconds:.0f} s"}
-    if process.returncode or not lines:
-        return {"status": "error", "error": errors[-2000:] or f"ended with {process.returncode}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    # Between two looks it may have been above.
-    if limit is not None and found["status"] == "ok" and found["peak"] > limit:
-        return {**found, "status": "out of memory"}
-    return found
+# -- searching, in the parent ------------------------------------------------------------------------------------------
 
 
 class Failed(Exception):
     """A try ended in an error that is not for want of memory."""
-
-
-def search(
-    attempt: Callable[[int], float | None], limit: float, first: int, cap: int, power: int = 1, tolerance: float = 0.02
-) -> int:
-    """The largest size that fits, to within a share of it or 1; 0 where nothing fits.
-
-    Args:
-        attempt: size -> peak in bytes, or None where it does not fit.
-        limit: in bytes; it only aims the tries.
-        first: size tried first.
-        cap: the largest size to try.
-        power: memory is about linear in this power of the size.
-        tolerance: share of the size that may lie between what fits and what does not.
-    """
-    fits: dict[int, float] = {}
-    low, high, size, pushed = 0, cap + 1, min(first, cap), 0
-    while True:
-        peak = attempt(size)
-        if peak is None:
-            high = size
-        else:
-            low, fits[size] = size, peak
-        gap = max(1, int(tolerance * low))
-        if high - low <= gap:
-            return low
-        aimed = _aimed(fits, low, high, limit, power)
-        # Away from the last try by at least the gap, and by twice as much each time the line leads nowhere.
-        reach = gap << pushed
-        bottom, top = (low + gap, high - reach) if peak is None else (low + reach, high - gap)
-        size = min(max(aimed, bottom), top) if bottom <= top else (low + high) // 2
-        pushed = pushed + 1 if size != aimed else 0
-
-
-def _aimed(fits: dict[int, float], low: int, high: int, limit: float, power: int) -> int:
-    """The size at which a line through the two largest that fitted meets the limit."""
-    if not fits:
-        return high // 2
-    if len(fits) == 1:
-        return 2 * low
-    before, last = sorted(fits)[-2:]
-    slope = (fits[last] - fits[before]) / (last**power - before**power)
-    farthest = (JUMP * low) ** power
-    # Nothing is known of a line that does not rise: other things set the peak so far.
-    met = last**power + (limit - fits[last]) / slope if slope > 0 else farthest
-    return int(max(min(met, farthest), 0) ** (1 / power))
 
 
 def measure(point: dict[str, Any], attempt: Callable[[dict[str, Any], int], dict[str, Any]]) -> dict[str, Any]:
@@ -338,28 +250,25 @@ def measure(point: dict[str, Any], attempt: Callable[[dict[str, Any], int], dict
         size = quantity.step * count
         found = {"size": size, **attempt(point, size)}
         tries.append(found)
-        print(
-            f"    {size}: {found['status']}" + (f", {found['peak'] / 1e9:.2f} GB" if "peak" in found else ""),
-            flush=True,
-        )
+        used = f", {found['peak'] / 1e9:.2f} GB" if "peak" in found else ""
+        print(f"    {size}: {found['status']}{used}", flush=True)
         if found["status"] == "error":
             raise Failed(found["error"])
         return found["peak"] if found["status"] == "ok" else None
 
     first, cap = (max(1, point[name] // quantity.step) for name in ("first", "cap"))
     try:
-        largest: int | None = (
-            search(one, limit_of(point), first, cap, quantity.power, point["tolerance"]) * quantity.step
+        largest: int | None = quantity.step * limits.search(
+            one, limit_of(point), first, cap, quantity.power, point["tolerance"]
         )
         error = None
     except Failed as failure:
         largest, error = None, str(failure)
-    failed = [found["size"] for found in tries if found["status"] == "out of memory"]
     at_largest = next((found for found in tries if found["size"] == largest), {})
     return {
         **point,
         "largest": largest,
-        "capped": largest is not None and not failed,
+        "capped": all(found["status"] == "ok" for found in tries),
         "seconds": at_largest.get("seconds"),
         "peak": at_largest.get("peak"),
         "error": error,
@@ -371,7 +280,8 @@ def measure(point: dict[str, Any], attempt: Callable[[dict[str, Any], int], dict
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What a point depends on beyond its options. A GPU is asked by another process: this one would keep a part of it."""
+    """What a point depends on beyond its options. A GPU is asked by another process: this one would keep a part of it
+    for itself."""
     if device == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         name, allocator, threads = timing.environment()["cpu"], "pages", torch.get_num_threads()
@@ -396,10 +306,6 @@ def facts(device: str) -> dict[str, Any]:
 def refused(point: dict[str, Any]) -> str | None:
     """Why there is no such point, or None."""
     method, vary = point["method"], point["vary"]
-    if method not in (*METHODS, *LEVELS) and not re.fullmatch(r"compile:(0(\.\d+)?|1)", method):
-        return (
-            f"unknown method; expected one of {', '.join(METHODS)}, another level, or compile: and a budget of 0 to 1"
-        )
     if point["device"] == "cpu" and method in ("save_on_cpu", "L4", "L5"):
         return "left out: on a CPU there is nothing to move to"
     if vary in ("depth", "width") and point["model"] not in STAGES:
@@ -431,7 +337,7 @@ def points(options: argparse.Namespace) -> list[dict[str, Any]]:
                     point = {**shared, **sizes, "vary": vary, "limit": limit, "model": model, "method": method}
                     reason = refused(point)
                     if reason:
-                        print(f"{vary} {limit} {model} {method}: {reason}", flush=True)
+                        print(f"{title(point)}: {reason}", flush=True)
                     else:
                         found.append(point)
     return found
@@ -440,17 +346,20 @@ def points(options: argparse.Namespace) -> list[dict[str, Any]]:
 def attempt(point: dict[str, Any], size: int) -> dict[str, Any]:
     """One try in a process of its own, ended above the limit on a CPU."""
     command = [sys.executable, __file__, "--try", json.dumps([point, size])]
-    return watched(command, limit_of(point) if point["device"] == "cpu" else None)
+    if point["device"] != "cpu":
+        return limits.watched(command)
+    return limits.watched(command, limit_of(point), memory.SETTINGS["pages"][0])
 
 
-def known() -> list[dict[str, Any]]:
+def known(output: str) -> list[dict[str, Any]]:
     """Rows measured so far."""
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    path = RESULTS / f"{output}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def is_of(row: dict[str, Any], point: dict[str, Any]) -> bool:
     """Whether a row is a point's."""
-    return all(row[key] == value for key, value in point.items())
+    return all(row.get(key) == value for key, value in point.items())
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -465,8 +374,7 @@ def table(rows: list[dict[str, Any]]) -> None:
         cells = []
         for model in models:
             row = found.get((model, method))
-            sizes = [found.get((model, other), {}).get("largest") for other in (method, "plain", "free")]
-            size, plain, free = sizes
+            size, plain, free = (found.get((model, one), {}).get("largest") for one in (method, "plain", "free"))
             text = "-" if row is None else "error" if size is None else f"{'>=' if row['capped'] else ''}{size}"
             if size and plain:
                 text += f"  {size / plain:.2f}" + (f" / {free / plain:.2f}" if free else "")
@@ -477,9 +385,11 @@ def table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vary", nargs="+", default=["batch"], choices=list(QUANTITIES))
-    parser.add_argument("--limit", nargs="+", help="16GB 24GB all on a GPU, 2GB on a CPU unless said otherwise")
+    parser.add_argument(
+        "--limit", nargs="+", type=limit_name, help="16GB 24GB all on a GPU, 2GB on a CPU unless said otherwise"
+    )
     parser.add_argument("--models", nargs="+", help="of timm; all six for batch, else resnet152")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", type=method_name, default=list(METHODS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--optimizer", default="sgd", choices=list(OPTIMIZERS))
@@ -490,6 +400,7 @@ def main() -> None:
     parser.add_argument("--cap", type=int, help="the largest size to try")
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--again", action="store_true", help="measure what is known already")
+    parser.add_argument("--output", default="max_batch")
     parser.add_argument("--try", dest="one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -498,16 +409,17 @@ def main() -> None:
         parser.error("on a CPU `--limit all` would leave nothing to others; give a size")
     wanted = points(options)
     for number, point in enumerate(wanted, 1):
-        title = f"[{number}/{len(wanted)}] {point['vary']} {point['limit']} {point['model']} {point['method']}"
-        if not options.again and any(is_of(row, point) and row["error"] is None for row in known()):
-            print(f"{title}: known")
+        place = f"[{number}/{len(wanted)}] {title(point)}"
+        if not options.again and any(is_of(row, point) and row["error"] is None for row in known(options.output)):
+            print(f"{place}: known")
             continue
-        print(title, flush=True)
+        print(place, flush=True)
         row = measure(point, attempt)
         print(f"    largest {row['largest']}" if row["error"] is None else f"    error: {row['error']}", flush=True)
         # Read again: another run may be writing beside this one.
-        timing.write("max_batch", {"rows": [one for one in known() if not is_of(one, point)] + [row]})
-    rows = known()
+        others = [one for one in known(options.output) if not is_of(one, point)]
+        timing.write(options.output, {"rows": [*others, row]})
+    rows = known(options.output)
     for vary, limit in dict.fromkeys((point["vary"], point["limit"]) for point in wanted):
         chosen = [point for point in wanted if (point["vary"], point["limit"]) == (vary, limit)]
         table([row for point in chosen for row in rows if is_of(row, point)])
