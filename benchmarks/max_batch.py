@@ -3,11 +3,11 @@
     python benchmarks/max_batch.py [--vary batch depth width resolution] [--limit 16GB 24GB all] [--precision fp32]
         [--models resnet50 ...] [--methods plain ...] [--device cuda]
 
-What is varied (Chen et al. 2021, section 5, has the same quantities in its table of the largest models):
+What is varied, as in the table of the largest models of Chen et al. 2021, which deepens the second stage too:
 
 * ``batch``: images of ``--image-size`` px in a batch.
 * ``depth``: blocks in the third stage of a bottleneck ResNet, the others as they are; a block is three layers.
-* ``width``: channels of a ResNet's first bottleneck; those of the others follow (64 in a ResNet, 128 in a wide one).
+* ``width``: channels of a ResNet's first bottlenecks; those of the others follow (64 in a ResNet, 128 in a wide one).
 * ``resolution``: side of the images. This and the two before it have ``--batch`` images in a batch.
 
 Models are timm's, with random weights and random images. A try is a process of its own that trains some steps: forward,

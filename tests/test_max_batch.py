@@ -245,7 +245,7 @@ def test_compiling_keeps_to_a_budget(monkeypatch):
 
 def test_more_fits_at_l2(tmp_path, monkeypatch):
     """In real processes: what is above the limit for plain training trains at L2."""
-    options = ["--models", "test_resnet", "--image-size", "160", "--steps", "2", "--tolerance", "1"]
+    options = ["--models", "test_resnet", "--image-size", "160", "--steps", "1", "--tolerance", "1"]
     (row,) = run(
         monkeypatch, tmp_path / "base", *options, "--methods", "plain", "--first", "1", "--cap", "1", "--limit", "8GB"
     )
