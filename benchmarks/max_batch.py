@@ -97,7 +97,7 @@ class Quantity(NamedTuple):
 
 
 QUANTITIES = {
-    "batch": Quantity(1, 1, 4, 2**16),
+    "batch": Quantity(1, 1, 8, 2**16),
     "depth": Quantity(1, 1, 8, 2**12),
     "width": Quantity(4, 1, 64, 2**13),
     "resolution": Quantity(16, 2, 96, 2**13),

@@ -177,7 +177,7 @@ def test_what_is_known_is_not_tried_again(tmp_path, monkeypatch, capsys):
         ("L2", None, "what went wrong"),
         ("free", 75, None),
     ]
-    assert [found["size"] for found in rows[0]["tries"]][:2] == [4, 8]
+    assert [found["size"] for found in rows[0]["tries"]][:2] == [8, 16]
 
     broken = False
     tried.clear()
