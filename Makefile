@@ -66,7 +66,7 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
 	for file in benchmarks/*.py; do \
 	  grep -q '__main__' $$file || continue; \
-	  if grep -q '"--device"' $$file; then echo "== $$file: left out, make gpu runs it"; continue; fi; \
+	  if grep -q '"--device"' $$file; then echo "== $$file: left out, docs/gpu.md says how to run it"; continue; fi; \
 	  echo "== $$file"; $(PYTHON) $$file; \
 	done
 

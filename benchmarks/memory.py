@@ -45,7 +45,7 @@ class StoragesMade(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -91,32 +91,32 @@ def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
         hf_actnn.convert(model, bits=bits)
         model(**data).loss.backward()
     elif mode == "free":
-        with torch.autograd.graph.saved_tensors_hooks(_forget, _zeros):
+        with torch.autograd.graph.saved_tensors_hooks(forget, zeros):
             loss = model(**data).loss
         loss.backward()
     else:
         model(**data).loss.backward()
-    print(_high_water())
+    print(high_water())
 
 
-def _high_water() -> int:
+def high_water() -> int:
     """Peak of this program's resident set in bytes. Not getrusage's: that begins with what the parent had when it
     forked."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def _forget(tensor: torch.Tensor) -> Any:
+def forget(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device]:
+    """Of a saved tensor: its layout and device, and nothing of what it holds. Parameters and small ones stay."""
     if tensor.is_leaf and tensor.requires_grad or tensor.numel() * tensor.itemsize < 65536:
-        return tensor.detach()
-    return tensor.shape, tensor.stride(), tensor.dtype
+        return tensor.detach(), tensor.device
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), tensor.device
 
 
-def _zeros(kept: Any) -> torch.Tensor:
-    if isinstance(kept, torch.Tensor):
-        return kept
-    shape, stride, dtype = kept
-    return torch.empty_strided(shape, stride, dtype=dtype).zero_()
+def zeros(kept: tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+    """What `forget` left, as zeros that take the memory of the tensor without gaps."""
+    layout, device = kept
+    return torch.empty_like(layout, device=device).zero_() if layout.is_meta else layout
 
 
 #: Settings of malloc, and what is measured under each.
