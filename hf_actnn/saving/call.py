@@ -385,9 +385,10 @@ class Call:
             if not policy.is_fixed:
                 spread = partial(codec.sample_spread, tensor, samples, length, policy.group_size)
                 bits = scope.adaptation.widths(item, samples, policy, spread)
-        packed = codec.quantize(
-            tensor, bits, policy.group_size, seed=scope.seed, stream=scope.next_stream(), row_length=length
-        )
+        advance, stream = scope.advance, scope.next_stream()
+        if advance is not None and advance.device != tensor.device:
+            advance = None
+        packed = codec.quantize(tensor, bits, policy.group_size, scope.seed, stream, row_length=length, advance=advance)
         if scope.tape is not None:
             found = Item(
                 scope.tape, item, packed, tensor, samples, scope.samples, policy.low, policy.high, float(policy.bits)

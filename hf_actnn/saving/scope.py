@@ -95,6 +95,8 @@ class Scope:
         self.tape: Tape | None = None
         self._packed: dict[tuple[str, str], int] = {}
         self._swapping: ForwardPass | None = None
+        #: What captured passes add to their streams.
+        self.advance: Tensor | None = None
         #: Whether backward functions may read codes.
         self.fuses = session.config.fused_backward
         session.opened()
@@ -108,6 +110,8 @@ class Scope:
     def run(self, place: tuple[str, Policy], forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the outermost module's own call with this scope on."""
         session = self.session
+        device = _device_of(self.root)
+        self.advance = session.replays.begin(device, place[0] or type(self.root).__name__)
         if session.swappers is not None:
             self._swapping = session.swappers.begin(self.root, place[0])
         if session.arenas is not None:
@@ -116,7 +120,7 @@ class Scope:
         _thread.scope = self
         try:
             with contextlib.nullcontext() if session.arenas is None else session.arenas.serving():
-                if self.adaptation is not None:
+                if self.adaptation is not None and self.advance is None:
                     return self._adapting(self.adaptation, forward, args, kwargs)
                 with self._hooks, self._mode:
                     return forward(*args, **kwargs)
@@ -423,6 +427,11 @@ def _tensors_among(attributes: Collection[Any]) -> list[Tensor]:
     found = [value for value in attributes if isinstance(value, Tensor)]
     _PLAIN_TYPES.update(kind for kind in map(type, attributes) if not issubclass(kind, Tensor))
     return found
+
+
+def _device_of(root: torch.nn.Module) -> torch.device:
+    """Where the first of a module's tensors is."""
+    return next((one.device for one in itertools.chain(root.parameters(), root.buffers())), torch.device("cpu"))
 
 
 def _weights(root: torch.nn.Module) -> set[int]:

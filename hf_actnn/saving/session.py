@@ -14,6 +14,7 @@ from hf_actnn.codec.arena import Arenas
 from hf_actnn.config import ActNNConfig
 from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Kept, View
+from hf_actnn.saving.replays import Replays
 from hf_actnn.saving.swap import Swappers
 
 if TYPE_CHECKING:
@@ -106,8 +107,9 @@ class Session:
         self.notes: list[tuple[str, str, str, str, int]] = []
         self._lent: dict[int, list[weakref.ref[Exact]]] = {}
         self._until_cleaning = CLEAN_EVERY
-        #: Where codes are put and whereto what is kept is swapped, where the configuration says so. Neither goes along
-        #: when the model is copied or pickled.
+        #: Replays of captured passes; where codes are put, and whereto what is kept is swapped, where the configuration
+        #: says so. None of it goes along when the model is copied or pickled.
+        self.replays = Replays()
         self.arenas = Arenas() if config.uses_arena else None
         self.swappers = Swappers(self.arenas) if config.swaps else None
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from hf_actnn.codec import arena, buffers
 from hf_actnn.errors import ActNNWarning, NotAvailableError, message
 from hf_actnn.saving.kept import Exact, Leaf
+from hf_actnn.saving.replays import is_capturing
 
 
 class Bounds(NamedTuple):
@@ -601,7 +602,7 @@ class Swappers:
                 have by then.
         """
         device = next((tensor.device for tensor in itertools.chain(root.parameters(), root.buffers())), None)
-        if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device is not None and is_capturing(device):
             raise NotAvailableError(
                 message(
                     "a forward pass that swaps cannot be captured in a CUDA graph",

@@ -239,6 +239,40 @@ def test_a_graph_draws_other_numbers_in_each_replay(bits):
     assert not same(seen[0], seen[1])
 
 
+def test_a_graph_of_a_whole_step_rounds_afresh_in_each_replay():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 64)).cuda()  # linear: without bias
+    x = torch.randn(512, 256, device="cuda")
+
+    def step() -> None:
+        model(x).square().sum().backward()
+
+    step()
+    exact = torch.cat([one.grad.flatten() for one in model.parameters()]).double()
+    hf_actnn.convert(model, bits=2)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    found = []
+    for _ in range(200):
+        for one in model.parameters():
+            one.grad.zero_()
+        graph.replay()
+        found.append(torch.cat([one.grad.flatten() for one in model.parameters()]).double())
+    stacked = torch.stack(found)
+    assert not torch.equal(stacked[0], stacked[1])
+    along = stacked @ (exact / exact.norm())
+    assert abs(along.mean() - exact.norm()) < 4 * along.std() / len(found) ** 0.5
+
+
 def test_nothing_waits_for_the_device():
     x = sample(256 * 400, torch.float32, 1).cuda()
     flat, offsets = x.view(-1), torch.ones(1000, dtype=torch.uint8, device="cuda")
