@@ -126,6 +126,11 @@ class PackedTensor:
         return flat.as_strided(self.shape, self.stride)
 
     @property
+    def layout(self) -> reference.Layout:
+        """Where groups lie among the values; its sizes in bytes are those of one bit."""
+        return ops.plan(self.numel, self.row_length, 1, self.group_size)
+
+    @property
     def unit(self) -> int:
         """Elements of which :meth:`part` gives any number in a row: a row, or a sample where widths differ. 0 where
         there are only the values of the whole."""
@@ -136,7 +141,7 @@ class PackedTensor:
     def part(self, start: int, stop: int) -> Tensor:
         """Some of the values in storage order: one dimension. Both ends are multiples of :attr:`unit`."""
         length, size = self.row_length, stop - start
-        groups_per_row = ops.plan(length, length, 1, self.group_size).n_groups
+        groups_per_row = self.layout.groups_per_row
         meta = self.meta[start // length * groups_per_row : stop // length * groups_per_row]
         if self.widths is None:
             bits: Any = self.bits

@@ -30,7 +30,7 @@ class _Probe(threading.local):
     task = -1
     #: One quantised tensor, and what is added to its values; what reruns gave in the meantime.
     kept: Quantized | None = None
-    noise: Tensor | None = None
+    noise: Any = None
     values: dict[int, list[Tensor]] | None = None
 
     def begin(self) -> None:
@@ -51,7 +51,7 @@ class _Probe(threading.local):
         self.read, self.task = None, -1
 
     @contextlib.contextmanager
-    def disturbing(self, kept: Quantized, noise: Tensor) -> Iterator[None]:
+    def disturbing(self, kept: Quantized, noise: Any) -> Iterator[None]:
         self.kept, self.noise, self.values = kept, noise, {}
         try:
             yield
@@ -251,7 +251,10 @@ class Quantized(Leaf):
         return self._form.unit
 
     def part(self, start: int, stop: int) -> Tensor:
-        return self.packed.part(start, stop)
+        value = self.packed.part(start, stop)
+        if probe.kept is self and probe.noise is not None:
+            value += probe.noise.part(start, stop)
+        return value
 
     @property
     def packed(self) -> codec.PackedTensor:
@@ -267,7 +270,7 @@ class Quantized(Leaf):
     def get(self) -> Tensor:
         value = self.packed.dequantize()
         if probe.kept is self and probe.noise is not None:
-            value += probe.noise
+            value += probe.noise.whole()
         return value
 
     @property

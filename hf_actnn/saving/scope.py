@@ -405,7 +405,7 @@ def _given_back(slot: Slot) -> Tensor:
         with torch.no_grad():
             return slot.get()
     kept = slot.kept
-    if slot.fused and kept is not None and probe.read is None and probe.values is None:
+    if slot.fused and kept is not None:
         stand_in = deferred(kept, partial(_whole, slot))
         if stand_in is not None:
             return stand_in

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
-from hf_actnn.saving.kept import Quantized, probe
+from hf_actnn.saving.kept import Quantized, fills_its_memory, probe
 
 #: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
 _SIGNS = 65521
@@ -293,9 +293,7 @@ class Tape:
                 moved = self._run(node, again, grad_outputs, grad_inputs)
             if moved is None:
                 continue
-            self._harm(
-                item.key, at, [_minus(moved[j], grad_inputs[j]) for j in range(len(moved))], leaves, others, FOLLOWED
-            )
+            self._harm(item.key, at, _differences(moved, grad_inputs, grad_outputs), leaves, others, FOLLOWED)
             del moved
         for key, entry, noise, further in self._coming.pop(at, ()):
             alone = [noise if place == entry else None for place in range(len(grad_outputs))]
@@ -318,8 +316,8 @@ class Tape:
         carried = []
         for j in others:
             noise, into = moved[j], node.following[j]
-            if noise is None:
-                continue
+            if noise is None or (noise.is_cpu and not noise.any()):
+                continue  # elsewhere to look would mean to wait
             if further > 0 and self.nodes[into].replayable and node.out is not None:
                 self._coming.setdefault(into, []).append((key, node.entries[j], noise, further - 1))
             else:
@@ -330,22 +328,24 @@ class Tape:
 
     # -- randomness --------------------------------------------------------------------------------------------------
 
-    def _random(self, count: int, like: Tensor) -> Tensor:
-        """``[count]`` random signs."""
-        where = like.device, like.dtype
+    def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        where = device, dtype
         signs = self._by_device.get(where)
         if signs is None:
             signs = self._by_device[where] = self._signs.to(*where)
-        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
-        signs = signs.roll(-start)
-        return signs.repeat(-(-count // _SIGNS))[:count] if count > _SIGNS else signs[:count]
+        return signs
 
     def _signed(self, grad: Tensor | None, samples: int = 0) -> Tensor | None:
         if grad is None:
             return None
         if samples:
             return (grad.reshape(samples, -1) * self._halves(samples, grad)[:, None]).view(grad.shape)
-        return grad * self._random(grad.numel(), grad).view(grad.shape)
+        signed = grad.clone()
+        if not fills_its_memory(signed):
+            signed = signed.contiguous()
+        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
+        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype), start)
+        return signed
 
     def _halves(self, samples: int, like: Tensor) -> Tensor:
         """``[S]`` random signs, as many of each as can be: what all samples have in common cancels out, and with it
@@ -388,35 +388,73 @@ class Tape:
                 )
             return None
 
-    def _noise(self, kept: Quantized, item: Item) -> Tensor:
-        """Noise of the variance that the rounding has: per group by its step, per sample by what was measured."""
-        packed = kept.packed
-        steps = _steps(packed)
-        flat = steps.as_strided((steps.numel(),), (1,))
-        by_sample = flat.view(len(item.variance), -1)
-        assumed = by_sample.square().sum(1, dtype=torch.float64)
-        scale = torch.where(assumed > 0, item.variance.to(assumed.device) / assumed, 0.0).sqrt()
-        by_sample.mul_(scale.to(flat.dtype)[:, None])
-        flat.mul_(self._random(flat.numel(), flat))
+    def _noise(self, kept: Quantized, item: Item) -> Noise:
+        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
+        return Noise(kept.packed, item.variance, self._signs_on(kept.packed.device), start)
+
+
+class Noise:
+    """Noise of the variance that the rounding of a quantised tensor has: in each group by its step, in each sample by
+    what was measured. The same values each time, and made where they are asked for.
+
+    Args:
+        packed: the tensor.
+        variance: ``[S]``, of its rounding, of each sample.
+        signs: ``[_SIGNS]`` random signs.
+        start: which of them is the first value's.
+    """
+
+    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: Tensor, start: int) -> None:
+        step = packed.meta[:, 1].to(torch.float64 if packed.dtype == torch.float64 else torch.float32)
+        step = torch.where((step > 0) & step.isfinite(), step, 0.0)
+        twin = copy.copy(packed)
+        twin.meta = torch.stack([torch.zeros_like(step), step], 1).to(packed.meta.dtype)
+        twin.codes = torch.full_like(packed.codes, 255)  # the largest code everywhere: 2^bits - 1 steps
+        twin.patch, twin.dtype = None, step.dtype
+        at = packed.layout
+        sizes = step.new_full((at.groups_per_row,), float(at.group))
+        sizes[-1] = at.tail
+        assumed = (
+            (step.view(-1, at.groups_per_row).square() * sizes).view(len(variance), -1).sum(1, dtype=torch.float64)
+        )
+        self._factors = torch.where(assumed > 0, variance.to(assumed.device) / assumed, 0.0).sqrt().to(step.dtype)
+        if packed.widths is None:
+            self._factors /= 2**packed.bits - 1
+        else:
+            each = len(variance) // len(packed.widths)
+            top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
+            self._factors /= top.repeat_interleave(each)
+        self._twin, self._signs, self._start = twin, signs.to(step.dtype), start
+        self._each = packed.numel // len(variance)
+
+    def whole(self) -> Tensor:
+        """In the shape and strides of the tensor."""
+        steps = self._twin.dequantize()
+        self._finish(steps.as_strided((steps.numel(),), (1,), steps.storage_offset()), 0)
         return steps
 
+    def part(self, start: int, stop: int) -> Tensor:
+        """Some of the values in storage order, as `PackedTensor.part` gives those of the tensor."""
+        flat = self._twin.part(start, stop)
+        self._finish(flat, start)
+        return flat
 
-def _steps(packed: codec.PackedTensor) -> Tensor:
-    """The step of each value's group, in the tensor's shape and strides; 0 where the group has none."""
-    twin = copy.copy(packed)
-    step = packed.meta[:, 1]
-    usable = (step > 0) & step.isfinite()
-    twin.meta = torch.stack([torch.zeros_like(step), torch.where(usable, step, 0.0)], 1)
-    twin.codes = torch.full_like(packed.codes, 255)  # the largest code everywhere
-    twin.patch = None
-    steps = twin.dequantize(torch.float64 if packed.dtype == torch.float64 else torch.float32)
-    flat = steps.as_strided((steps.numel(),), (1,))
-    if packed.widths is None:
-        flat.div_(2**packed.bits - 1)
-    else:
-        top = (torch.exp2(packed.widths.to(flat.dtype)) - 1).to(flat.device)
-        flat.view(len(top), -1).div_(top[:, None])
-    return steps
+    def _finish(self, flat: Tensor, start: int) -> None:
+        each, stop = self._each, start + flat.numel()
+        if start % each == 0 and stop % each == 0:
+            flat.view(-1, each).mul_(self._factors[start // each : stop // each, None])
+        else:
+            for sample in range(start // each, -(-stop // each)):
+                flat[max(sample * each - start, 0) : (sample + 1) * each - start].mul_(self._factors[sample])
+        sign_(flat, self._signs, self._start + start)
+
+
+def sign_(flat: Tensor, signs: Tensor, start: int) -> None:
+    """Give the values of a tensor of one dimension signs, in place: at the peak there is no room for more."""
+    signs = signs.roll(-(start % len(signs)))
+    whole = flat.numel() // len(signs) * len(signs)
+    flat[:whole].view(-1, len(signs)).mul_(signs)
+    flat[whole:].mul_(signs[: flat.numel() - whole])
 
 
 class _Hook:
@@ -435,8 +473,20 @@ def _begin(grad_outputs: tuple) -> None:
     probe.begin()
 
 
-def _minus(moved: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    return None if moved is None or grad is None else moved - grad
+def _differences(moved: list[Tensor | None], grads: tuple, incoming: tuple) -> list[Tensor | None]:
+    """``moved - grads``, in the memory of the first where it is nobody else's."""
+    others = {one.untyped_storage()._cdata for one in (*grads, *incoming) if one is not None}
+    found: list[Tensor | None] = []
+    for j, (one, grad) in enumerate(zip(moved, grads, strict=True)):
+        if one is None or grad is None:
+            found.append(None)
+            continue
+        storage = one.untyped_storage()._cdata
+        own = storage not in others and one.dtype == grad.dtype and fills_its_memory(one) and type(one) is Tensor
+        found.append(one.sub_(grad) if own else one - grad)
+        others.add(storage)
+        moved[j] = None
+    return found
 
 
 def _reads_data(node: Any) -> bool:

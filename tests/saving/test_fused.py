@@ -331,6 +331,21 @@ def test_no_large_tensor_is_decoded_as_a_whole(name, shape, monkeypatch):
     assert max(sizes) <= largest / 4
 
 
+@pytest.mark.parametrize(("name", "shape"), [("convolutions", (16, 3, 24, 24)), ("gelu", (32, 50, 20))])
+def test_nor_on_a_step_that_is_measured(name, shape, monkeypatch):
+    """Such a step runs each layer several times, and its peak is that of the training."""
+    model, x = hf_actnn.convert(seeded(NETWORKS[name][0]), "L3", min_numel=0), values(*shape)
+    controller = hf_actnn.controller(model)
+    sizes = watch_decoding(monkeypatch)
+    model(x.requires_grad_()).square().sum().backward()
+    controller.step()
+    assert controller.history
+    gradients(model, x.detach(), False)
+    largest = max(sizes)
+    sizes[:] = sizes[: sizes.index(largest)]
+    assert max(sizes) <= largest / 4
+
+
 def test_small_tensors_are_decoded_as_they_were(monkeypatch, uses):
     monkeypatch.setattr(fused, "SMALLEST", {"cpu": 2**20})
     gradients(seeded(Residual), values(8, 3, 12, 12), True)

@@ -1,0 +1,57 @@
+"""The noise that a kept tensor is disturbed with: of the variance that was measured, the same in parts as in whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_actnn import codec
+from hf_actnn.saving.tape import _SIGNS, Noise
+
+SIGNS = torch.where(torch.rand(_SIGNS, generator=torch.Generator().manual_seed(2)) < 0.5, -1.0, 1.0)
+
+
+def packed_of(bits, shape=(6, 4, 300), dtype=torch.float32):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    x *= torch.arange(1, shape[0] + 1).view(-1, *[1] * (len(shape) - 1))
+    widths = torch.tensor([1, 8, 3, 2, 2, 5], dtype=torch.uint8) if bits == "mixed" else bits
+    return codec.quantize(x, widths, seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(6, 4, 300), (6, 3, 10, 10), (6, 70000)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 8, "mixed"])
+def test_each_sample_has_its_variance(bits, shape, dtype):
+    packed = packed_of(bits, shape, dtype)
+    variance = torch.tensor([1.0, 4.0, 0.0, 9.0, 1e-3, 2.0], dtype=torch.float64)
+    noise = Noise(packed, variance, SIGNS, 17).whole()
+    assert tuple(noise.shape) == tuple(packed.shape) and noise.stride() == tuple(packed.stride)
+    found = noise.double().reshape(6, -1).square().sum(1)
+    torch.testing.assert_close(found, variance, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
+    assert noise.double().mean().abs() < 4 * noise.double().std() / noise.numel() ** 0.5
+
+
+def test_groups_have_noise_as_large_as_their_steps():
+    packed = packed_of(2)
+    noise = Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 0).whole()
+    sizes = noise.abs().view(24, 2, 150)  # two groups in each row
+    assert torch.equal(sizes[..., :1].expand_as(sizes), sizes)
+    relative = sizes[:4, :, 0].flatten() / packed.meta[:8, 1].float()
+    torch.testing.assert_close(relative, relative[:1].expand(8), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("start", [0, 17, _SIGNS - 3])
+@pytest.mark.parametrize(("bits", "shape"), [(2, (6, 70000)), (3, (6, 4, 300)), ("mixed", (6, 3, 10, 10))])
+def test_parts_are_those_of_the_whole(bits, shape, start):
+    packed = packed_of(bits, shape)
+    noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, start)
+    flat, unit = noise.whole().view(-1), packed.unit
+    for first in range(0, flat.numel(), unit):
+        for last in (first + unit, min(first + 2 * unit, flat.numel()), flat.numel()):
+            assert torch.equal(noise.part(first, last), flat[first:last])
+
+
+def test_a_step_that_is_none_makes_no_noise():
+    packed = codec.quantize(torch.cat([torch.full((1, 256), 3.0), torch.randn(1, 256)]), 2)
+    noise = Noise(packed, torch.ones(2, dtype=torch.float64), SIGNS, 0).whole()
+    assert not noise[0].any() and noise[1].all() and noise.isfinite().all()
