@@ -244,7 +244,7 @@ class Arenas:
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
         """What this thread codes meanwhile is put here."""
-        before = getattr(_thread, "arenas", None)
+        before = _thread.arenas
         _thread.arenas = self
         try:
             yield
@@ -252,12 +252,21 @@ class Arenas:
             _thread.arenas = before
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    arenas: Arenas | None = None
+
+
+_thread = _Thread()
+
+
+def serving() -> Arenas | None:
+    """What serves this thread, if anything does."""
+    return _thread.arenas
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for codes: of the arena that serves this thread, if one does."""
-    arenas = getattr(_thread, "arenas", None)
+    arenas = _thread.arenas
     if arenas is None:
         return torch.empty(shape, dtype=dtype, device=device)
     return arenas.on(device).empty(shape, dtype)

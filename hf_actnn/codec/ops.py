@@ -282,8 +282,13 @@ def _make_codes(
         widths: the bits, or where those of the samples lie; as the kernel takes them.
     """
     device = x.device
-    codes = arena.empty((at.nbytes,), torch.uint8, device)
-    meta = arena.empty((at.n_groups, 2), torch.bfloat16, device)
+    arenas = arena.serving()
+    if arenas is None:  # a call of arena.empty would take longer, and so would a tuple
+        codes = torch.empty(at.nbytes, dtype=torch.uint8, device=device)
+        meta = torch.empty(at.n_groups, 2, dtype=torch.bfloat16, device=device)
+    else:
+        codes = arenas.on(device).empty((at.nbytes,), torch.uint8)
+        meta = arenas.on(device).empty((at.n_groups, 2), torch.bfloat16)
     cut = (x.data_ptr(), _CODE[x.dtype], x.numel(), row_length, group_size, *widths)
     into = codes.data_ptr(), meta.data_ptr()
     if _on_cpu(x):
