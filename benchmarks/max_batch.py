@@ -153,8 +153,12 @@ class Method(NamedTuple):
     after: Callable[[], None] = lambda: None
 
 
-def apply(method: str, model: nn.Module, device: torch.device) -> Method:
-    """Make a model train in a way."""
+def apply(method: str, model: nn.Module, device: torch.device, **fields: Any) -> Method:
+    """Make a model train in a way; ``fields`` are those of hf_actnn's configuration beside the level.
+
+    Raises:
+        NativeError: hf_actnn without its kernels.
+    """
     if method == "checkpoint":
         model.set_grad_checkpointing(True)
     elif method == "save_on_cpu":
@@ -169,7 +173,7 @@ def apply(method: str, model: nn.Module, device: torch.device) -> Method:
         kernels = native.cuda_status() if device.type == "cuda" else native.status()
         if not kernels["available"]:
             raise NativeError(f"hf_actnn's kernels are not built, and without them there is no point: {kernels}")
-        hf_actnn.convert(model, *([] if method == "auto" else [method]))
+        hf_actnn.convert(model, *([] if method == "auto" else [method]), **fields)
         return Method(model, after=hf_actnn.controller(model).step)
     return Method(model)
 
@@ -216,6 +220,13 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     return found
 
 
+def failure(error: Exception) -> dict[str, Any]:
+    """What is noted of an error: its text, unless it is for want of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error)):
+        return {"status": "out of memory"}
+    return {"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]}
+
+
 def child(point: dict[str, Any], size: int) -> None:
     """One try; prints what came of it as JSON."""
     with warnings.catch_warnings(record=True) as caught:
@@ -223,9 +234,7 @@ def child(point: dict[str, Any], size: int) -> None:
         try:
             found: dict[str, Any] = {"status": "ok", **train(point, size)}
         except Exception as error:
-            short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))
-            text = f"{type(error).__name__}: {error}"[:2000]
-            found = {"status": "out of memory"} if short else {"status": "error", "error": text}
+            found = failure(error)
     said = [str(one.message) for one in caught if issubclass(one.category, ActNNWarning)]
     print(json.dumps({**found, "warnings": said} if said else found))
 

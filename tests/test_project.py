@@ -87,7 +87,8 @@ def test_make_gpu_takes_nine_minutes_at_most(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.stem for path in (tmp_path / "out").glob("*.log")} == {"build", "test", "sanitizer", "codec_gpu"}
+    logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
+    assert logs == {"build", "test", "sanitizer", "codec_gpu", "step_gpu"}
     limits = [re.fullmatch(r"--kill-after=(\d+) (\d+)", line) for line in notes.read_text().splitlines()]
     assert all(limits), notes.read_text()
     assert sum(int(seconds) for limit in limits for seconds in limit.groups()) <= 9 * 60

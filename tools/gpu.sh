@@ -15,9 +15,9 @@ mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
 
-# within SECONDS COMMAND...: ends it after that time, by force five seconds later.
+# within SECONDS COMMAND...: ends it after that time, by force a second later.
 within() {
-  timeout --kill-after=5 "$@"
+  timeout --kill-after=1 "$@"
 }
 
 # step NAME SECONDS COMMAND...: runs it with a limit; its output goes to the screen and to OUT/NAME.log.
@@ -31,7 +31,7 @@ step() {
   return "$status"
 }
 
-if ! capability=$(within 45 "$python" - <<'PY'
+if ! capability=$(within 40 "$python" - <<'PY'
 import sys
 import torch
 if not torch.cuda.is_available():
@@ -64,15 +64,21 @@ if [ -n "$kernels" ]; then
 fi
 
 if within 10 "$python" -c 'import pytest' 2>/dev/null; then
-  step test 135 "$python" -m pytest -m gpu -q tests -k "not compute_sanitizer" || failed=1
-  step sanitizer 110 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
+  step test 110 "$python" -m pytest -m gpu -q tests -k "not compute_sanitizer" || failed=1
+  step sanitizer 75 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
 else
   echo "== test: left out, this Python has no pytest."
 fi
 
 if [ -n "$kernels" ]; then
-  echo "== codec_gpu: left out, there are no CUDA kernels to measure."
+  echo "== codec_gpu, step_gpu: left out, there are no CUDA kernels to measure."
 else
-  step codec_gpu 65 "$python" benchmarks/codec_gpu.py --device cuda --out "$out/codec_gpu.json" || failed=1
+  step codec_gpu 50 "$python" benchmarks/codec_gpu.py --device cuda --out "$out/codec_gpu.json" || failed=1
+  if within 5 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("timm") is None)'; then
+    # The budget is counted from when the script begins, the limit from when Python starts.
+    step step_gpu 110 "$python" benchmarks/step_gpu.py --device cuda --budget 98 --out "$out/step_gpu.json" || failed=1
+  else
+    echo "== step_gpu: left out, this Python has no timm."
+  fi
 fi
 exit $failed
