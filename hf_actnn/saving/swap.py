@@ -339,6 +339,10 @@ class Swapper:
         arenas: where codes that come back are put; None for the device's allocator.
     """
 
+    #: Whether the interpreter ends: then nothing is done any more. Bound here, for a module's globals end before its
+    #: objects do.
+    _is_ending = staticmethod(sys.is_finalizing)
+
     def __init__(self, engine: Engine, bounds: Bounds = BOUNDS, arenas: arena.Arenas | None = None) -> None:
         self._engine, self._bounds, self._arenas = engine, bounds, arenas
         self.host = HostMemory(engine, bounds)
@@ -367,7 +371,8 @@ class Swapper:
         parts = leaf.parts()
         if sum(part.nbytes for part in parts) < self._bounds.smallest:
             return
-        with self._lock, torch._C.DisableTorchFunction():
+        # An input of the model may ask for a gradient: autograd would record the copy, and hold the input for it.
+        with self._lock, torch._C.DisableTorchFunction(), torch.no_grad():
             self._bury()
             room = self.host.take(room_for(parts))
             if room is None:
@@ -416,6 +421,8 @@ class Swapper:
         with self._lock:
             if taken in self._pending:
                 self._leave(taken)
+                # Whoever writes need not be on the stream that computed.
+                self._engine.wait(self._engine.current(), taken.ready)
         self._clean()
 
     # -- back ---------------------------------------------------------------------------------------------------------
@@ -495,14 +502,14 @@ class Swapper:
 
     def _clean(self) -> None:
         """Forget the leaves that died, unless someone is at work who will do so: never wait, this thread may be it."""
-        while self._dead and self._lock.acquire(blocking=False):
+        while self._dead and not self._is_ending() and self._lock.acquire(blocking=False):
             try:
                 self._bury()
             finally:
                 self._lock.release()
 
     def _bury(self) -> None:
-        while self._dead and not sys.is_finalizing():
+        while self._dead:
             taken = self._taken.pop(self._dead.popleft())
             for queue in (self._pending, self._ahead, self._recent):
                 queue.discard(taken)
