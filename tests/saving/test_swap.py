@@ -455,6 +455,53 @@ def test_a_write_in_the_forward_pass(config, simulation):
     simulation.finish()
 
 
+class Seen(torch.autograd.Function):
+    """Saves its input, which is kept exact."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad + 0 * ctx.saved_tensors[0]
+
+
+class MadeOfSwapped(nn.Module):
+    """What is kept exact has left the device when recipes are made of it: an enlarged map, and a loss's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        small = self.first(x) + 1
+        other = self.second(small) + 1
+        seen = Seen.apply(small) + Seen.apply(other)
+        large = self.second(F.interpolate(small, scale_factor=2))
+        weights = small.detach() * other.detach()
+        loss = F.binary_cross_entropy_with_logits(seen, torch.ones_like(seen), weights)
+        return large.square().mean() + loss
+
+
+@pytest.mark.parametrize("level", ["L1", "L2", "L3"])
+def test_recipes_of_what_was_swapped(level, simulation):
+    """They are the same, and neither a stand-in is coded nor a result held that costs nothing to make again."""
+
+    def way(model, step):
+        model(images(step)).backward()
+        kinds.append([(row.kind, row.kept) for row in hf_actnn.report(model).rows])
+
+    kinds: list[list[tuple[str, str]]] = []
+    wanted, got = train(level, way, 2, MadeOfSwapped), train(level, way, 2, MadeOfSwapped, swap=True)
+    assert equal(got, wanted)
+    assert kinds[2:] == kinds[:2]
+    assert ("convolution", "recipe: interpolate") in kinds[0] and ("loss", "recipe: computed again") in kinds[0]
+    simulation.finish()
+
+
 def test_an_input_that_asks_for_a_gradient_is_not_held(simulation):
     model = hf_actnn.convert(network(), "L0", swap=True, min_numel=0)
     x = images(0).requires_grad_()
