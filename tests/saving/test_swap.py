@@ -647,6 +647,18 @@ def test_half_of_the_host_is_for_all_processes_together(monkeypatch):
     assert swap.host_limit() == 2**26
 
 
+def test_models_share_the_host(simulation, monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(swap, "host_limit", lambda: before + 3 * TIGHT.slab)
+    before = swap.HostMemory._pinned_by_all()
+    first, second = (swap.HostMemory(SimulatedEngine(), TIGHT) for _ in range(2))
+    assert first.take(TIGHT.slab) and second.take(TIGHT.slab) and first.take(TIGHT.slab)
+    with pytest.warns(ActNNWarning, match="no pinned host memory left"):
+        assert second.take(TIGHT.slab) is None
+    del first
+    assert second.take(TIGHT.slab)
+
+
 def test_host_memory_is_used_again(simulation):
     model = hf_actnn.convert(network(), "L2", swap=True, min_numel=0)
     ordinary(model, 0)
