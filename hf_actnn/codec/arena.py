@@ -123,19 +123,23 @@ class Arena:
             return self._space.used
 
     def begin(self) -> None:
-        """A forward pass begins. Where nothing of the last one is left, the buffer is fitted to what was needed."""
+        """A forward pass begins. Where nothing of the last one is left, the buffer is fitted to what was needed, and
+        where all of that found another stream than the buffer's, to the stream of this pass."""
         with self._lock:
             self._bury()
-            if self._blocks or self._outside or self._refused:
+            stream = _stream(self.device)
+            if self._blocks or self._outside or self._refused or stream is None:
                 return
             need = self._space.top + self._outside_peak
             if not need:
                 return
             self._needs.append(need)
+            elsewhere = not self._space.top and stream != self._stream
             self._space.top = self._outside_peak = 0
             need = max(self._needs)
-            if need > self.size or FAR_TOO_LARGE * aligned(int(need * (1 + MARGIN)), UNIT) < self.size:
-                self._resize(aligned(int(need * (1 + MARGIN)), UNIT))
+            wanted = aligned(int(need * (1 + MARGIN)), UNIT)
+            if need > self.size or FAR_TOO_LARGE * wanted < self.size or elsewhere:
+                self._resize(wanted)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor, of the buffer where there is room and the current stream is the
@@ -208,9 +212,14 @@ class Arena:
         self._space = Space(size)
 
 
-def _stream(device: torch.device) -> int:
-    """What tells the current stream apart from others; a CPU has one."""
-    return torch._C._cuda_getCurrentRawStream(_index(device)) if device.type == "cuda" else 0
+def _stream(device: torch.device) -> int | None:
+    """What tells the current stream apart from others; a CPU has one. None while it is captured in a CUDA graph, whose
+    replays would write to blocks that others have by then."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch._C._cuda_getCurrentRawStream(_index(device))
 
 
 def _index(device: torch.device) -> int:

@@ -41,7 +41,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
     * `actnn_ratio`: bytes autograd would have kept for the backward pass over the bytes that are kept,
     * `actnn_bytes_per_sample`: bytes kept, per sample of the batch.
 
-    At the levels that choose bits (L2.5, L3, `bits="auto"`) the callback drives the model's controller, once per
+    At the levels that choose bits (from L2.5 on, and `bits="auto"`) the callback drives the model's controller, once per
     optimizer step, and the logs carry
 
     * `actnn_bits`: bits per quantised value, on average,
@@ -59,7 +59,6 @@ class ActNNCallback(TrainerCallback, ExportableState):
 
     Raises:
         ConfigError: a configuration that means nothing.
-        NotAvailableError: a level that is planned but not there yet.
     """
 
     def __init__(self, config: ActNNConfig | str | dict[str, Any] | None = None) -> None:
@@ -214,7 +213,6 @@ class ActNNTrainingArguments(TrainingArguments):
 
     Raises:
         ConfigError: at construction, if they mean nothing.
-        NotAvailableError: at construction, for a level that is planned but not there yet.
     """
 
     # What TrainingArguments itself turns from a JSON string into a dict. No annotation: it is no field.
@@ -223,7 +221,7 @@ class ActNNTrainingArguments(TrainingArguments):
     actnn: str | None = field(
         default=None,
         metadata={
-            "help": "Keep activations for backward in few bits: L0, L1, L2, L2.5 or L3. "
+            "help": "Keep activations for backward in few bits: L0, L1, L2, L2.5, L3, L4 or L5. "
             "Off unless this or actnn_config is given."
         },
     )
@@ -243,7 +241,6 @@ def config_of(args: TrainingArguments) -> ActNNConfig | None:
 
     Raises:
         ConfigError: it means nothing.
-        NotAvailableError: it names a level that is planned but not there yet.
     """
     level, fields = getattr(args, "actnn", None), getattr(args, "actnn_config", None)
     if level is None and fields is None:

@@ -339,6 +339,8 @@ class Call:
         finer = policy.for_source_of(times)
         if finer.uniform >= times * policy.uniform:
             return None
+        if source.swapped is not None:
+            return found  # kept for another save already, and where it is it costs nothing
         self.policy = finer
         try:
             kept = found.of([self.data(Slot(source.tensor, self.where))])
@@ -566,8 +568,9 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
 
 
 def _extra_nbytes(registry: Registry, found: Kept) -> int:
-    """Bytes of tensors that a recipe would hold and nothing else does."""
-    extra = {storage_key(leaf.tensor): leaf.nbytes for leaf in found.leaves() if isinstance(leaf, Exact)}
+    """Bytes of tensors that a recipe would hold and nothing else does. What was swapped is another save's."""
+    leaves = [leaf for leaf in found.leaves() if isinstance(leaf, Exact) and leaf.swapped is None]
+    extra = {storage_key(leaf.tensor): leaf.nbytes for leaf in leaves}
     return sum(nbytes for key, nbytes in extra.items() if not registry.is_held(key))
 
 

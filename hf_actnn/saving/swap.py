@@ -26,7 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
         ahead: bytes fetched and not asked for yet.
         recent: bytes fetched and asked for that stay on the device.
         slab: bytes of pinned memory asked for at a time, a power of two: torch rounds up to one.
-        host: the most pinned memory, for each device of each model; None for :func:`host_limit`.
+        host: the most pinned memory of one device of one model; None for :func:`host_limit`, which all share.
     """
 
     smallest: int = 64 * 2**10
@@ -132,8 +132,8 @@ def engine_for(device: torch.device) -> Engine | None:
 
 
 def host_limit() -> int:
-    """Half of the memory there is, shared among the processes that torchrun started here: pages that are pinned cannot
-    be had by anyone else."""
+    """Half of the memory there is, shared among the processes that torchrun started here, for all devices and models of
+    this one: pages that are pinned cannot be had by anyone else."""
     return buffers.total_memory() // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -151,11 +151,18 @@ class HostMemory:
     on one stream, in order. Slabs stay as long as the model's session: to pin memory is slow.
     """
 
+    #: All that there are: together they pin no more than the host's limit.
+    _all: ClassVar[weakref.WeakSet[HostMemory]] = weakref.WeakSet()
+    _all_lock = threading.Lock()
+
     def __init__(self, engine: Engine, bounds: Bounds) -> None:
         self._engine, self._slab = engine, bounds.slab
+        self._is_shared = bounds.host is None
         self._limit = host_limit() if bounds.host is None else bounds.host
         self._slabs: list[tuple[Tensor, arena.Space]] = []
         self._refused = False
+        with self._all_lock:
+            self._all.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -174,8 +181,9 @@ class HostMemory:
             if start is not None:
                 return Room(number, start)
         size = max(self._slab, 1 << (arena.aligned(nbytes) - 1).bit_length())
-        if self.nbytes + size > self._limit:
-            self._refuse(f"{self.nbytes} of at most {self._limit} bytes are in use")
+        pinned = self._pinned_by_all() if self._is_shared else self.nbytes
+        if pinned + size > self._limit:
+            self._refuse(f"{pinned} of at most {self._limit} bytes are in use")
             return None
         try:
             memory = self._engine.pinned(size)
@@ -200,6 +208,11 @@ class HostMemory:
             views.append(view.as_strided(part.shape, part.stride()))
             at += arena.aligned(part.nbytes)
         return tuple(views)
+
+    @classmethod
+    def _pinned_by_all(cls) -> int:
+        with cls._all_lock:
+            return sum(memory.nbytes for memory in cls._all)
 
     def _refuse(self, why: str) -> None:
         if not self._refused:
@@ -340,6 +353,10 @@ class Swapper:
         arenas: where codes that come back are put; None for the device's allocator.
     """
 
+    #: Whether the interpreter ends: then nothing is done any more. Bound here, for a module's globals end before its
+    #: objects do.
+    _is_ending = staticmethod(sys.is_finalizing)
+
     def __init__(self, engine: Engine, bounds: Bounds = BOUNDS, arenas: arena.Arenas | None = None) -> None:
         self._engine, self._bounds, self._arenas = engine, bounds, arenas
         self.host = HostMemory(engine, bounds)
@@ -368,7 +385,8 @@ class Swapper:
         parts = leaf.parts()
         if sum(part.nbytes for part in parts) < self._bounds.smallest:
             return
-        with self._lock, torch._C.DisableTorchFunction():
+        # An input of the model may ask for a gradient: autograd would record the copy, and hold the input for it.
+        with self._lock, torch._C.DisableTorchFunction(), torch.no_grad():
             self._bury()
             room = self.host.take(room_for(parts))
             if room is None:
@@ -417,6 +435,8 @@ class Swapper:
         with self._lock:
             if taken in self._pending:
                 self._leave(taken)
+                # Whoever writes need not be on the stream that computed.
+                self._engine.wait(self._engine.current(), taken.ready)
         self._clean()
 
     # -- back ---------------------------------------------------------------------------------------------------------
@@ -496,14 +516,14 @@ class Swapper:
 
     def _clean(self) -> None:
         """Forget the leaves that died, unless someone is at work who will do so: never wait, this thread may be it."""
-        while self._dead and self._lock.acquire(blocking=False):
+        while self._dead and not self._is_ending() and self._lock.acquire(blocking=False):
             try:
                 self._bury()
             finally:
                 self._lock.release()
 
     def _bury(self) -> None:
-        while self._dead and not sys.is_finalizing():
+        while self._dead:
             taken = self._taken.pop(self._dead.popleft())
             for queue in (self._pending, self._ahead, self._recent):
                 queue.discard(taken)

@@ -224,6 +224,37 @@ def test_another_stream_is_not_served(monkeypatch):
     assert arenas.on(CPU).used == 0
 
 
+def test_the_buffer_follows_to_a_stream_that_took_over(monkeypatch):
+    """After a warm-up elsewhere, say; but it does not go to and fro between two that take turns."""
+    arenas, now = sized(1000), [0]
+    monkeypatch.setattr(arena, "_stream", lambda device: now[0])
+
+    def one_pass(stream):
+        now[0] = stream
+        arenas.begin()
+        with arenas.serving():
+            return filled((1000,), 1).untyped_storage().nbytes() == arenas.size
+
+    assert [one_pass(stream) for stream in (0, 7, 0, 7, 0)] == [True, False, True, False, True]
+    assert [one_pass(7) for _ in range(3)] == [False, True, True]
+
+
+def test_nothing_of_a_capture_lies_in_the_buffer(monkeypatch):
+    monkeypatch.setattr(arena, "_stream", lambda device: None)
+    arenas = Arenas()
+    for _ in range(3):
+        with arenas.serving():
+            filled((1000,), 1)
+        arenas.begin()
+    assert arenas.size == 0
+    monkeypatch.undo()
+    arenas.begin()
+    assert arenas.size == UNIT
+    monkeypatch.setattr(arena, "_stream", lambda device: None)
+    with arenas.serving():
+        assert filled((1000,), 1).untyped_storage().nbytes() == 1000
+
+
 def test_only_the_thread_that_serves():
     arenas, found = sized(1000), []
     with arenas.serving():

@@ -267,3 +267,21 @@ def test_other_streams_do_not_get_the_arenas_memory():
         out = model(images(2))
         assert one.used == 0
         del out
+
+
+def test_a_capture_does_not_use_the_arena():
+    """Replays would write to blocks that others have by then."""
+    model = hf_actnn.convert(network(), "L2", arena=True)
+    x, stream = images(0), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(x).square().mean().backward()
+    one = model._actnn.session.arenas.on(torch.device("cuda", 0))
+    graph, size = torch.cuda.CUDAGraph(), one.size
+    with torch.cuda.graph(graph, stream=stream):
+        out = model(x)
+        assert one.used == 0 and one.size == size > 0
+    graph.replay()
+    torch.cuda.synchronize()
+    assert out.isfinite().all()

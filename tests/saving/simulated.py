@@ -112,6 +112,8 @@ class SimulatedEngine:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self._look()
+        if torch.is_grad_enabled() and source.requires_grad:
+            raise Hazard("autograd would record a copy, and hold what it was made of")
         if self._clock(SIDE).get(self.stream, 0) < self._clock(self.stream).get(self.stream, 0):
             raise Hazard("a copy may begin before what the stream that computes did with this memory")
         out = self._is_host(target)
@@ -134,6 +136,13 @@ class SimulatedEngine:
             for copy in self._copies:
                 if not copy.out and copy.device.tensor() is tensor and copy.tick > knows:
                     raise Hazard("a tensor is read before it has arrived")
+
+    def check_writable(self, tensor: Tensor) -> None:
+        """The current stream is about to write to this."""
+        knows = self._clock(self.stream).get(SIDE, 0)
+        for copy in self._copies:
+            if copy.out and copy.device.storage.cdata == tensor.untyped_storage()._cdata and copy.tick > knows:
+                raise Hazard("a tensor is written to while it is copied")
 
     def finish(self) -> None:
         """All copies are made; whatever was wrong shows by now."""

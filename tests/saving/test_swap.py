@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import hf_actnn
@@ -416,6 +419,16 @@ def test_what_recipes_read_is_let_go_of_before_a_write(simulation):
     assert torch.equal(leaf.get(), torch.arange(64.0))
 
 
+def test_a_write_waits_on_whatever_stream(simulation):
+    swapper, tensor, leaf = keep_exact(simulation)
+    engine = swapper._engine
+    engine.stream = "another"
+    with pytest.raises(Hazard):
+        engine.check_writable(tensor)
+    leaf.secure()
+    engine.check_writable(tensor)
+
+
 class Enlarged(nn.Module):
     """Saves a recipe of `grown`, and writes to that; torch is in the right with it, for nobody saved it."""
 
@@ -439,6 +452,66 @@ def test_a_write_in_the_forward_pass(config, simulation):
         model(torch.randn(16, 32, generator=torch.Generator().manual_seed(step))).square().mean().backward()
 
     assert equal(train(config, way, swap=True, build=Enlarged), train(config, way, build=Enlarged))
+    simulation.finish()
+
+
+class Seen(torch.autograd.Function):
+    """Saves its input, which is kept exact."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad + 0 * ctx.saved_tensors[0]
+
+
+class MadeOfSwapped(nn.Module):
+    """What is kept exact has left the device when recipes are made of it: an enlarged map, and a loss's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        small = self.first(x) + 1
+        other = self.second(small) + 1
+        seen = Seen.apply(small) + Seen.apply(other)
+        large = self.second(F.interpolate(small, scale_factor=2))
+        weights = small.detach() * other.detach()
+        loss = F.binary_cross_entropy_with_logits(seen, torch.ones_like(seen), weights)
+        return large.square().mean() + loss
+
+
+@pytest.mark.parametrize("level", ["L1", "L2", "L3"])
+def test_recipes_of_what_was_swapped(level, simulation):
+    """They are the same, and neither a stand-in is coded nor a result held that costs nothing to make again."""
+
+    def way(model, step):
+        model(images(step)).backward()
+        kinds.append([(row.kind, row.kept) for row in hf_actnn.report(model).rows])
+
+    kinds: list[list[tuple[str, str]]] = []
+    wanted, got = train(level, way, 2, MadeOfSwapped), train(level, way, 2, MadeOfSwapped, swap=True)
+    assert equal(got, wanted)
+    assert kinds[2:] == kinds[:2]
+    assert ("convolution", "recipe: interpolate") in kinds[0] and ("loss", "recipe: computed again") in kinds[0]
+    simulation.finish()
+
+
+def test_an_input_that_asks_for_a_gradient_is_not_held(simulation):
+    model = hf_actnn.convert(network(), "L0", swap=True, min_numel=0)
+    x = images(0).requires_grad_()
+    gone = StorageWeakRef(x.untyped_storage())
+    out = model(x).square().mean()
+    assert not any(host.requires_grad for taken in simulation.swapper._taken.values() for host in taken.hosts)
+    (grad,) = torch.autograd.grad(out, x)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    del x, out, grad
+    assert gone.expired()
     simulation.finish()
 
 
@@ -574,6 +647,18 @@ def test_half_of_the_host_is_for_all_processes_together(monkeypatch):
     assert swap.host_limit() == 2**26
 
 
+def test_models_share_the_host(simulation, monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(swap, "host_limit", lambda: before + 3 * TIGHT.slab)
+    before = swap.HostMemory._pinned_by_all()
+    first, second = (swap.HostMemory(SimulatedEngine(), TIGHT) for _ in range(2))
+    assert first.take(TIGHT.slab) and second.take(TIGHT.slab) and first.take(TIGHT.slab)
+    with pytest.warns(ActNNWarning, match="no pinned host memory left"):
+        assert second.take(TIGHT.slab) is None
+    del first
+    assert second.take(TIGHT.slab)
+
+
 def test_host_memory_is_used_again(simulation):
     model = hf_actnn.convert(network(), "L2", swap=True, min_numel=0)
     ordinary(model, 0)
@@ -630,6 +715,48 @@ def test_nothing_refers_to_a_graph_that_is_gone(simulation):
         assert swapper.waiting == 0 and swapper.host.used == 0
     finally:
         gc.enable()
+
+
+RAISES_AND_ENDS = """
+import sys
+import torch
+from torch import nn
+
+import hf_actnn
+from hf_actnn.saving import swap
+from tests.saving.simulated import SimulatedEngine
+
+swap.engine_for = lambda device: SimulatedEngine()
+swap.BOUNDS = swap.Bounds(smallest=1)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x) + 1
+        return self.left(x) * self.right(x)
+
+
+def stop(grad):
+    raise RuntimeError("stopped")
+
+
+model = hf_actnn.convert(Twice(), "L2", swap=True, min_numel=0)
+model.first.weight.register_hook(stop)
+leaf = swap.Exact(torch.zeros(64))
+swap.Swapper(SimulatedEngine(), swap.BOUNDS).take(leaf, swap.Order("key"), [])
+exec("model(torch.randn(64, 64)).sum().backward()")
+"""
+
+
+def test_a_process_ends_with_leaves_alive():
+    """A backward pass that raises leaves the last one rebuilt; the interpreter's end must not wait for its burial."""
+    ended = subprocess.run([sys.executable, "-c", RAISES_AND_ENDS], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("RuntimeError: stopped"), ended.stderr
 
 
 def test_a_model_may_go_before_its_graph(simulation):
