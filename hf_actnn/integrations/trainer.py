@@ -41,7 +41,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
     * `actnn_ratio`: bytes autograd would have kept for the backward pass over the bytes that are kept,
     * `actnn_bytes_per_sample`: bytes kept, per sample of the batch.
 
-    At levels that choose bits (L2.5 and above, `bits="auto"`) the callback drives the model's controller, once per
+    At the levels that choose bits (L2.5 and up, `bits="auto"`) the callback drives the model's controller, once per
     optimizer step, and the logs carry
 
     * `actnn_bits`: bits per quantised value, on average,

@@ -493,7 +493,10 @@ class Swapper:
                 try:
                     self._fetch(taken, stream)
                 except torch.cuda.OutOfMemoryError:
-                    return  # it may be had when it is needed
+                    # It may be had when it is needed. Not tried again in this pass: a request that fails makes the
+                    # allocator wait, and give up all that it has cached.
+                    order.expect([])
+                    return
                 self._ahead.add(taken)
             order.fetched()
 

@@ -606,6 +606,35 @@ def test_the_order_is_learnt(way, simulation):
     simulation.finish()
 
 
+class Full(SimulatedEngine):
+    """Has no memory on the device for anything but what is asked for at the moment."""
+
+    refused = 0
+    ahead = False
+
+    def empty(self, like):
+        if self.ahead:
+            self.refused += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return super().empty(like)
+
+
+def test_where_the_device_has_no_room_nothing_is_fetched_ahead(simulation, monkeypatch):
+    look_ahead = Swapper._look_ahead
+
+    def watch(swapper, order, stream):
+        swapper._engine.ahead = True
+        look_ahead(swapper, order, stream)
+        swapper._engine.ahead = False
+
+    monkeypatch.setattr(Swapper, "_look_ahead", watch)
+    simulation.make = Full
+    simulation.bounds(TIGHT._replace(pending=1))
+    assert equal(train("L4", ordinary), train("L3", ordinary))
+    assert simulation.engine.refused == 3  # once in each pass that knew an order
+    simulation.finish()
+
+
 def test_an_order_survives_changes_of_the_graph():
     order = Order("key")
     order.numbers = [10, 11, 12]
