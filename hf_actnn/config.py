@@ -71,8 +71,9 @@ class ActNNConfig:
             memory; ``None`` takes the level's. On a CPU there is nothing to swap to, and one warning says so.
         arena: whether the codes of a step share one allocation per device, so that their changing sizes do not cut the
             allocator's memory to pieces; ``None`` takes the level's.
-        fused_backward: whether the backward passes of ReLU, GELU and SiLU read codes of large tensors as they are, in
-            place of the tensors decoded beforehand.
+        fused_backward: whether backward passes of activations, and on a CPU of linear layers, convolutions,
+            normalisations and products too, read codes of large tensors as they are or some samples at a time, in place
+            of the tensors decoded beforehand.
 
     Raises:
         ConfigError: a field that cannot mean anything.

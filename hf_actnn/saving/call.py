@@ -28,6 +28,7 @@ from hf_actnn.saving.kept import (
     fills_its_memory,
     is_dense,
 )
+from hf_actnn.saving.replays import STREAMS
 from hf_actnn.saving.rows import coded_row_length, row_length
 from hf_actnn.saving.tape import Item, samples_in_order
 from hf_actnn.saving.values import flat_storage, two_values, without_repeats
@@ -390,6 +391,8 @@ class Call:
         advance, stream = scope.advance, scope.next_stream()
         if advance is not None and advance.device != tensor.device:
             advance = None
+        elif advance is not None:
+            stream %= STREAMS  # the count numbers the passes; with a number of their own added, some would meet
         packed = codec.quantize(tensor, bits, policy.group_size, scope.seed, stream, row_length=length, advance=advance)
         if scope.tape is not None:
             found = Item(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from hf_actnn import codec
 from hf_actnn.codec import backward
-from hf_actnn.saving.kept import Kept, Mask, Quantized
+from hf_actnn.saving.kept import Kept, Mask, Quantized, probe
 
 #: Fewest elements for which it pays, by kind of device: a tensor that is dispatched on costs some 20 microseconds.
 SMALLEST = {"cpu": 2**18, "cuda": 2**20}
@@ -113,7 +113,9 @@ def _activation(function: Any, grad: Tensor, saved: Deferred, **options: Any) ->
         return None
     kept, flat = saved.kept, _flat(grad)
     if not grad.is_cpu:
-        out = backward.activation_backward(function, flat, kept.packed, **options) if type(kept) is Quantized else None
+        if type(kept) is not Quantized or probe.kept is kept:  # what disturbs a tensor is not in its codes
+            return None
+        out = backward.activation_backward(function, flat, kept.packed, **options)
         return None if out is None else out.as_strided(grad.shape, grad.stride())
     runs = _runs(kept, grad.numel(), RUN)
     if not runs:
@@ -148,7 +150,7 @@ def _select(function: Any, grad: Tensor, saved: Deferred, *limits: float) -> Ten
 
 def _parts(kept: Kept, numel: int, multiple: int, weight: int) -> list[tuple[int, int]]:
     """:func:`_runs` for sums over a batch; fewer than two where it would not pay."""
-    count = min(PARTS, numel // weight)
+    count = min(PARTS, numel // max(weight, 1))
     return _runs(kept, numel, max(-(-numel // count), RUN), multiple) if count > 1 else []
 
 

@@ -1,7 +1,7 @@
 """Random streams of forward passes that a CUDA graph captures.
 
 A forward pass is numbered on the host, and a graph has that number built in: each replay would round alike. So a pass
-that is captured adds a number that lies on the device, and counts there first.
+that is captured has a number that lies on the device in its place, and counts there first.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_actnn.errors import NotAvailableError, message
 
-#: Streams of one forward pass, as `scope.Scope` numbers them.
-_PASS = 2**32
+#: Streams of one forward pass.
+STREAMS = 2**32
 #: Kinds of devices that have graphs.
 _KINDS = ("cuda",)
 #: Where replays begin: as many passes lie before as a run will not have.
@@ -54,4 +54,4 @@ class Replays:
                     next_step="Run some steps on a side stream before the capture",
                 )
             )
-        return count.add_(_PASS)
+        return count.add_(STREAMS)

@@ -26,6 +26,7 @@ from hf_actnn.saving.fused import deferred
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.replays import STREAMS
 from hf_actnn.saving.swap import ForwardPass
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
@@ -79,7 +80,7 @@ class Scope:
     def __init__(self, session: Session, root: torch.nn.Module) -> None:
         self.session = session
         self.seed = session.key()
-        self._streams = itertools.count(session.next_step() << 32)
+        self._streams = itertools.count(session.next_step() * STREAMS)
         self.registry = Registry(_weights(root))
         self.root = root
         self.places: list[tuple[str, Policy]] = []

@@ -15,7 +15,7 @@ from hf_actnn import codec
 from hf_actnn.codec import backward
 from hf_actnn.errors import ConfigError
 from hf_actnn.saving import fused
-from hf_actnn.saving.kept import Kept, Quantized
+from hf_actnn.saving.kept import Kept, Quantized, probe
 from hf_actnn.saving.scope import observers
 
 aten = torch.ops.aten
@@ -263,6 +263,13 @@ def test_frozen_layers(frozen):
     close(*(gradients(model, x, fuse) for fuse in (True, False)), 2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_outputs():
+    model = hf_actnn.convert(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 0)), "L2", min_numel=0)
+    model(values(64, 24)).sum().backward()
+    assert model[1].weight.grad.shape == (0, 24) and not model[0].weight.grad.any()
+
+
 def test_evaluation_mode():
     model, x = seeded(Residual), values(8, 3, 12, 12)
     model(x)
@@ -344,6 +351,20 @@ def test_nor_on_a_step_that_is_measured(name, shape, monkeypatch):
     largest = max(sizes)
     sizes[:] = sizes[: sizes.index(largest)]
     assert max(sizes) <= largest / 4
+
+
+def test_a_kernel_that_reads_codes_does_not_read_disturbed_ones(monkeypatch):
+    """What a measured step adds to a tensor is not in its codes; with them the tensor would seem to do no harm."""
+    packed = codec.quantize(values(4, 64), 2)
+    packed.codes, packed.meta, packed.device = packed.codes.to("meta"), packed.meta.to("meta"), torch.device("meta")
+    kept, read = Quantized(packed), []
+    monkeypatch.setattr(backward, "activation_backward", lambda function, grad, *_, **__: read.append(grad) or grad)
+    stand_in, grad = fused.Deferred(kept, lambda: torch.empty(4, 64, device="meta")), torch.empty(4, 64, device="meta")
+    with probe.disturbing(kept, None):
+        aten.gelu_backward(grad, stand_in)
+    assert not read
+    aten.gelu_backward(grad, stand_in)
+    assert len(read) == 1
 
 
 def test_small_tensors_are_decoded_as_they_were(monkeypatch, uses):

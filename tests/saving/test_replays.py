@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_actnn
+from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError
 from hf_actnn.saving import replays
 from hf_actnn.saving.session import Session
@@ -50,6 +51,23 @@ def test_each_replay_draws_afresh(pretend, bits):
     along = stacked @ (exact / exact.norm()).double()
     assert abs(along.mean() - exact.norm()) < 4 * along.std() / len(found) ** 0.5
     assert along.std() > 0
+
+
+def test_no_two_passes_meet(pretend, monkeypatch):
+    """Two passes in one graph, of gradient accumulation say, have two numbers; so have two graphs that take turns."""
+    model, streams, quantize = hf_actnn.convert(net(), bits=2), [], codec.quantize
+
+    def watched(x, bits, group_size, seed, stream, *, advance, **more):
+        streams.append(stream + int(advance))
+        return quantize(x, bits, group_size, seed, stream, advance=advance, **more)
+
+    gradient(model)
+    pretend[0] = True
+    monkeypatch.setattr(codec, "quantize", watched)
+    for number in (10, 11, 10, 11, 10, 11):
+        monkeypatch.setattr(Session, "next_step", lambda self, number=number: number)
+        gradient(model)
+    assert len(set(streams)) == len(streams) == 12
 
 
 def test_a_capture_without_a_pass_before_is_refused(pretend):
