@@ -182,12 +182,15 @@ class Process:
             return False
         return True
 
-    def take(self, model: nn.Module, *, drive: bool) -> None:
+    def take(self, model: nn.Module, *, drive: bool) -> Controller | None:
         """Convert a model.
 
         Args:
             model: one that it :meth:`wants`.
             drive: whether its controller is to be stepped here.
+
+        Returns:
+            That controller, if it is.
 
         Raises:
             ConfigError: a configuration that does not fit the model.
@@ -197,8 +200,10 @@ class Process:
             convert(model, config)
         except ConversionError as error:
             self.refuse(model, error)
-            return
-        self.follow(model, config, controller(model) if drive else None)
+            return None
+        driven = controller(model) if drive else None
+        self.follow(model, config, driven)
+        return driven
 
     def refuse(self, model: nn.Module, error: ConversionError) -> None:
         """A model stays as it is; that is said at once and at the end."""

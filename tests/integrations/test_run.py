@@ -241,6 +241,33 @@ def test_checkpoints_are_saved_and_resumed(tmp_path):
     assert histories[0] == histories[1]
 
 
+def test_a_loop_saves_and_resumes_the_controller(tmp_path):
+    """A loop that stops and goes on has the losses of one that does not; a checkpoint without the state serves too."""
+    script = LOOP.replace("for pixels, labels in loader:", """batches = list(loader)
+if len(sys.argv) > 1:
+    accelerator.load_state(sys.argv[1])
+    batches = batches[4:]
+for index, (pixels, labels) in enumerate(batches):
+    if len(sys.argv) == 1 and index == 4:
+        accelerator.save_state("saved")
+""").replace(
+        "accelerator.backward(model(pixel_values=pixels, labels=labels).loss)",
+        "loss = model(pixel_values=pixels, labels=labels).loss\n        print('loss', loss.item())\n"
+        "        accelerator.backward(loss)",
+    )  # fmt: skip
+    whole = run(script, tmp_path, before=("--level", "L3"))
+    assert whole.code == 0, whole.said
+    resumed = run(script, tmp_path, "saved", before=("--level", "L3"))
+    assert resumed.code == 0, resumed.said
+    losses = [[line for line in one.printed.splitlines() if line.startswith("loss")] for one in (whole, resumed)]
+    assert len(losses[1]) == 4
+    assert losses[0][4:] == losses[1]
+    (tmp_path / "saved" / "hf_actnn.json").unlink()
+    without = run(script, tmp_path, "saved", before=("--level", "L3"))
+    assert without.code == 0, without.said
+    assert "ActNNWarning" in without.said
+
+
 # -- scripts that do not ----------------------------------------------------------------------------------------------
 
 
