@@ -171,7 +171,7 @@ def run(script: Path, words: list[str], level: str, folder: Path) -> dict[str, A
     if done.returncode or not report.exists():
         return {"error": (done.stdout + done.stderr)[-1500:]}
     (model,) = json.loads(report.read_text())["models"]
-    said = [line for line in done.stderr.splitlines() if line.startswith("hf-actnn: ")]
+    said = re.findall(r"hf-actnn: (.+)", done.stderr)
     return {key: model[key] for key in ("model", "saved_bytes", "samples", "steps")} | {"said": said}
 
 

@@ -81,7 +81,11 @@ def parse(text: str, where: str) -> ActNNConfig:
 
 def say(text: str) -> None:
     """Print for whoever started the script, apart from what the script prints."""
-    print(f"hf-actnn: {text}", file=sys.stderr, flush=True)
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(f"hf-actnn: {text}", file=sys.stderr, flush=True)
+    else:
+        bars.tqdm.write(f"hf-actnn: {text}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def summary(found: ConversionReport) -> str:

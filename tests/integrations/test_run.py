@@ -376,10 +376,8 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
-def python(request, built, tmp_path_factory) -> str:
+def environment(folder: Path, built: Path, kind: str) -> str:
     """The Python of an environment with this project installed, beside the packages of the one that runs the tests."""
-    folder = tmp_path_factory.mktemp(request.param)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     parent = Path(sysconfig.get_paths()["purelib"])
     site = folder / Path(sysconfig.get_paths()["purelib"]).relative_to(sys.prefix)
@@ -387,11 +385,21 @@ def python(request, built, tmp_path_factory) -> str:
     for line in parent.glob("*.pth"):
         if "hf_actnn" not in line.name:  # what starts compression is to come from the wheel
             shutil.copy(line, site)
-    (wheel,) = (one for one in built.glob("*.whl") if (".editable-" in one.name) == (request.param == "editable"))
+    (wheel,) = (one for one in built.glob("*.whl") if (".editable-" in one.name) == (kind == "editable"))
     with zipfile.ZipFile(wheel) as archive:
         assert "hf_actnn.pth" in archive.read(next(n for n in archive.namelist() if n.endswith("/RECORD"))).decode()
         archive.extractall(site)
     return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="module")
+def python(built, tmp_path_factory) -> str:
+    return environment(tmp_path_factory.mktemp("wheel"), built, "wheel")
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def either(request, built, tmp_path_factory) -> str:
+    return environment(tmp_path_factory.mktemp(request.param), built, request.param)
 
 
 def installed(python: str, words: list[str], folder: Path, **environment: str) -> Done:
@@ -399,9 +407,9 @@ def installed(python: str, words: list[str], folder: Path, **environment: str) -
     return start([python, *words], folder, PYTHONPATH="", HF_ACTNN_REPORT="report.json", **environment)
 
 
-def test_the_variable_in_a_plain_python(python, tmp_path):
+def test_the_variable_in_a_plain_python(either, tmp_path):
     (tmp_path / "script.py").write_text(TRAINER.replace("TRAINER", "Mine = Trainer"))
-    done = installed(python, ["script.py", *SHORT], tmp_path, HF_ACTNN="L2")
+    done = installed(either, ["script.py", *SHORT], tmp_path, HF_ACTNN="L2")
     assert done.code == 0, done.said
     assert_compressed(tmp_path, ratio=9, steps=3)
 
@@ -451,21 +459,21 @@ print(loaded, [one for one in sys.meta_path if type(one).__name__ == "Watch"], p
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_the_variable_nothing_is_touched(value, python, tmp_path):
+def test_without_the_variable_nothing_is_touched(value, either, tmp_path):
     (tmp_path / "script.py").write_text(UNTOUCHED)
     environment = {} if value is None else {"HF_ACTNN": value}
-    done = installed(python, ["script.py"], tmp_path, **environment)
+    done = installed(either, ["script.py"], tmp_path, **environment)
     assert done.printed == "[] [] []\n", done.said
     assert "hf-actnn" not in done.said
     # The same script sees all of it where the variable is set.
-    touched = installed(python, ["script.py"], tmp_path, HF_ACTNN="L3").printed
+    touched = installed(either, ["script.py"], tmp_path, HF_ACTNN="L3").printed
     for name in ("hf_actnn_startup", "Watch", "Trainer.__init__", "HfArgumentParser.__init__", "AcceleratedOptimizer"):
         assert name in touched
 
 
-def test_the_variable_costs_a_process_without_torch_no_import_of_it(python, tmp_path):
+def test_the_variable_costs_a_process_without_torch_no_import_of_it(either, tmp_path):
     code = "import sys; print([name for name in sys.modules if name in ('torch', 'hf_actnn', 'hf_actnn_startup')])"
-    assert installed(python, ["-c", code], tmp_path, HF_ACTNN="L3").printed == "['hf_actnn_startup']\n"
+    assert installed(either, ["-c", code], tmp_path, HF_ACTNN="L3").printed == "['hf_actnn_startup']\n"
 
 
 def test_a_wrong_variable_stops_the_script_when_it_imports_what_trains(python, tmp_path):
