@@ -6,11 +6,14 @@
 need `evaluate` and `albumentations`. `--data` is a folder with the parquet files of `cifar10`, `camvid` and `bccd` in
 folders of these names. Each script trains a small model with random weights for some steps and evaluates it, without a
 network: once at L0, which keeps what autograd keeps, and once at the level. Data, model and metrics are local folders.
+
+`--timm path/to/train.py` runs timm's script too, on CIFAR-10, with one line added behind the one that makes the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +22,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,18 @@ TASKS = {
     "run_object_detection": [*_DETECT, *_TRAINER, "--eval_do_concat_batches", "False"],
     "run_object_detection_no_trainer": [*_DETECT, *_LOOP],
 }
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "albumentations")
+_TIMM = [
+    *("--num-classes", "10", "--epochs", "1", "--batch-size", str(BATCH), "--device", "cpu", "--no-prefetcher"),
+    *("--workers", "1"),
+]
+#: Its loop steps no controller, so no level that chooses bits.
+TIMM_LEVEL = "L2"
+#: Models of timm, with the arguments that make their images small.
+TIMM_MODELS = {
+    "resnet18": ["--img-size", str(SIZE)],
+    "vit_tiny_patch16_224": ["--img-size", str(SIZE), "--model-kwargs", f"img_size={SIZE}"],
+}
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "albumentations", "timm")
 
 # `evaluate` loads a metric from a folder of its name, where it would otherwise ask the hub.
 ACCURACY = """
@@ -151,22 +167,31 @@ def write_models(folder: Path) -> None:
     tf.DetrImageProcessor().save_pretrained(folder / "detr")
 
 
-def run(script: Path, words: list[str], level: str, folder: Path) -> dict[str, Any]:
-    """One script at one level: what was measured, or the end of what it said."""
-    report = folder / "report.json"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "hf_actnn", "run", "--level", level, "--report", str(report), str(script)]
-    environment = {
+def surroundings(folder: Path) -> dict[str, str]:
+    """The environment of a script: this project, and no network."""
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "NO_ALBUMENTATIONS_UPDATE": "1",
     }
+
+
+def run(script: Path, words: list[str], folder: Path, level: str) -> dict[str, Any]:
+    """One script at one level: what was measured, or the end of what it said."""
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "hf_actnn", "run", "--level", level, "--report", str(report), str(script)]
     with tempfile.TemporaryDirectory(dir=folder) as out:
         options = [out if word == "out" else word for word in _COMMON]
         done = subprocess.run(
-            [*command, *options, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+            [*command, *options, *words],
+            cwd=folder,
+            env=surroundings(folder),
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
     if done.returncode or not report.exists():
         return {"error": (done.stdout + done.stderr)[-1500:]}
@@ -175,50 +200,118 @@ def run(script: Path, words: list[str], level: str, folder: Path) -> dict[str, A
     return {key: model[key] for key in ("model", "saved_bytes", "samples", "steps")} | {"said": said}
 
 
-def compared(script: Path, words: list[str], level: str, folder: Path) -> dict[str, Any]:
+def compared(script: Path, at: Callable[[str], dict[str, Any]], level: str) -> dict[str, Any]:
     """A script at L0 and at a level."""
     wants = re.search(r'^check_min_version\("(.+)"\)', script.read_text(), re.MULTILINE)
     found: dict[str, Any] = {
         "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
         "asks_for_transformers": wants[1] if wants else None,
     }
-    found |= {"plain": run(script, words, "L0", folder), level: run(script, words, level, folder)}
+    found |= {"plain": at("L0"), level: at(level)}
     if all("error" not in found[one] for one in ("plain", level)):
         found["ratio"] = round(found["plain"]["saved_bytes"] / found[level]["saved_bytes"], 2)
     return found
 
 
+# Runs a script as runpy does and has its call of convert measured: such a script goes through no `hf-actnn run`.
+MEASURED = """
+import json, runpy, sys
+import hf_actnn
+from hf_actnn.memory import measure_next_forward
+
+convert = hf_actnn.convert
+
+def measuring(model, config):
+    def done(memory, samples):
+        found = {"model": type(model).__name__, "saved_bytes": memory.saved_bytes, "samples": samples}
+        with open("report.json", "w") as file:
+            json.dump({"models": [found]}, file)
+
+    measure_next_forward(convert(model, config), done)
+    return model
+
+hf_actnn.convert = measuring
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def with_line(source: str, level: str) -> str:
+    """timm's script with one line behind the statement that makes the model."""
+    lines = source.splitlines(keepends=True)
+    (made,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node).startswith("model = create_model(")
+    )
+    lines.insert(made.end_lineno, f'{" " * made.col_offset}import hf_actnn; hf_actnn.convert(model, "{level}")\n')
+    return "".join(lines)
+
+
+def timm_trains(script: Path, model: str, folder: Path, level: str) -> dict[str, Any]:
+    """timm's script at one level: what was measured, or the end of what it said."""
+    (folder / "train_with_line.py").write_text(with_line(script.read_text(), level))
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    words = ["--data-dir", "pictures", "--model", model, *_TIMM, *TIMM_MODELS[model], "--output", "timm_out"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "train_with_line.py", *words],
+        cwd=folder,
+        env=surroundings(folder),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if done.returncode or not report.exists():
+        return {"error": (done.stdout + done.stderr)[-1500:]}
+    return {**json.loads(report.read_text())["models"][0], "steps": IMAGES // BATCH}
+
+
+def write_pictures(data: Path, folder: Path) -> None:
+    """Images in a folder per split and class."""
+    from datasets import load_dataset
+
+    for split, of in (("train", "train"), ("val", "test")):
+        file = str(data / "cifar10" / f"{of}.parquet")
+        for index, row in enumerate(load_dataset("parquet", data_files=file, split=f"train[:{IMAGES}]")):
+            place = folder / "pictures" / split / str(row["label"])
+            place.mkdir(parents=True, exist_ok=True)
+            row["image"].save(place / f"{index}.png")
+
+
+def tell(name: str, found: dict[str, Any], level: str) -> None:
+    print(f"{name}: {found['ratio']}x" if "ratio" in found else f"{name}: failed", flush=True)
+    print(found["plain"].get("error", ""), found[level].get("error", ""), flush=True)
+
+
 def write_page(results: dict[str, Any]) -> None:
     """Put what was measured into docs/scripts.md."""
     page = ROOT / "docs" / "scripts.md"
-    level, versions = results["level"], results["versions"]
-    lines = [
-        f"| script | model | kept per image, plain | at {level} | ratio | steps |",
-        "|---|---|---|---|---|---|",
-    ]
+    versions = results["versions"]
+    lines = ["| script | model | level | kept per image, plain | at the level | ratio | steps |", "|---" * 7 + "|"]
     for name, found in results["scripts"].items():
+        level = TIMM_LEVEL if name.startswith("timm") else results["level"]
         if "ratio" not in found:
-            lines.append(f"| `{name}.py` | failed | | | | |")
+            lines.append(f"| {name} | failed | {level} | | | | |")
             continue
-        plain, kept = (found[one]["saved_bytes"] / found[one]["samples"] for one in ("plain", level))
-        model, steps = found[level]["model"], found[level]["steps"]
-        sizes = f"{plain / 1e3:,.0f} kB | {kept / 1e3:,.1f} kB | {found['ratio']:.1f}x"
-        lines.append(f"| `{name}.py` | {model} | {sizes} | {steps} |")
-    wanted = sorted({found["asks_for_transformers"] or "any" for found in results["scripts"].values()})
+        plain, kept = (found[one]["saved_bytes"] / found[one]["samples"] / 1e3 for one in ("plain", level))
+        sizes = f"{plain:,.0f} kB | {kept:,.1f} kB | {found['ratio']:.1f}x"
+        lines.append(f"| {name} | {found[level]['model']} | {level} | {sizes} | {found[level]['steps']} |")
+    wanted = sorted({found["asks_for_transformers"] for found in results["scripts"].values()} - {None})
     lines += [
         "",
         "Hugging Face's example scripts as published, whose own check asks for transformers "
         f"{', '.join(wanted)} or newer, each with a small model with random weights and {IMAGES} real images,",
         f"trained and evaluated on a CPU with transformers {versions['transformers']}, accelerate "
-        f"{versions['accelerate']}, torch {versions['torch']}. Plain is level L0, which keeps what autograd keeps.",
-        "`benchmarks/unmodified.py` runs them from a folder that it is given; they are no part of this project.",
+        f"{versions['accelerate']}, timm {versions['timm']}, torch {versions['torch']}. Plain is level L0, which keeps",
+        "what autograd keeps. `benchmarks/unmodified.py` runs them from a folder that it is given; they are no part of",
+        "this project.",
     ]
     head, rest = page.read_text().split("<!-- unmodified: begin.", 1)
     first, rest = rest.split("\n", 1)
     tail = rest.split("<!-- unmodified: end -->", 1)[1]
-    page.write_text(
-        f"{head}<!-- unmodified: begin.{first}\n\n" + "\n".join(lines) + f"\n\n<!-- unmodified: end -->{tail}"
-    )
+    section = "\n".join(["", *lines, ""])
+    page.write_text(f"{head}<!-- unmodified: begin.{first}\n{section}\n<!-- unmodified: end -->{tail}")
 
 
 def main() -> None:
@@ -226,6 +319,7 @@ def main() -> None:
     default = os.environ.get
     parser.add_argument("--scripts", type=Path, default=default("HF_ACTNN_SCRIPTS"), help="default: $HF_ACTNN_SCRIPTS")
     parser.add_argument("--data", type=Path, default=default("HF_ACTNN_DATA"), help="default: $HF_ACTNN_DATA")
+    parser.add_argument("--timm", type=Path, help="timm's train.py")
     parser.add_argument("--level", default="L3")
     parser.add_argument("--only", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="SCRIPT")
     arguments = parser.parse_args()
@@ -242,10 +336,15 @@ def main() -> None:
         write_data(Path(arguments.data), folder)
         write_models(folder)
         for task in arguments.only:
-            script = Path(arguments.scripts) / f"{task}.py"
-            found = compared(script.resolve(), TASKS[task], arguments.level, folder)
-            results[task] = found
-            print(task, found.get("ratio", "failed"), found[arguments.level].get("error", ""), flush=True)
+            script = Path(arguments.scripts).resolve() / f"{task}.py"
+            results[task] = compared(script, partial(run, script, TASKS[task], folder), arguments.level)
+            tell(task, results[task], arguments.level)
+        if arguments.timm is not None:
+            write_pictures(Path(arguments.data), folder)
+        for model in TIMM_MODELS if arguments.timm is not None else ():
+            task = f"timm's train.py, {model}"
+            results[task] = compared(arguments.timm, partial(timm_trains, arguments.timm, model, folder), TIMM_LEVEL)
+            tell(task, results[task], TIMM_LEVEL)
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     found = {"level": arguments.level, "versions": versions, "scripts": results}
     timing.write("unmodified", found)

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections import defaultdict
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -159,6 +159,7 @@ class Process:
         self.level: str | None = None
         self._models: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
         self._all: list[Trained] = []
+        self._refused: WeakSet[nn.Module] = WeakSet()
         self._reasons: list[str] = []
         self._own = False
 
@@ -178,8 +179,10 @@ class Process:
             say(f"the script compresses {what} itself; {VARIABLE} and `hf-actnn run` change nothing there.")
 
     def wants(self, model: nn.Module) -> bool:
-        """Whether a model is going to be trained and nobody has converted it."""
-        if model in self._models or not any(parameter.requires_grad for parameter in model.parameters()):
+        """Whether a model is going to be trained and nobody has converted it or tried to."""
+        if model in self._models or model in self._refused:
+            return False
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             return False
         if is_converted(model):
             self.leave_to_script(type(model).__name__)
@@ -211,6 +214,7 @@ class Process:
 
     def refuse(self, model: nn.Module, error: ConversionError) -> None:
         """A model stays as it is; that is said at once and at the end."""
+        self._refused.add(model)
         self._reasons.append(f"{type(model).__name__} was left as it is: {error}")
         warnings.warn(message(self._reasons[-1].rstrip(".")), ActNNWarning, stacklevel=3)
 
