@@ -1,4 +1,4 @@
-"""Builds the compiled kernels; everything else is in pyproject.toml.
+"""Builds the compiled kernels and ships a start-up line; everything else is in pyproject.toml.
 
 HF_ACTNN_BUILD: auto (the default: the kernels for the CPU, and those for CUDA where nvcc is found; whatever cannot be
     built is left out, with a warning), cpu (only these, and fail if it fails), cuda (both, and fail if one fails),
@@ -19,12 +19,15 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Contraction off: a fused multiply-add would round once where the codec's definition rounds twice.
@@ -91,6 +94,42 @@ def architectures(wanted: str) -> list[tuple[str, str]]:
         if match[4]:
             pairs.append((f"compute_{number}", f"compute_{number}"))
     return pairs
+
+
+# Python runs such lines of site-packages when it starts. Without the variable it looks at the environment, and no more.
+STARTUP = ("hf_actnn.pth", 'import os; os.environ.get("HF_ACTNN") and __import__("hf_actnn_startup").install()\n')
+
+
+class BuildPackage(build_py):
+    """Adds the start-up line to what goes into site-packages."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.mkpath(self.build_lib)
+            Path(self.build_lib, STARTUP[0]).write_text(STARTUP[1])
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        own = [] if self.editable_mode else [os.path.join(self.build_lib, STARTUP[0])]
+        return [*super().get_outputs(include_bytecode), *own]
+
+
+class EditableWheel(editable_wheel):
+    """Adds the line to the wheel of an editable install, which takes nothing from the build."""
+
+    def run(self) -> None:
+        from wheel.wheelfile import WheelFile
+
+        super().run()
+        for path in glob(os.path.join(self.dist_dir, "*.editable-*.whl")):
+            plain = path + ".plain"
+            os.rename(path, plain)
+            with zipfile.ZipFile(plain) as before, WheelFile(path, "w") as wheel:  # which keeps the list of files
+                for name in before.namelist():
+                    if not name.endswith(".dist-info/RECORD"):
+                        wheel.writestr(name, before.read(name))
+                wheel.writestr(*STARTUP)
+            os.remove(plain)
 
 
 class BuildKernels(build_ext):
@@ -212,4 +251,5 @@ def extensions() -> list[Extension]:
 
 BUILD = os.environ.get("HF_ACTNN_BUILD") or "auto"
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+    commands = {"build_ext": BuildKernels, "build_py": BuildPackage, "editable_wheel": EditableWheel}
+    setup(ext_modules=extensions(), cmdclass=commands)

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import ActNNError
+
 _PACKAGES = ("hf-actnn", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "numpy", "pybind11")
 
 
@@ -55,6 +58,41 @@ def _print_environment(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_script(arguments: argparse.Namespace) -> int:
+    """Compression as asked for in the environment, so that processes the script starts have it too."""
+    import hf_actnn_startup
+    from hf_actnn.integrations import runner, unmodified
+
+    given = next(((name, value) for name in _CONFIGURATIONS if (value := getattr(arguments, name)) is not None), None)
+    try:
+        if given is not None:
+            config = _configuration(*given)
+            os.environ[unmodified.VARIABLE] = json.dumps(config.to_dict())
+        elif not os.environ.get(unmodified.VARIABLE):
+            os.environ[unmodified.VARIABLE] = "auto"
+        unmodified.process.config()
+        runner.check(arguments.script, arguments.module)
+    except ActNNError as error:
+        print(f"hf-actnn run: {error}", file=sys.stderr)
+        return 2
+    if arguments.report is not None:
+        os.environ[unmodified.REPORT_VARIABLE] = os.path.abspath(arguments.report)
+    hf_actnn_startup.install()
+    runner.run(arguments.script, arguments.arguments, module=arguments.module)
+    return 0
+
+
+_CONFIGURATIONS = ("level", "bits", "config")
+
+
+def _configuration(option: str, text: str) -> ActNNConfig:
+    from hf_actnn.integrations.unmodified import parse
+
+    if option == "level":
+        return ActNNConfig(level=text)
+    return parse(text, f"--{option}") if option == "bits" else ActNNConfig.from_json_file(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="hf-actnn", description="Compressed activations for vision models.")
@@ -62,6 +100,21 @@ def parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="print versions, the machine and the kernels in use")
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=_print_environment)
+    run = commands.add_parser(
+        "run",
+        help="run a training script with compressed activations",
+        description="Run a script as python would, with compressed activations where it trains through transformers' "
+        "Trainer or accelerate's prepare. Without a level, bits or a file HF_ACTNN holds, and without that bits=auto.",
+    )
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--level", help="such as L3")
+    how.add_argument("--bits", help="a number of bits per value, or auto")
+    how.add_argument("--config", metavar="FILE", help="fields of ActNNConfig as a JSON file")
+    run.add_argument("--report", metavar="FILE", help="write what was measured to a JSON file")
+    run.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as in python -m")
+    run.add_argument("script", help="the script's path")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    run.set_defaults(run=_run_script)
     return top
 
 

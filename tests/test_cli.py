@@ -1,4 +1,4 @@
-"""`hf-actnn env`."""
+"""`hf-actnn env`, and what is refused. `hf-actnn run` is in tests/integrations/test_run.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ def test_env_as_json(capsys):
     assert found["cpu_kernels"]["available"] or found["cpu_kernels"]["reason"]
 
 
-@pytest.mark.parametrize("words", [[], ["profile"], ["run", "script.py"]])
-def test_what_is_not_there_is_not_offered(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "env"),
+        (["profile"], "env"),
+        (["run"], "required: script"),
+        (["run", "--level", "L3", "--bits", "2", "script.py"], "not allowed with argument --level"),
+    ],
+)
+def test_what_is_not_there_is_not_offered(words, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == 2
-    assert "env" in capsys.readouterr().err
+    assert says in capsys.readouterr().err

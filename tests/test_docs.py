@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -85,7 +86,39 @@ def test_commands_exist(page, words):
         assert words[1] in targets
     for word in words[1:]:
         if word.endswith((".py", ".sh")):
-            assert (ROOT / word).is_file(), f"{name(page)} names {word}"
+            assert (ROOT / word).is_file() or word in written(page), f"{name(page)} names {word}"
+
+
+# What the commands that start a script stand for, with the Python that runs the tests.
+STARTERS = {
+    "hf-actnn": ["-m", "hf_actnn"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+    "torchrun": ["-m", "torch.distributed.run"],
+}
+
+
+def written(page: Path) -> list[str]:
+    """The scripts that a python block of the page writes for its commands."""
+    return re.findall(r'Path\("(\w+\.py)"\)\.write_text', page.read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if written(page)], ids=name)
+def test_commands_run_the_scripts_that_a_page_writes(page, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    for _, code in blocks(page, "python"):
+        if "write_text" in code:
+            exec(code, {})
+    ran = 0
+    for words in commands(page):
+        if set(words) & set(written(page)):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *STARTERS[words[0]], *words[1:]]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+            assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
+            assert "hf_actnn" not in " ".join(command) or "times fewer bytes" in done.stderr, done.stderr
+            ran += 1
+    assert ran
 
 
 def script_and_options(words: list[str]) -> tuple[str, list[str]] | None:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,11 +20,9 @@ from transformers.trainer_callback import ExportableState
 from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import controller, convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
-from hf_actnn.memory import MemoryReport
+from hf_actnn.memory import MemoryReport, measure_next_forward
 from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
-from hf_actnn.saving.scope import observers
-from hf_actnn.saving.tape import batch_size
 
 
 class ActNNCallback(TrainerCallback, ExportableState):
@@ -166,39 +163,12 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self._probe.close()
 
     def _measure_next_forward(self, model: nn.Module) -> None:
-        """Track the next training forward of `model`, then take the hooks off again.
-
-        A callback never sees the batch, the model does: hence hooks. They only count; no tensor and no random number is
-        touched. `track_memory` would not do here: a forward hook runs inside the scope of the converted model, whose
-        saved-tensor hooks it would displace, so what the scope reports to its observers is counted instead.
-        """
         self._probe.close()
-        probe = ExitStack()
-        measured: list[MemoryReport] = []
+        self._probe = measure_next_forward(model, self._take_figures)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training and torch.is_grad_enabled() and not measured:
-                own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-                measured.append(MemoryReport(own))
-                observers().append(measured[0])
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not measured:
-                return
-            memory = measured[0]
-            samples = batch_size(args, kwargs, getattr(module, "main_input_name", ""))
-            observers().remove(memory)
-            probe.close()
-            if output is not None and memory.saved_bytes:
-                self.figures = {
-                    "actnn_ratio": memory.ratio,
-                    "actnn_bytes_per_sample": memory.saved_bytes / samples,
-                }
-
-        probe.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        # always_call: a forward that raises must not leave an observer behind.
-        probe.callback(model.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
-        self._probe = probe
+    def _take_figures(self, memory: MemoryReport, samples: int) -> None:
+        if memory.saved_bytes:
+            self.figures = {"actnn_ratio": memory.ratio, "actnn_bytes_per_sample": memory.saved_bytes / samples}
 
 
 @dataclass
