@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_actnn.commands import estimate, profile
+from hf_actnn.errors import ActNNError
+
 _PACKAGES = ("hf-actnn", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "numpy", "pybind11")
 
 
@@ -62,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="print versions, the machine and the kernels in use")
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=_print_environment)
+    profile.add(commands)
+    estimate.add(commands)
     return top
 
 
@@ -72,10 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `hf-actnn`; those of the process if None.
 
     Returns:
-        The exit status.
+        The exit status: 1, and the reason on standard error, where it could not be done.
     """
     parsed = parser().parse_args(arguments)
-    return int(parsed.run(parsed))
+    try:
+        return int(parsed.run(parsed))
+    except ActNNError as error:
+        print(f"hf-actnn {parsed.command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_env_as_json(capsys):
     assert found["cpu_kernels"]["available"] or found["cpu_kernels"]["reason"]
 
 
-@pytest.mark.parametrize("words", [[], ["profile"], ["run", "script.py"]])
+@pytest.mark.parametrize("words", [[], ["run", "script.py"]])
 def test_what_is_not_there_is_not_offered(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
