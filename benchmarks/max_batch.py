@@ -154,8 +154,12 @@ class Method(NamedTuple):
     after: Callable[[], None] = lambda: None
 
 
-def apply(method: str, model: nn.Module, device: torch.device) -> Method:
-    """Make a model train in a way."""
+def apply(method: str, model: nn.Module, device: torch.device, update_interval: int | None = None) -> Method:
+    """Make a model train in a way.
+
+    Args:
+        update_interval: steps between two choices of bits; hf_actnn's own if None.
+    """
     if method == "checkpoint":
         model.set_grad_checkpointing(True)
     elif method == "save_on_cpu":
@@ -170,7 +174,7 @@ def apply(method: str, model: nn.Module, device: torch.device) -> Method:
         kernels = native.cuda_status() if device.type == "cuda" else native.status()
         if not kernels["available"]:
             raise NativeError(f"hf_actnn's kernels are not built, and without them there is no point: {kernels}")
-        hf_actnn.convert(model, *([] if method == "auto" else [method]))
+        hf_actnn.convert(model, *([] if method == "auto" else [method]), update_interval=update_interval)
         return Method(model, after=hf_actnn.controller(model).step)
     return Method(model)
 
@@ -194,7 +198,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     batch = size if vary == "batch" else point["batch"]
     side = size if vary == "resolution" else point["image_size"]
     model = build(point["model"], vary, size, side).to(device)
-    method = apply(point["method"], model, device)
+    method = apply(point["method"], model, device, point.get("update_interval"))
     optimizer = OPTIMIZERS[point["optimizer"]](model.parameters())
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)

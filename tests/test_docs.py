@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_actnn import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -86,6 +88,13 @@ def test_commands_exist(page, words):
     for word in words[1:]:
         if word.endswith((".py", ".sh")):
             assert (ROOT / word).is_file(), f"{name(page)} names {word}"
+
+
+@pytest.mark.parametrize(
+    "words", [words[1:] for _, words in COMMANDS if words[0] == "hf-actnn"], ids=lambda words: " ".join(words)[:60]
+)
+def test_the_command_line_takes_what_the_pages_give_it(words):
+    cli.parser().parse_args(words)
 
 
 def script_and_options(words: list[str]) -> tuple[str, list[str]] | None:

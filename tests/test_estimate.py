@@ -78,12 +78,14 @@ def test_the_answer_is_within_a_twentieth(name, limit):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_noise_of_some_megabytes_does_not_tilt_the_line(seed):
+@pytest.mark.parametrize("limit", [700 * MB, 8000 * MB])
+def test_noise_of_some_megabytes_does_not_tilt_the_line(seed, limit):
     draw = random.Random(seed)
-    slope = draw.uniform(0.2, 20) * MB
-    attempt, _ = simulated(lambda size: 450 * MB + slope * size + draw.uniform(-2, 2) * MB)
-    line = extrapolate.largest(attempt, 8000 * MB)
-    assert line.largest == pytest.approx((8000 - 450) * MB / slope, rel=0.1)
+    slope = draw.uniform(0.2, 4) * MB
+    attempt, ran = simulated(lambda size: 450 * MB + slope * size + draw.uniform(-2, 2) * MB, limit=limit)
+    line = extrapolate.largest(attempt, limit)
+    assert line.largest == pytest.approx((limit - 450 * MB) / slope, rel=0.08)
+    assert len(ran) <= 9
 
 
 def test_most_of_the_memory_is_not_run():
@@ -347,3 +349,17 @@ def test_an_unknown_model_is_an_error_not_a_traceback(capsys):
     assert cli.main(["estimate", "resnet5O", "--memory", "1GB", "--levels", "plain"]) == 1
     said = capsys.readouterr()
     assert said.out == "" and "Did you mean resnet50" in said.err and "Traceback" not in said.err
+
+
+# -- the benchmark of predictions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("true", [0, 1, 5, 37, 400, 2999])
+@pytest.mark.parametrize("share", [0.6, 0.95, 1.0, 1.05, 1.7])
+def test_trying_around_a_guess_finds_the_largest(true, share):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    pytest.importorskip("timm")
+    import estimate as benchmark
+
+    found = benchmark.around(lambda size: size <= true, int(share * true))
+    assert true - max(1, 0.05 * true) <= found <= true

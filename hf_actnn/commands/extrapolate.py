@@ -20,9 +20,11 @@ FIRST = 8
 #: takes 20 MB at a time and more.
 STRETCH = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 #: But no more than this share of what the limit leaves.
-SHARE = 1 / 16
+SHARE = 1 / 6
 #: How many times the last batch the next may be: a line through small ones is not to be trusted far.
 JUMP = 4
+#: No further run where the line leaves room for so much of the last batch: its tilt then makes little difference.
+NEAR = 0.2
 #: Share by which the slopes of two stretches may differ.
 STRAIGHT = 0.04
 #: No batch is larger.
@@ -97,22 +99,36 @@ def _points(runs: dict[int, dict[str, Any]]) -> list[tuple[int, float]]:
     return sorted((batch, run["passes"]) for batch, run in runs.items())
 
 
+def _least_growth(points: list[tuple[int, float]], limit: int, stretch: float) -> float:
+    """Bytes that the peak is to grow by over a stretch that tells something."""
+    return min(stretch, max(0.0, limit - points[0][1]) * SHARE)
+
+
+def _spaced(points: list[tuple[int, float]], limit: int, stretch: float) -> list[tuple[int, float]]:
+    """The last point, and those before it over whose stretches the peak grew by enough to tell something."""
+    least = _least_growth(points, limit, stretch)
+    kept = [points[-1]]
+    for point in reversed(points[:-1]):
+        if kept[0][1] - point[1] >= least:
+            kept.insert(0, point)
+    return kept
+
+
 def _slope(before: tuple[int, float], after: tuple[int, float]) -> float:
     return (after[1] - before[1]) / (after[0] - before[0])
 
 
-def _least_growth(points: list[tuple[int, float]], limit: int, stretch: float) -> float:
-    """Bytes of a stretch that tells something."""
-    return min(stretch, max(0.0, limit - points[0][1]) * SHARE)
+def _last_slope(points: list[tuple[int, float]], limit: int, stretch: float) -> float:
+    """Of the last stretch that is long enough; of all points where none is."""
+    spaced = _spaced(points, limit, stretch)
+    return _slope(spaced[-2] if len(spaced) > 1 else points[0], points[-1])
 
 
 def _is_straight(points: list[tuple[int, float]], limit: int, stretch: float) -> bool:
-    if len(points) < 3:
+    spaced = _spaced(points, limit, stretch)
+    if len(spaced) < 3:
         return False
-    least = _least_growth(points, limit, stretch)
-    if any(after[1] - before[1] < least for before, after in zip(points[-3:], points[-2:], strict=False)):
-        return False
-    before, after = _slope(points[-3], points[-2]), _slope(points[-2], points[-1])
+    before, after = _slope(spaced[-3], spaced[-2]), _slope(spaced[-2], spaced[-1])
     return abs(after - before) <= STRAIGHT * after
 
 
@@ -123,26 +139,26 @@ def _next(runs: dict[int, dict[str, Any]], failed: int | None, limit: int, stret
         return failed // 2 if failed > 1 else None
     points = _points(runs)
     last, peak = points[-1]
-    if failed is not None and failed - last <= max(1, last // 16):
-        return None
-    if _is_straight(points, limit, stretch) or last >= CAP:
+    if last >= CAP or _is_bracketed(last, failed) or _is_straight(points, limit, stretch):
         return None
     if len(points) == 1:
         following = 2 * last
     else:
-        slope = _slope(points[-2], points[-1])
-        wanted = _least_growth(points, limit, stretch) * 1.1 / slope if slope > 0 else math.inf
+        slope = _last_slope(points, limit, stretch)
+        wanted = 1.1 * _least_growth(points, limit, stretch) / slope if slope > 0 else math.inf
         following = last + int(min(max(wanted, last), (JUMP - 1) * last))
-        if slope > 0 and len(points) > 2:
-            room = int((limit - peak) / slope)
-            # What would hardly fit tells little more than the line does.
-            if last + room < 1.15 * following:
-                following = last + room // 2
-                if room // 2 <= last // 4:
-                    return None
+        room = (limit - peak) / slope if slope > 0 else math.inf
+        if room <= NEAR * last:
+            return None
+        # What would hardly fit may not fit, and says nothing then.
+        following = min(following, last + int(room / 2))
     if failed is not None:
         following = min(following, (last + failed) // 2)
     return min(following, CAP) if following > last else None
+
+
+def _is_bracketed(last: int, failed: int | None) -> bool:
+    return failed is not None and failed - last <= max(1, last // 16)
 
 
 def _line(runs: dict[int, dict[str, Any]], failed: int | None, limit: int, stretch: float) -> Line:
@@ -151,15 +167,15 @@ def _line(runs: dict[int, dict[str, Any]], failed: int | None, limit: int, stret
     points = _points(runs)
     update = max(run["update"] for run in runs.values())
     last, peak = points[-1]
-    bracketed = failed is not None and failed - last <= max(1, last // 16)
-    straight = _is_straight(points, limit, stretch)
-    before = points[-3] if straight else points[max(0, len(points) - 2)]
-    slope = max(0.0, _slope(before, points[-1])) if len(points) > 1 else math.nan
-    fixed = peak - slope * last if slope == slope else math.nan
+    slope = math.nan
     count: float = last
-    if slope == slope:
+    straight = _is_straight(points, limit, stretch)
+    if len(points) > 1:
+        # Over two stretches that agree, noise tilts the line less than over one.
+        start = _spaced(points, limit, stretch)[-3] if straight else None
+        slope = max(0.0, _slope(start, points[-1]) if start else _last_slope(points, limit, stretch))
         count = last + (limit - peak) / slope if slope > 0 else CAP
     count = min(max(int(min(count, CAP)), last), math.inf if failed is None else failed - 1)
     if update > limit:
         count = 0
-    return Line(fixed, slope, update, int(count), straight or bracketed, runs, failed)
+    return Line(peak - slope * last, slope, update, int(count), straight or _is_bracketed(last, failed), runs, failed)

@@ -30,7 +30,7 @@ def save(result: dict[str, Any], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(
         2,
         1,
-        figsize=(9, 2.2 + 0.4 * len(levels) + 0.1 * len(shown) * len(levels) + 2.0),
+        figsize=(9, 2.2 + 0.4 * len(levels) + 0.08 * len(shown) * len(levels) + 2.0),
         height_ratios=(1 + len(levels), 2 + 0.5 * len(shown) * len(levels) ** 0.5),
         layout="constrained",
     )
@@ -73,5 +73,6 @@ def _modules(axes: Any, shown: list[dict[str, Any]], levels: list[str]) -> None:
         )
     axes.set_yticks(range(len(shown)), [f"{one['path'] or '(model)'}  {one['kind']}" for one in shown], fontsize=7)
     axes.invert_yaxis()
+    axes.margins(x=0.14, y=0.01)  # room for the legend beside the longest bar
     axes.set_xlabel("MB, of the modules that hold most")
     axes.legend(fontsize=7)
