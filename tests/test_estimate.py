@@ -225,6 +225,25 @@ def test_results_are_json_without_nan(plenty):
     json.dumps(found, allow_nan=False)
 
 
+def test_answers_are_not_verified_on_a_machine_that_is_too_small(monkeypatch):
+    monkeypatch.setattr(estimate, "available", lambda: 2000 * MB)
+    attempt, ran = simulated(lambda size: (400 + 40 * size) * MB, limit=1800 * MB)
+    found = estimate.estimate("any", 4000 * MB, ways=["plain"], verify=True, attempt=lambda run, size: attempt(size))
+    (row,) = found["ways"]
+    assert row["largest"] == 90 and max(ran) < 40
+    assert row["verified"]["answer"] == {"batch": 90, "status": "not tried"}
+
+
+def test_answers_are_verified(plenty):
+    attempt, _ = simulated(lambda size: (400 + 40 * size) * MB, limit=4000 * MB)
+    found = estimate.estimate("any", 4000 * MB, ways=["plain"], verify=True, attempt=lambda run, size: attempt(size))
+    assert found["ways"][0]["verified"] == {
+        "answer": {"batch": 90, "status": "ok"},
+        "larger": {"batch": 104, "status": "out of memory"},
+    }
+    assert "90 fits, 104 does not fit" in estimate.table(found)
+
+
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8)])
 def test_amounts_of_memory(text, size):
     assert sizes.parse(text) == size

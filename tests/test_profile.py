@@ -49,6 +49,10 @@ def nothing() -> int:
     return 3
 
 
+def fails() -> nn.Module:
+    raise ZeroDivisionError("on purpose")
+
+
 NAME = "tests.test_profile:"
 
 
@@ -152,13 +156,17 @@ def test_the_table_names_what_holds_most_and_the_totals(found):
         (["no.such.module:model", "--batch", "1"], "No module named 'no'"),
         (["torch.nn:NoSuchThing", "--batch", "1"], "NoSuchThing"),
         ([NAME + "nothing", "--batch", "1"], "the function returned no model"),
+        ([NAME + "fails", "--batch", "1"], "ZeroDivisionError"),
         ([NAME + "mine", "--batch", "1", "--image-size", "32"], "the size of the images is given twice"),
         (["test_vit", "--batch", "0"], "there is nothing to run"),
         (["test_vit", "--batch", "1", "--levels", "L9"], "there is no such level"),
         (["test_vit", "--batch", "1", "--levels", "checkpoint"], "hf-actnn estimate"),
         (["test_vit", "--batch", "1", "--html", "/no/such/folder/page.html"], "no such folder"),
         (["test_vit", "--batch", "1000000000"], "the batch does not fit into memory"),
+        (["mvitv2_tiny", "--batch", "2", "--image-size", "7"], "the model could not be made"),
         (["test_vit", "--batch", "2", "--image-size", "7"], "the model does not run"),
+        (["test_vit", "--batch", "2", "--image-size", "0"], "images have no such size"),
+        (["test_vit", "--batch", "2", "--device", "tpu9"], "no such device"),
     ],
 )
 def test_what_cannot_be_done_is_said(words, said, capsys):

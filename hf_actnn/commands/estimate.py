@@ -74,7 +74,7 @@ def estimate(
             row = _row(of_way, memory, kind, told)
             progress.advance()
             if verify and row["status"] == "ok":
-                row["verified"] = _verified(of_way, row["largest"], told)
+                row["verified"] = _verified(of_way, row["largest"], memory, told)
             if verify:
                 progress.advance()
             rows.append(row)
@@ -158,13 +158,14 @@ def _failed(run: probe.Run, found: dict[str, Any]) -> ActNNError:
     )
 
 
-def _verified(run: probe.Run, size: int, attempt: Attempt) -> dict[str, Any]:
-    """The answer and a larger batch, tried."""
+def _verified(run: probe.Run, size: int, memory: int, attempt: Attempt) -> dict[str, Any]:
+    """The answer and a larger batch, tried; not where this machine has less memory than was asked about."""
+
+    def status(one: int) -> str:
+        return attempt(run, one)["status"] if one and run.limit >= memory else "not tried"
+
     sizes = {"answer": size, "larger": max(size + 1, math.ceil(size * LARGER))}
-    return {
-        name: {"batch": one, "status": attempt(run, one)["status"]} if one else {"batch": 0, "status": "not tried"}
-        for name, one in sizes.items()
-    }
+    return {name: {"batch": one, "status": status(one)} for name, one in sizes.items()}
 
 
 # -- the advice --------------------------------------------------------------------------------------------------------

@@ -70,13 +70,16 @@ def device_of(text: str) -> torch.device:
     Raises:
         ConfigError: it is not.
     """
-    device = torch.device(text)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        device, there = torch.device(text), torch.cuda.is_available()
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not there):
         raise ConfigError(
             message(
-                "there is no CUDA device that torch can use",
+                "there is no such device that torch can use here",
                 where="--device",
-                expected="cpu",
+                expected="cpu, or cuda where there is one",
                 received=text,
                 next_step="`hf-actnn env` says what is there",
             )

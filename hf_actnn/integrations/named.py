@@ -52,6 +52,10 @@ def load(name: str, image_size: int | None = None) -> Named:
         ConfigError: no model has that name, or it does not take images.
         NotAvailableError: the library that knows the name is not installed.
     """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(
+            message("images have no such size", where="--image-size", expected="1 or more", received=str(image_size))
+        )
     torch.manual_seed(0)
     if ":" in name and not name.startswith(_REMOTE):
         return _of_python(name, image_size)
@@ -164,13 +168,23 @@ def _images(image: tuple[int, int, int]) -> Callable[[int], Tensor]:
 
 
 def _of_timm(timm: Any, name: str, size: int | None) -> Named:
-    if size is None:
-        model = timm.create_model(name, pretrained=False)
-    else:
+    try:
+        # A model that takes images of any size has no such argument.
+        sized = {} if size is None else {"img_size": size}
         try:
-            model = timm.create_model(name, pretrained=False, img_size=size)
-        except TypeError:  # a model that takes images of any size has no such argument
+            model = timm.create_model(name, pretrained=False, **sized)
+        except TypeError:
             model = timm.create_model(name, pretrained=False)
+    except Exception as error:
+        raise ConfigError(
+            message(
+                "the model could not be made",
+                where=name,
+                expected="a model of timm, for images of the size asked for",
+                received=f"{type(error).__name__}: {error}",
+                next_step="Another --image-size may be what it takes",
+            )
+        ) from error
     channels, height, width = (getattr(model, "pretrained_cfg", None) or {}).get(
         "input_size", (3, IMAGE_SIZE, IMAGE_SIZE)
     )
@@ -256,7 +270,18 @@ def _of_python(name: str, size: int | None) -> Named:
                 next_step="Run the command where `python -c 'import package.module'` works",
             )
         ) from error
-    made = function() if callable(function) else function
+    try:
+        made = function() if callable(function) else function
+    except Exception as error:
+        raise ConfigError(
+            message(
+                "the function that makes the model failed",
+                where=name,
+                expected="a model, or a model and a batch",
+                received=f"{type(error).__name__}: {error}",
+                next_step="Call it in Python to see where",
+            )
+        ) from error
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(
