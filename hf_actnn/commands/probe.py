@@ -2,8 +2,9 @@
 
 The peak of a step is measured in two phases, since only one of them grows with the batch: the forward and the backward
 pass; and the optimizer's step, when the activations are gone and its own temporaries are there. The optimizer's state
-is made before anything is measured, so that the step in which bits are chosen, the largest of a level that chooses
-them, is measured as it is later in a training.
+is made before anything is measured, and bits are chosen in the first and in the third step, so that such a step, the
+largest of a level that chooses bits, is measured as it is later in a training: with the optimizer's state, with bits
+that were chosen before, and with the recycled memory of earlier backward passes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from hf_actnn.commands.watch import high_water, watched
 from hf_actnn.errors import ActNNError, ActNNWarning, ConfigError, NativeError, message
 from hf_actnn.integrations import named
 
-#: Of a run: one in which bits are chosen, two with what was chosen.
-STEPS = 3
+#: Of a run, and from one of them in which bits are chosen to the next.
+STEPS, UPDATE_INTERVAL = 3, 2
 #: Large tensors in pages of their own: the resident set is then what is in use. In the C library's heap freed tensors
 #: may stay, and how many differs from run to run.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -145,7 +146,7 @@ def _prepare(model: nn.Module, way: str, device: torch.device) -> Any:
                     next_step="`hf-actnn env` says what is missing; `--levels plain checkpoint` needs no kernels",
                 )
             )
-    return compress(model, way)
+    return compress(model, way, UPDATE_INTERVAL)
 
 
 def child(run: Run, batch_size: int) -> dict[str, Any]:

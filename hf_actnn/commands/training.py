@@ -52,15 +52,18 @@ def way(text: str) -> str:
     return text
 
 
-def compress(model: nn.Module, level: str) -> Callable[[], None]:
+def compress(model: nn.Module, level: str, update_interval: int | None = None) -> Callable[[], None]:
     """Turn a level on.
+
+    Args:
+        update_interval: steps between two choices of bits; the configuration's own if None.
 
     Returns:
         What follows each backward pass.
     """
     if level == PLAIN:
         return lambda: None
-    convert(model, None if level == AUTO else level)
+    convert(model, None if level == AUTO else level, update_interval=update_interval)
     return controller(model).step
 
 
