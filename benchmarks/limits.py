@@ -1,85 +1,12 @@
-"""Processes under a limit of memory, and the largest size that fits one."""
+"""The largest size that fits into a limit of memory, by trying."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import signal
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-#: Between two looks at a process; in more it could take much more than it is allowed.
-POLL_SECONDS = 0.003
-#: A process that takes longer hangs.
-TRY_SECONDS = 1800
 #: How many times the largest size that fitted the next one may be: a line through small sizes is not to be trusted far.
 JUMP = 16
-UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
-
-
-def parse(text: str) -> int:
-    """Bytes of `16GB`, `1.5GiB`, `500MB`.
-
-    Raises:
-        ValueError: it is none of that kind.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)
-    if found is None:
-        raise ValueError(f"a limit is {text!r}; expected something like 16GB, 1.5GiB or 500MB")
-    return int(float(found.group(1)) * UNITS[found.group(2)])
-
-
-def resident(process: int) -> int:
-    """Bytes of a process's resident set now; 0 once it has ended."""
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def watched(
-    command: list[str],
-    limit: int | None = None,
-    environment: Mapping[str, str] | None = None,
-    seconds: float = TRY_SECONDS,
-) -> dict[str, Any]:
-    """Run a command that prints JSON, and end it above a limit of its resident set in bytes.
-
-    Returns:
-        What it printed, or ``status`` "out of memory" if it went above the limit, or was killed for memory;
-        "error" with the text if it ended in any other way.
-    """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(command, stdout=out, stderr=told, env={**os.environ, **(environment or {})})
-        start, above, late = time.monotonic(), False, False
-        try:
-            while process.poll() is None and not (above or late):
-                time.sleep(POLL_SECONDS)
-                above = limit is not None and resident(process.pid) > limit
-                late = time.monotonic() - start > seconds
-        finally:
-            process.kill()
-            process.wait()
-        out.seek(0)
-        told.seek(0)
-        lines, errors = out.read().splitlines(), told.read()
-    if above or process.returncode == -signal.SIGKILL and not late:
-        return {"status": "out of memory"}
-    if late:
-        return {"status": "error", "error": f"no result after {seconds:.0f} s"}
-    if process.returncode or not lines:
-        return {"status": "error", "error": errors[-2000:] or f"ended with {process.returncode}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    # Between two looks it may have been above.
-    if limit is not None and found["status"] == "ok" and found["peak"] > limit:
-        return {**found, "status": "out of memory"}
-    return found
 
 
 def search(

@@ -57,6 +57,9 @@ from torch import nn
 
 import hf_actnn
 from hf_actnn.codec import native
+from hf_actnn.commands.sizes import parse
+from hf_actnn.commands.training import is_for_memory
+from hf_actnn.commands.watch import high_water, watched
 from hf_actnn.config import LEVELS
 from hf_actnn.errors import ActNNWarning, NativeError
 
@@ -83,8 +86,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-4),
 }
-#: Words of errors that are for want of memory, from allocators, CUDA's libraries and the operating system.
-NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class Quantity(NamedTuple):
@@ -107,7 +108,7 @@ QUANTITIES = {
 def limit_name(text: str) -> str:
     """A limit as it is given; an argparse type."""
     if text != "all":
-        limits.parse(text)
+        parse(text)
     return text
 
 
@@ -120,7 +121,7 @@ def method_name(text: str) -> str:
 
 def limit_of(point: dict[str, Any]) -> int:
     """Bytes that a point may use."""
-    return int(point["memory"]) if point["limit"] == "all" else limits.parse(point["limit"])
+    return int(point["memory"]) if point["limit"] == "all" else parse(point["limit"])
 
 
 def title(point: dict[str, Any]) -> str:
@@ -197,7 +198,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     batch = size if vary == "batch" else point["batch"]
     side = size if vary == "resolution" else point["image_size"]
     model = build(point["model"], vary, size, side).to(device)
-    method = apply(point["method"], model, device)
+    method = apply(point["method"], model, device, point.get("update_interval"))
     optimizer = OPTIMIZERS[point["optimizer"]](model.parameters())
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
@@ -213,7 +214,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    found = {"seconds": statistics.median(seconds[1:] or seconds), "peak": memory.high_water()}
+    found = {"seconds": statistics.median(seconds[1:] or seconds), "peak": high_water()}
     if device.type == "cuda":
         found |= {"resident": found["peak"], "allocated": torch.cuda.max_memory_allocated(device)}
         found["peak"] = torch.cuda.max_memory_reserved(device)
@@ -222,7 +223,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """What is noted of an error: its text, unless it is for want of memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error)):
+    if is_for_memory(error):
         return {"status": "out of memory"}
     return {"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]}
 
@@ -356,8 +357,8 @@ def attempt(point: dict[str, Any], size: int) -> dict[str, Any]:
     """One try in a process of its own, ended above the limit on a CPU."""
     command = [sys.executable, __file__, "--try", json.dumps([point, size])]
     if point["device"] != "cpu":
-        return limits.watched(command)
-    return limits.watched(command, limit_of(point), memory.SETTINGS["pages"][0])
+        return watched(command)
+    return watched(command, limit_of(point), memory.SETTINGS["pages"][0])
 
 
 def known(output: str) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten
 
 import hf_actnn
 from hf_actnn.codec import buffers
+from hf_actnn.commands.watch import high_water
 
 
 class StoragesMade(TorchDispatchMode):
@@ -97,13 +98,6 @@ def peak_rss(name: str, mode: str, size: int, bits: int) -> None:
     else:
         model(**data).loss.backward()
     print(high_water())
-
-
-def high_water() -> int:
-    """Peak of this program's resident set in bytes. Not getrusage's: that begins with what the parent had when it
-    forked."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def forget(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device]:

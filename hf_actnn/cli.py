@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_actnn.commands import estimate, profile
 from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ActNNError
 
@@ -115,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("script", help="the script's path")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     run.set_defaults(run=_run_script)
+    profile.add(commands)
+    estimate.add(commands)
     return top
 
 
@@ -125,10 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `hf-actnn`; those of the process if None.
 
     Returns:
-        The exit status.
+        The exit status: 1, and the reason on standard error, where it could not be done.
     """
     parsed = parser().parse_args(arguments)
-    return int(parsed.run(parsed))
+    try:
+        return int(parsed.run(parsed))
+    except ActNNError as error:
+        print(f"hf-actnn {parsed.command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

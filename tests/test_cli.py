@@ -29,7 +29,7 @@ def test_env_as_json(capsys):
     ("words", "says"),
     [
         ([], "env"),
-        (["profile"], "env"),
+        (["guess"], "env"),
         (["run"], "required: script"),
         (["run", "--level", "L3", "--bits", "2", "script.py"], "not allowed with argument --level"),
     ],

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_actnn import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -119,6 +121,13 @@ def test_commands_run_the_scripts_that_a_page_writes(page, tmp_path, monkeypatch
             assert "hf_actnn" not in " ".join(command) or "times fewer bytes" in done.stderr, done.stderr
             ran += 1
     assert ran
+
+
+@pytest.mark.parametrize(
+    "words", [words[1:] for _, words in COMMANDS if words[0] == "hf-actnn"], ids=lambda words: " ".join(words)[:60]
+)
+def test_the_command_line_takes_what_the_pages_give_it(words):
+    cli.parser().parse_args(words)
 
 
 def script_and_options(words: list[str]) -> tuple[str, list[str]] | None:

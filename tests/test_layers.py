@@ -14,14 +14,16 @@ PACKAGE = ROOT / "hf_actnn"
 
 # From the top down. A part may import the parts of lower layers; within a layer only itself, or what BESIDE allows.
 LAYERS = [
-    {"cli", "integrations"},
+    {"cli"},
+    {"commands"},
+    {"integrations"},
     {"convert", "fidelity", "memory"},
     {"nn"},
     {"saving", "precision"},
     {"codec"},
     {"config", "errors"},
 ]
-BESIDE = {("config", "errors"), ("cli", "integrations")}
+BESIDE = {("config", "errors")}
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 # Installed only by extras; the package must be importable without them.
