@@ -151,7 +151,7 @@ def _next(runs: dict[int, dict[str, Any]], failed: int | None, limit: int, stret
         if room <= NEAR * last:
             return None
         # What would hardly fit may not fit, and says nothing then.
-        following = min(following, last + int(room / 2))
+        following = min(following, last + int(min(room, CAP) / 2))
     if failed is not None:
         following = min(following, (last + failed) // 2)
     return min(following, CAP) if following > last else None
