@@ -244,7 +244,7 @@ def test_bits_that_differ_between_samples(uses):
             model.zero_grad()
             model(x).square().sum().backward()
             controller.step()
-        controller.active = False  # a step that is measured reads whole tensors
+        controller.active = False  # what follows is an ordinary step
         model.zero_grad()
         model(x).square().sum().backward()
         found.append([one.grad for one in model.parameters()])
