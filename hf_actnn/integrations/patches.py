@@ -24,8 +24,6 @@ from hf_actnn.precision.controller import Controller
 
 #: The Trainers there are, and whether their models are compressed here. Each prepares its model with accelerate too.
 _TRAINERS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
 #: In a checkpoint of an accelerator: the state of each controller that is driven here, as JSON.
 STATE_FILE = "hf_actnn.json"
 _CONTROLLERS: WeakKeyDictionary[Any, list[Controller]] = WeakKeyDictionary()
@@ -49,7 +47,8 @@ def _compress(trainer: Any) -> None:
 
     model = trainer.model
     callbacks = trainer.callback_handler.callbacks
-    own = any(isinstance(callback, ActNNCallback) for callback in callbacks) or is_converted(model)
+    own = any(isinstance(callback, ActNNCallback) for callback in callbacks)
+    own = own or (is_converted(model) and not process.follows(model))
     _TRAINERS[trainer] = not own and config_of(trainer.args) is None
     if not _TRAINERS[trainer]:
         process.leave_to_script(f"the model of {type(trainer).__name__}")

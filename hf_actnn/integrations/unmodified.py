@@ -218,8 +218,15 @@ class Process:
         self._reasons.append(f"{type(model).__name__} was left as it is: {error}")
         warnings.warn(message(self._reasons[-1].rstrip(".")), ActNNWarning, stacklevel=3)
 
+    def follows(self, model: nn.Module) -> bool:
+        """Whether a model was converted here."""
+        return model in self._models
+
     def follow(self, model: nn.Module, config: ActNNConfig, driven: Controller | None = None) -> None:
         """Measure a converted model, and step its controller where nobody else does."""
+        if model in self._models:  # a second Trainer, whose callback has converted it again
+            self._models[model].controller = driven
+            return
         self._models[model] = trained = Trained(model, config, driven)
         self._all.append(trained)
 

@@ -135,6 +135,18 @@ def test_a_trainer(trainer, tmp_path):
     assert "'actnn_ratio': '" in done.printed  # the progress printer has the figures too
 
 
+def test_two_trainers_one_after_the_other(tmp_path):
+    """The second finds its model converted, by us: it has the callback too, and the report stays one."""
+    second = "second = Mine(model, arguments, train_dataset=data)\nsecond.train()\n"
+    second += "print('second', [one['actnn_bits'] for one in second.state.log_history if 'loss' in one])\n"
+    done = run(TRAINER.replace("TRAINER", "Mine = Trainer") + second, tmp_path, *SHORT, before=("--level", "L3"))
+    assert done.code == 0, done.said
+    assert_compressed(tmp_path, ratio=9, steps=6)
+    assert len(json.loads(re.search(r"^second (.+)$", done.printed, re.MULTILINE)[1])) == 3
+    assert done.said.count("trains at L3") == 1
+    assert "itself" not in done.said
+
+
 def test_the_forward_pass_is_the_plain_one(tmp_path):
     """The first loss is the uncompressed script's; those after a step are near it."""
     compressed = run(TRAINER.replace("TRAINER", "Mine = Trainer"), tmp_path, *SHORT)
@@ -458,14 +470,13 @@ print(loaded, [one for one in sys.meta_path if type(one).__name__ == "Watch"], p
 """
 
 
-@pytest.mark.parametrize("value", [None, ""])
-def test_without_the_variable_nothing_is_touched(value, either, tmp_path):
+def test_without_the_variable_nothing_is_touched(either, tmp_path):
+    """The same script sees all of it where the variable is set."""
     (tmp_path / "script.py").write_text(UNTOUCHED)
-    environment = {} if value is None else {"HF_ACTNN": value}
-    done = installed(either, ["script.py"], tmp_path, **environment)
-    assert done.printed == "[] [] []\n", done.said
-    assert "hf-actnn" not in done.said
-    # The same script sees all of it where the variable is set.
+    for environment in ({}, {"HF_ACTNN": ""}):
+        done = installed(either, ["script.py"], tmp_path, **environment)
+        assert done.printed == "[] [] []\n", done.said
+        assert "hf-actnn" not in done.said
     touched = installed(either, ["script.py"], tmp_path, HF_ACTNN="L3").printed
     for name in ("hf_actnn_startup", "Watch", "Trainer.__init__", "HfArgumentParser.__init__", "AcceleratedOptimizer"):
         assert name in touched
