@@ -115,6 +115,29 @@ def test_few_that_fit_are_bracketed(limit):
     assert len(ran) <= 6
 
 
+def test_batches_of_small_tensors_are_not_believed():
+    """In the heap many small tensors may take more than a larger batch's large ones in pages of their own."""
+
+    def peak(size: int) -> float:
+        return (450 + 3 * size) * MB if size >= 38 else (450 + 12 * size) * MB
+
+    attempt, ran = simulated(peak)
+    line = extrapolate.largest(attempt, 1000 * MB, first=extrapolate.first_batch(28_000))
+    assert min(ran) == 38 and line.largest == pytest.approx(550 / 3, rel=0.01)
+
+
+def test_the_first_batch_makes_tensors_large():
+    assert extrapolate.first_batch(2**20) == extrapolate.FIRST
+    assert extrapolate.first_batch(2**15) == 32
+    assert extrapolate.first_batch(0) == extrapolate.MOST_FIRST
+
+
+def test_the_grain_is_what_most_of_the_saved_bytes_are_in():
+    model = nn.Sequential(nn.Linear(8, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 4))
+    assert probe.grain(model, torch.randn(2, 8), 2) == 4000
+    assert probe.grain(model.requires_grad_(False), torch.randn(2, 8), 2) == 0
+
+
 def test_nothing_fits():
     attempt, ran = simulated(lambda size: 2e9, limit=1e9)
     assert extrapolate.largest(attempt, 10**9).largest == 0

@@ -69,9 +69,10 @@ def estimate(
             progress.say(f"{one.way}: a batch of {size}")
             return attempt(one, size)
 
+        first = extrapolate.first_batch(told(run, probe.FEW).get("grain", extrapolate.LARGE))
         for name in ways:
             of_way = run._replace(way=name)
-            row = _row(of_way, memory, kind, told)
+            row = _row(of_way, memory, kind, first, told)
             progress.advance()
             if verify and row["status"] == "ok":
                 row["verified"] = _verified(of_way, row["largest"], memory, told)
@@ -107,10 +108,10 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def _row(run: probe.Run, memory: int, kind: str, attempt: Attempt) -> dict[str, Any]:
+def _row(run: probe.Run, memory: int, kind: str, first: int, attempt: Attempt) -> dict[str, Any]:
     """One way to train."""
     try:
-        line = extrapolate.largest(lambda size: attempt(run, size), memory, kind, run.limit)
+        line = extrapolate.largest(lambda size: attempt(run, size), memory, kind, run.limit, first)
     except extrapolate.Failed as failure:
         found = failure.args[0]
         if run.way == PLAIN:  # what does not train at all

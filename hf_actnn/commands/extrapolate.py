@@ -14,8 +14,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: Batch of the first run: in fewer than eight samples a layer's batch cannot be cut into its eight parts.
+#: Least batch of the first run: in fewer than eight samples a layer's batch cannot be cut into its eight parts.
 FIRST = 8
+#: And the most.
+MOST_FIRST = 128
+#: Bytes from which on a tensor is in pages of its own, and may be decoded in parts. Smaller ones lie in the C library's
+#: heap, which peaks higher with many of them than with a larger batch's large ones: such batches tell nothing.
+LARGE = 2**20
 #: Bytes by which the peak is to grow over a stretch, by kind of device: peaks scatter by some MB, and a GPU's allocator
 #: takes 20 MB at a time and more.
 STRETCH = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -53,11 +58,26 @@ class Line(NamedTuple):
     failed: int | None = None
 
 
+def first_batch(grain: float) -> int:
+    """Batch of the first run.
+
+    Args:
+        grain: bytes per sample of the smallest of the tensors that hold most of what is saved.
+    """
+    return min(max(FIRST, math.ceil(LARGE / max(grain, 1.0))), MOST_FIRST)
+
+
 class Failed(Exception):
     """A run ended in something else than a want of memory. Its argument is what the run said."""
 
 
-def largest(attempt: Callable[[int], dict[str, Any]], limit: int, kind: str = "cpu", there: int | None = None) -> Line:
+def largest(
+    attempt: Callable[[int], dict[str, Any]],
+    limit: int,
+    kind: str = "cpu",
+    there: int | None = None,
+    first: int = FIRST,
+) -> Line:
     """Find the largest batch by running small ones.
 
     Args:
@@ -66,6 +86,7 @@ def largest(attempt: Callable[[int], dict[str, Any]], limit: int, kind: str = "c
         kind: of device.
         there: bytes that a run may take; ``limit`` if None, or where it is more. What does not fit into less says
             nothing of what fits under the limit.
+        first: batch of the first run; halved until one fits.
 
     Raises:
         Failed: a run ended in an error, or not one sample could be run.
@@ -73,7 +94,7 @@ def largest(attempt: Callable[[int], dict[str, Any]], limit: int, kind: str = "c
     bound = limit if there is None else min(limit, there)
     runs: dict[int, dict[str, Any]] = {}
     failed: int | None = None
-    batch = FIRST
+    batch = first
     while True:
         found = attempt(batch)
         if found["status"] == "ok":

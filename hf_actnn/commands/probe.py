@@ -52,6 +52,34 @@ class Run(NamedTuple):
     steps: int = STEPS
 
 
+#: Share of the saved bytes that lies in tensors of the grain and more.
+MOST = 0.75
+#: Samples of the pass that tells it.
+FEW = 2
+
+
+def grain(model: nn.Module, batch: Any, samples: int) -> float:
+    """Bytes per sample of the smallest of the tensors that hold most of what a plain model saves."""
+    found: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in [*model.parameters(), *model.buffers()]}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        held = named.loss(model, batch)
+    del held
+    left = MOST * sum(found.values())
+    for nbytes in sorted(found.values(), reverse=True):
+        left -= nbytes
+        if left <= 0:
+            return nbytes / samples
+    return 0.0
+
+
 class Gauge:
     """The most memory that was in use since the last look: the resident set of this process, or, on a CUDA device, what
     torch's allocator has reserved."""
@@ -82,7 +110,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     Returns:
         ``passes`` and ``update``: peak bytes of the forward and backward pass, and of the optimizer's step; ``peak``,
         the larger; ``seconds`` of the fastest step but the first; ``parameters`` and ``trained``: bytes of all
-        parameters, and of those with a gradient.
+        parameters, and of those with a gradient; of a plain run of few samples its ``grain``.
 
     Raises:
         ActNNError: the model cannot be had, or not trained in this way.
@@ -105,6 +133,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     batch = to(found.batch(batch_size), device)
+    told = {"grain": grain(model, batch, batch_size)} if run.way == PLAIN and batch_size <= FEW else {}
     gauge = Gauge(device)
     passes, update, seconds = [], [], []
     for _ in range(run.steps):
@@ -122,6 +151,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
         update.append(gauge.peak())
         seconds.append(time.perf_counter() - start)
     return {
+        **told,
         "passes": max(passes),
         "update": max(update),
         "peak": max(*passes, *update),
