@@ -198,7 +198,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     batch = size if vary == "batch" else point["batch"]
     side = size if vary == "resolution" else point["image_size"]
     model = build(point["model"], vary, size, side).to(device)
-    method = apply(point["method"], model, device, point.get("update_interval"))
+    method = apply(point["method"], model, device, update_interval=point.get("update_interval"))
     optimizer = OPTIMIZERS[point["optimizer"]](model.parameters())
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)

@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1, and the reason on standard error, where it could not be done.
     """
     parsed = parser().parse_args(arguments)
+    if parsed.run is _run_script:  # what the script raises is its own
+        return _run_script(parsed)
     try:
         return int(parsed.run(parsed))
     except ActNNError as error:

@@ -25,7 +25,7 @@ def project(tmp_path):
     """What setup.py reads, without a compiled module, where nothing is spoiled."""
     folder = tmp_path / "project"
     (folder / "hf_actnn").mkdir(parents=True)
-    (folder / "hf_actnn" / "__init__.py").touch()
+    (folder / "hf_actnn" / "__init__.py").write_text('__version__ = "0"\n')
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(shim.ROOT / name, folder)
     (folder / "csrc").symlink_to(shim.ROOT / "csrc")
