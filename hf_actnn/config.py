@@ -109,7 +109,7 @@ class ActNNConfig:
         _check_level(self.level)
         for name in ("per_sample", "per_tensor", "exact_norms", "swap", "arena"):
             _check_yes_or_no(name, getattr(self, name))
-        _check_on_or_off("fused_backward", self.fused_backward)
+        _check_yes_or_no("fused_backward", self.fused_backward, or_none=False)
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
         if self.update_interval is not None:
@@ -311,26 +311,14 @@ def _check_level(level: Any) -> None:
     )
 
 
-def _check_yes_or_no(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, bool):
+def _check_yes_or_no(name: str, value: Any, or_none: bool = True) -> None:
+    if not (isinstance(value, bool) or (or_none and value is None)):
         raise ConfigError(
             message(
                 f"`{name}` is not a yes or no",
-                expected="True, False or None",
+                expected="True, False or None" if or_none else "True or False",
                 received=repr(value),
-                next_step="Leave it out to take the level's",
-            )
-        )
-
-
-def _check_on_or_off(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(
-            message(
-                f"`{name}` is neither on nor off",
-                expected="True or False",
-                received=repr(value),
-                next_step="Leave it out for True",
+                next_step="Leave it out to take the level's" if or_none else "Leave it out for True",
             )
         )
 

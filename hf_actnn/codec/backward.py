@@ -32,11 +32,12 @@ def select_by_mask(x: Tensor, codes: Tensor) -> Tensor:
     Returns:
         Flat, of the same dtype.
     """
-    kernel = getattr(ops._direct(x), "select_by_mask", None)
-    if kernel is None:
+    kernels = ops._direct(x)
+    if kernels is None:
         return torch.where(ops.unpack_mask(codes, x.numel()), x, torch.zeros((), dtype=x.dtype, device=x.device))
     out = torch.empty_like(x)
-    ops._launch(kernel, x, x.data_ptr(), ops._CODE[x.dtype], codes.data_ptr(), x.numel(), out.data_ptr())
+    arguments = (x.data_ptr(), ops._CODE[x.dtype], codes.data_ptr(), x.numel(), out.data_ptr())
+    ops._launch(kernels.select_by_mask, x, *arguments)
     return out
 
 
@@ -67,7 +68,7 @@ def activation_backward(function: Any, grad: Tensor, packed: PackedTensor, appro
     """
     number = _FUNCTIONS.get((function, approximate))
     kernels = ops._direct(grad) if grad.is_cuda and packed.patch is None and packed.code == "uniform" else None
-    if number is None or kernels is None or not hasattr(kernels, "activation_backward"):
+    if number is None or kernels is None:
         return None
     out = torch.empty_like(grad)
     cut = (packed.codes.data_ptr(), packed.meta.data_ptr(), packed.numel, packed.row_length, packed.group_size)

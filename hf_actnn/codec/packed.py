@@ -140,24 +140,22 @@ class PackedTensor:
 
     def part(self, start: int, stop: int) -> Tensor:
         """Some of the values in storage order: one dimension. Both ends are multiples of :attr:`unit`."""
-        length, size = self.row_length, stop - start
-        groups_per_row = self.layout.groups_per_row
-        meta = self.meta[start // length * groups_per_row : stop // length * groups_per_row]
-        if self.widths is None:
-            bits: Any = self.bits
-            first, last = (self._nbytes_of(end, bits) for end in (start, stop))
-            back: Any = ops.dequantize
-        else:
-            each = self.unit
-            before, bits = self.widths[: start // each], self.widths[start // each : stop // each]
-            sizes = reference.sample_nbytes(each, length, self.group_size)
-            first = sum(sizes[width] for width in before.tolist())
-            last = first + sum(sizes[width] for width in bits.tolist())
-            back = mixed.dequantize
-        return back(self.codes[first:last], meta, bits, length, self.group_size, size, self.dtype)
+        length = self.row_length
+        before: Any = self.bits
+        bits: Any = self.bits
+        if self.widths is not None:
+            first, last = start // self.unit, stop // self.unit
+            before, bits = self.widths[:first], self.widths[first:last]
+        skipped, here = self._plan(start, before), self._plan(stop - start, bits)
+        at, group = skipped.nbytes, skipped.n_groups
+        codes, meta = self.codes[at : at + here.nbytes], self.meta[group : group + here.n_groups]
+        back: Any = ops.dequantize if self.widths is None else mixed.dequantize
+        return back(codes, meta, bits, length, self.group_size, stop - start, self.dtype)
 
-    def _nbytes_of(self, numel: int, bits: int) -> int:
-        return ops.plan(numel, self.row_length, bits, self.group_size).nbytes if numel else 0
+    def _plan(self, numel: int, bits: Any) -> reference.Layout:
+        """Where some of the groups lie: the first of the tensor, or any from a sample's first on."""
+        plan: Any = mixed.plan if numel and isinstance(bits, Tensor) else ops.plan
+        return plan(numel, self.row_length, bits if numel else 1, self.group_size)
 
     def __repr__(self) -> str:
         exact = "" if self.patch is None else f", {len(self.patch[0])} groups exact"

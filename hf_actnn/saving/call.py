@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
+from hf_actnn.saving import fused
 from hf_actnn.saving.identity import LAST, storage_key
 from hf_actnn.saving.kept import (
     Blank,
@@ -19,15 +20,13 @@ from hf_actnn.saving.kept import (
     Geometry,
     Kept,
     Mask,
-    Masked,
     Offsets,
     Quantized,
-    Recipe,
     TwoValued,
-    View,
     fills_its_memory,
     is_dense,
 )
+from hf_actnn.saving.recipes import Masked, Recipe, View
 from hf_actnn.saving.replays import STREAMS
 from hf_actnn.saving.rows import coded_row_length, row_length
 from hf_actnn.saving.tape import Item, samples_in_order
@@ -443,9 +442,10 @@ class Call:
         slot.kept = mask = Mask(codes, geometry, on, off)
         return mask
 
-    def fuse(self, slot: Slot) -> None:
-        """Let the backward function read the codes of this save, where the configuration says so."""
-        slot.fused = self.scope.fuses
+    def fuse(self, slot: Slot, *, on_cuda: bool = False, summed: int = 0) -> None:
+        """Let the backward function read this save in parts, where that pays; see :func:`fused.pays`."""
+        assert slot.tensor is not None
+        slot.fused = self.scope.fuses and fused.pays(slot.tensor, on_cuda, summed)
 
     # -- recipes for outputs ---------------------------------------------------------------------------------------
 

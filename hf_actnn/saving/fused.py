@@ -67,20 +67,30 @@ def _values(value: Any) -> Any:
     return value.whole() if isinstance(value, Deferred) else value
 
 
+def pays(saved: Tensor, on_cuda: bool, summed: int) -> bool:
+    """Whether the backward function of an operation is to read what it saved in parts.
+
+    Args:
+        on_cuda: whether one reads codes on CUDA.
+        summed: elements of a gradient that it sums up over the parts: two, of no fewer elements, have to be there. 0
+            where there is none.
+    """
+    if saved.numel() < SMALLEST.get(saved.device.type, math.inf) or not (on_cuda or saved.is_cpu):
+        return False
+    return not summed or (saved.dtype in _WIDE and saved.numel() >= 2 * summed)
+
+
 def deferred(kept: Kept, whole: Callable[[], Tensor]) -> Deferred | None:
-    """A stand-in for what ``kept`` gives back to a backward pass that is under way; None where it would not pay.
+    """A stand-in for what ``kept`` gives back to a backward pass that is under way; None where it cannot be had in
+    parts.
 
     Args:
         whole: gives all values, where they are asked for.
     """
-    form = kept.form
-    if form is None or math.prod(form.shape) < SMALLEST.get(form.device.type, math.inf):
+    if torch._C._current_graph_task_id() == -1 or kept.form is None:
         return None
-    if not (kept.unit and form.device.type == "cpu") and type(kept) not in (Quantized, Mask):
-        return None
-    if torch._C._current_graph_task_id() == -1:
-        return None
-    return Deferred(kept, whole)
+    readable = type(kept) is Mask or type(kept) is Quantized or (kept.unit and kept.form.device.type == "cpu")
+    return Deferred(kept, whole) if readable else None
 
 
 def _runs(kept: Kept, numel: int, least: int, multiple: int = 1) -> list[tuple[int, int]]:
@@ -128,7 +138,7 @@ def _activation(function: Any, grad: Tensor, saved: Deferred, **options: Any) ->
 
 def _times(function: Any, grad: Tensor, saved: Deferred) -> Tensor | None:
     """The gradient of one factor, which is the other one times what comes in."""
-    runs = _runs(saved.kept, saved.numel(), RUN) if _alike(grad, saved) and grad.is_cpu else []
+    runs = _runs(saved.kept, saved.numel(), RUN) if _alike(grad, saved) else []
     if not runs:
         return None
     flat = _flat(grad)
@@ -157,7 +167,7 @@ def _parts(kept: Kept, numel: int, multiple: int, weight: int) -> list[tuple[int
 def _product(function: Any, left: Tensor, saved: Deferred) -> Tensor | None:
     """``left [M, R] @ saved [R, K]``, the gradient of a linear layer's weight, some of the `R` rows at a time."""
     width = saved.shape[1]
-    if saved.dtype not in _WIDE or left.dtype != saved.dtype or not saved.is_contiguous() or not left.is_cpu:
+    if left.dtype != saved.dtype or not saved.is_contiguous():
         return None
     parts = _parts(saved.kept, saved.numel(), width, left.shape[0] * width)
     if len(parts) < 2:
@@ -176,7 +186,7 @@ def _convolution(
     """Gradients of a convolution, some samples at a time."""
     samples = saved.shape[0]
     each = saved.numel() // samples
-    if not grad.is_cpu or saved.dtype not in _WIDE or saved.stride(0) != each:
+    if saved.stride(0) != each:
         return None
     parts = _parts(saved.kept, saved.numel(), each, weight.numel())
     if len(parts) < 2:
@@ -220,7 +230,7 @@ def _layer_norm(
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
     """Gradients of a layer normalisation, some rows at a time."""
-    if not _alike(grad, saved) or not grad.is_cpu or saved.dtype not in _WIDE or not saved.is_contiguous():
+    if not _alike(grad, saved) or not saved.is_contiguous():
         return None
     width = math.prod(normalized)
     runs = _runs(saved.kept, saved.numel(), RUN, width)
@@ -261,7 +271,7 @@ def _batch_norm(
     `dx = w r (dy - sum(dy) / M - x' r^2 sum(dy x') / M)` (Ioffe and Szegedy 2015, section 3).
     """
     each = saved.numel() // saved.shape[0]
-    plain = _alike(grad, saved) and grad.is_cpu and grad.dtype == torch.float32 and saved.dim() > 1
+    plain = _alike(grad, saved) and grad.dtype == torch.float32 and saved.dim() > 1
     if not plain or not training or mean is None or factor is None or saved.stride(0) != each:
         return None
     runs = _runs(saved.kept, saved.numel(), RUN, each)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_actnn.saving.kept import Exact, Kept, View, fills_its_memory
+from hf_actnn.saving.kept import Exact, Kept, fills_its_memory
+from hf_actnn.saving.recipes import View
 
 LAST, SAMPLE = "last", "sample"
 _NEVER = -1

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_actnn.saving.call import as_now
-from hf_actnn.saving.kept import Blank, Exact, Kept, Recipe, fills_its_memory
+from hf_actnn.saving.kept import Blank, Exact, Kept, fills_its_memory
+from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import functions
 
 if TYPE_CHECKING:

@@ -112,9 +112,10 @@ class Scope:
         """Run the outermost module's own call with this scope on."""
         session = self.session
         device = _device_of(self.root)
-        self.advance = session.replays.begin(device, place[0] or type(self.root).__name__)
+        where = place[0] or type(self.root).__name__
+        self.advance = session.replays.begin(device, where)
         if session.swappers is not None:
-            self._swapping = session.swappers.begin(self.root, place[0])
+            self._swapping = session.swappers.begin(device, where)
         if session.arenas is not None:
             session.arenas.begin()
         self.places.append(place)

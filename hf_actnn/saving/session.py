@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_actnn.codec.arena import Arenas
 from hf_actnn.config import ActNNConfig
 from hf_actnn.saving.identity import storage_key
-from hf_actnn.saving.kept import Exact, Kept, View
+from hf_actnn.saving.kept import Exact, Kept
+from hf_actnn.saving.recipes import View
 from hf_actnn.saving.replays import Replays
 from hf_actnn.saving.swap import Swappers
 

@@ -17,7 +17,6 @@ dies.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import threading
@@ -617,25 +616,28 @@ class Swappers:
                 self._by_device[device] = None if engine is None else Swapper(engine, BOUNDS, self._arenas)
             return self._by_device[device]
 
-    def begin(self, root: torch.nn.Module, path: str) -> ForwardPass:
-        """A training forward pass of this module begins.
+    def begin(self, device: torch.device, where: str) -> ForwardPass:
+        """A training forward pass of a module begins.
+
+        Args:
+            device: where its parameters are.
+            where: what it is, the same in every step.
 
         Raises:
             NotAvailableError: a CUDA graph is being captured. Its replays would copy to and from memory that others
                 have by then.
         """
-        device = next((tensor.device for tensor in itertools.chain(root.parameters(), root.buffers())), None)
-        if device is not None and is_capturing(device):
+        if is_capturing(device):
             raise NotAvailableError(
                 message(
                     "a forward pass that swaps cannot be captured in a CUDA graph",
-                    where=path or type(root).__name__,
+                    where=where,
                     expected="an ordinary forward pass, or swap=False",
                     received="a stream that is being captured",
                     next_step="Convert the model at level 'L3'",
                 )
             )
-        if device is not None and self.on(device) is None and not self._warned:
+        if self.on(device) is None and not self._warned:
             self._warned = True
             warnings.warn(
                 message(
@@ -647,4 +649,4 @@ class Swappers:
                 ActNNWarning,
                 stacklevel=2,
             )
-        return ForwardPass(self, path)
+        return ForwardPass(self, where)

@@ -16,7 +16,6 @@ missing. Nothing outlives its node but a few sums: `hf_actnn.precision.sensitivi
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -29,9 +28,8 @@ from torch import Tensor
 from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
 from hf_actnn.saving.kept import Quantized, fills_its_memory, probe
+from hf_actnn.saving.noise import SIGNS, Noise, sign_
 
-#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
-_SIGNS = 65521
 #: Different draws of signs for samples.
 _HALVES = 32
 #: Where a gradient goes that goes to no node: to a parameter, or nowhere.
@@ -183,7 +181,7 @@ class Tape:
         #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
         self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
-        signs = torch.randint(0, 2, (_SIGNS,), generator=self._generator, device="cpu")
+        signs = torch.randint(0, 2, (SIGNS,), generator=self._generator, device="cpu")
         self._signs = signs.mul_(2).sub_(1).float()
         self._told = False
         self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -328,6 +326,10 @@ class Tape:
 
     # -- randomness --------------------------------------------------------------------------------------------------
 
+    def _place(self) -> int:
+        """Where among the random signs a tensor begins."""
+        return int(torch.randint(0, SIGNS, (), generator=self._generator))
+
     def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         where = device, dtype
         signs = self._by_device.get(where)
@@ -343,8 +345,7 @@ class Tape:
         signed = grad.clone()
         if not fills_its_memory(signed):
             signed = signed.contiguous()
-        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
-        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype), start)
+        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype), self._place())
         return signed
 
     def _halves(self, samples: int, like: Tensor) -> Tensor:
@@ -389,72 +390,7 @@ class Tape:
             return None
 
     def _noise(self, kept: Quantized, item: Item) -> Noise:
-        start = int(torch.randint(0, _SIGNS, (), generator=self._generator))
-        return Noise(kept.packed, item.variance, self._signs_on(kept.packed.device), start)
-
-
-class Noise:
-    """Noise of the variance that the rounding of a quantised tensor has: in each group by its step, in each sample by
-    what was measured. The same values each time, and made where they are asked for.
-
-    Args:
-        packed: the tensor.
-        variance: ``[S]``, of its rounding, of each sample.
-        signs: ``[_SIGNS]`` random signs.
-        start: which of them is the first value's.
-    """
-
-    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: Tensor, start: int) -> None:
-        step = packed.meta[:, 1].to(torch.float64 if packed.dtype == torch.float64 else torch.float32)
-        step = torch.where((step > 0) & step.isfinite(), step, 0.0)
-        twin = copy.copy(packed)
-        twin.meta = torch.stack([torch.zeros_like(step), step], 1).to(packed.meta.dtype)
-        twin.codes = torch.full_like(packed.codes, 255)  # the largest code everywhere: 2^bits - 1 steps
-        twin.patch, twin.dtype = None, step.dtype
-        at = packed.layout
-        sizes = step.new_full((at.groups_per_row,), float(at.group))
-        sizes[-1] = at.tail
-        assumed = (
-            (step.view(-1, at.groups_per_row).square() * sizes).view(len(variance), -1).sum(1, dtype=torch.float64)
-        )
-        self._factors = torch.where(assumed > 0, variance.to(assumed.device) / assumed, 0.0).sqrt().to(step.dtype)
-        if packed.widths is None:
-            self._factors /= 2**packed.bits - 1
-        else:
-            each = len(variance) // len(packed.widths)
-            top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
-            self._factors /= top.repeat_interleave(each)
-        self._twin, self._signs, self._start = twin, signs.to(step.dtype), start
-        self._each = packed.numel // len(variance)
-
-    def whole(self) -> Tensor:
-        """In the shape and strides of the tensor."""
-        steps = self._twin.dequantize()
-        self._finish(steps.as_strided((steps.numel(),), (1,), steps.storage_offset()), 0)
-        return steps
-
-    def part(self, start: int, stop: int) -> Tensor:
-        """Some of the values in storage order, as `PackedTensor.part` gives those of the tensor."""
-        flat = self._twin.part(start, stop)
-        self._finish(flat, start)
-        return flat
-
-    def _finish(self, flat: Tensor, start: int) -> None:
-        each, stop = self._each, start + flat.numel()
-        if start % each == 0 and stop % each == 0:
-            flat.view(-1, each).mul_(self._factors[start // each : stop // each, None])
-        else:
-            for sample in range(start // each, -(-stop // each)):
-                flat[max(sample * each - start, 0) : (sample + 1) * each - start].mul_(self._factors[sample])
-        sign_(flat, self._signs, self._start + start)
-
-
-def sign_(flat: Tensor, signs: Tensor, start: int) -> None:
-    """Give the values of a tensor of one dimension signs, in place: at the peak there is no room for more."""
-    signs = signs.roll(-(start % len(signs)))
-    whole = flat.numel() // len(signs) * len(signs)
-    flat[:whole].view(-1, len(signs)).mul_(signs)
-    flat[whole:].mul_(signs[: flat.numel() - whole])
+        return Noise(kept.packed, item.variance, self._signs_on(kept.packed.device), self._place())
 
 
 class _Hook:

@@ -16,6 +16,7 @@ import hf_actnn
 from hf_actnn.codec import arena, native, pack_mask, pack_uint, quantize, unpack_mask, unpack_uint
 from hf_actnn.codec.arena import ALIGNMENT, REMEMBERED, UNIT, Arena, Arenas, Space, aligned
 from hf_actnn.errors import ActNNWarning
+from tests.threads import in_threads
 
 CPU = torch.device("cpu")
 
@@ -269,26 +270,18 @@ def test_only_the_thread_that_serves():
 
 
 def test_threads_share_an_arena():
-    one, errors = Arena(CPU), []
+    one = Arena(CPU)
     one._resize(8 * UNIT)
 
     def work(number):
         chance, alive = random.Random(number), []
-        try:
-            for _ in range(400):
-                if alive and chance.random() < 0.5:
-                    assert (alive.pop(chance.randrange(len(alive))) == number).all()
-                else:
-                    alive.append(one.empty((chance.randrange(1, 60_000),), torch.uint8).fill_(number))
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(400):
+            if alive and chance.random() < 0.5:
+                assert (alive.pop(chance.randrange(len(alive))) == number).all()
+            else:
+                alive.append(one.empty((chance.randrange(1, 60_000),), torch.uint8).fill_(number))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    in_threads(work, 4)
     assert one.used == 0
 
 

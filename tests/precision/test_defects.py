@@ -225,7 +225,7 @@ def test_an_update_reads_all_sums_at_once(monkeypatch, per_sample):
     during = dict(calls.counts)
     assert not [key for key in during if key.startswith("sensitivity.py")]
     # A generator on the CPU, and a look at what lies there; elsewhere there is none.
-    on_a_cpu = ("tape.py:_signed:__int__", "tape.py:_noise:__int__", "tape.py:_harm:__bool__")
+    on_a_cpu = ("tape.py:_place:__int__", "tape.py:_harm:__bool__")
     assert not [key for key in during if not key.startswith((*OF_WIDTHS, *on_a_cpu))]
     controller.step()
     assert [key for key in calls.counts if key.endswith(":cpu")] == ["sensitivity.py:__init__:cpu"]

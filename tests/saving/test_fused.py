@@ -367,6 +367,17 @@ def test_a_kernel_that_reads_codes_does_not_read_disturbed_ones(monkeypatch):
     assert len(read) == 1
 
 
+def test_who_gets_parts(monkeypatch):
+    """Elsewhere than on a CPU only activations have a kernel: a stand-in would cost time and be of no use to others."""
+    monkeypatch.setattr(fused, "SMALLEST", {"cpu": 100, "meta": 100})
+    here, there = torch.empty(10, 20), torch.empty(10, 20, device="meta")
+    assert fused.pays(here, on_cuda=False, summed=0) and fused.pays(there, on_cuda=True, summed=0)
+    assert not fused.pays(there, on_cuda=False, summed=0)
+    assert not fused.pays(here[:2], on_cuda=True, summed=0)
+    assert fused.pays(here, on_cuda=False, summed=100) and not fused.pays(here, on_cuda=False, summed=101)
+    assert not fused.pays(here.bfloat16(), on_cuda=False, summed=1)
+
+
 def test_small_tensors_are_decoded_as_they_were(monkeypatch, uses):
     monkeypatch.setattr(fused, "SMALLEST", {"cpu": 2**20})
     gradients(seeded(Residual), values(8, 3, 12, 12), True)

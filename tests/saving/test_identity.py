@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import hf_actnn
 from hf_actnn.codec import PackedTensor
 from hf_actnn.saving.identity import LAST, Registry
-from hf_actnn.saving.kept import Blank, Exact, Kept, View
+from hf_actnn.saving.kept import Blank, Exact, Kept
+from hf_actnn.saving.recipes import View
 from tests.saving.bench import Bench
 
 

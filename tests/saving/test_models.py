@@ -7,7 +7,8 @@ import torch
 
 import hf_actnn
 from hf_actnn.saving.call import Slot
-from hf_actnn.saving.kept import Blank, Exact, Mask, Offsets, Quantized, Recipe, Rerunnable, View
+from hf_actnn.saving.kept import Blank, Exact, Mask, Offsets, Quantized
+from hf_actnn.saving.recipes import Recipe, Rerunnable, View
 from tests.models import EXAMPLES, assert_same, batch, cosine, logits, make, step, twins, whole
 
 pytest.importorskip("transformers")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_actnn import codec
-from hf_actnn.saving.tape import _SIGNS, Noise
+from hf_actnn.saving.noise import SIGNS as COUNT
+from hf_actnn.saving.noise import Noise
 
-SIGNS = torch.where(torch.rand(_SIGNS, generator=torch.Generator().manual_seed(2)) < 0.5, -1.0, 1.0)
+SIGNS = torch.where(torch.rand(COUNT, generator=torch.Generator().manual_seed(2)) < 0.5, -1.0, 1.0)
 
 
 def packed_of(bits, shape=(6, 4, 300), dtype=torch.float32):
@@ -40,7 +41,7 @@ def test_groups_have_noise_as_large_as_their_steps():
     torch.testing.assert_close(relative, relative[:1].expand(8), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("start", [0, 17, _SIGNS - 3])
+@pytest.mark.parametrize("start", [0, 17, COUNT - 3])
 @pytest.mark.parametrize(("bits", "shape"), [(2, (6, 70000)), (3, (6, 4, 300)), ("mixed", (6, 3, 10, 10))])
 def test_parts_are_those_of_the_whole(bits, shape, start):
     packed = packed_of(bits, shape)

@@ -7,7 +7,6 @@ import gc
 import io
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 from functools import partial
@@ -27,6 +26,7 @@ from hf_actnn.saving.swap import Bounds, Order, Swapper
 from tests.models import batch, logits, make
 from tests.saving.bench import Bench
 from tests.saving.simulated import Hazard, SimulatedEngine
+from tests.threads import in_threads
 
 #: So tight that nearly everything leaves the device, and comes back a few leaves at a time.
 TIGHT = Bounds(smallest=1, pending=3000, ahead=4000, recent=2000, slab=2**14)
@@ -830,23 +830,14 @@ def test_threads(simulation):
     plain = hf_actnn.revert(copy.deepcopy(model))
     weights = list(model.parameters())
     found: dict[int, list[torch.Tensor]] = {}
-    errors = []
 
     def work(number):
-        try:
-            for turn in range(8):
-                x = torch.randn(32, 32, generator=torch.Generator().manual_seed(number))
-                loss = model(x).square().mean()
-                found[number] = torch.autograd.grad(loss, weights, retain_graph=bool(turn % 2))
-        except BaseException as error:
-            errors.append(error)
+        for turn in range(8):
+            x = torch.randn(32, 32, generator=torch.Generator().manual_seed(number))
+            loss = model(x).square().mean()
+            found[number] = torch.autograd.grad(loss, weights, retain_graph=bool(turn % 2))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    in_threads(work, 4)
     for number, grads in found.items():
         x = torch.randn(32, 32, generator=torch.Generator().manual_seed(number))
         exact = torch.autograd.grad(plain(x).square().mean(), list(plain.parameters()))

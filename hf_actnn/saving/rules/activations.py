@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Exact, Recipe
+from hf_actnn.saving.kept import Exact
+from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _smooth(
             kept = call.data_argument(slot, call.argument(0, "input"))
             kept = _sided(call, slot, tensor, kept, sides(call))
             if fused:
-                call.fuse(slot)
+                call.fuse(slot, on_cuda=True)
             call.output_recipe(call.name, again(call), [kept], writes=True, elementwise=True)
 
     return register(
@@ -199,7 +200,7 @@ def _keep_relu(call: Call) -> None:
     for slot, result in call.open_slots():
         # threshold_backward passes the gradient where not (y <= 0): nan passes it.
         mask = call.mask(slot, result, "not_le", 0.0, 0.0, on=1.0, off=0.0)
-        call.fuse(slot)
+        call.fuse(slot, on_cuda=True)
         call.output_masked(call.before, mask, 1.0)
 
 
@@ -213,7 +214,7 @@ def _keep_threshold(call: Call) -> None:
     for slot, tensor in call.open_slots():
         if abs(limit) < 128:  # beyond, limit + 1 may be limit in the narrowest dtype
             call.mask(slot, tensor, "not_le", limit, 0.0, on=limit + 1, off=limit - 1)
-            call.fuse(slot)
+            call.fuse(slot, on_cuda=True)
 
 
 THRESHOLD = register(
@@ -255,7 +256,7 @@ def _keep_between(
             continue
         call.mask(slot, tensor, predicate, low, high, on=on, off=off)
         if slope_is_one:
-            call.fuse(slot)
+            call.fuse(slot, on_cuda=True)
         call.output_recipe(call.name, again, [call.before])
 
 

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_actnn.errors import SavedTensorError, message
 from hf_actnn.saving.call import Slot, exact
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Exact, Kept, Recipe, Rerun, Rerunnable, fills_its_memory
+from hf_actnn.saving.kept import Exact, Kept, fills_its_memory
+from hf_actnn.saving.recipes import Recipe, Rerun, Rerunnable
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register
 
 if TYPE_CHECKING:

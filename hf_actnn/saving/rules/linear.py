@@ -30,7 +30,7 @@ def _keep_linear(call: Call) -> None:
     for slot, tensor in _unknown(call):
         if call.same_storage(tensor, data):
             call.data_argument(slot, data, LAST)
-            call.fuse(slot)
+            call.fuse(slot, summed=weight.numel())
         elif not weight_is_ours:
             call.data(slot)  # another activation used as a weight
         elif weight.requires_grad and not _is_transposed_copy(tensor, weight):
@@ -67,7 +67,7 @@ def _keep_convolution(call: Call) -> None:
     slots = _unknown(call)
     for slot, _ in slots[:1]:
         call.data_argument(slot, data, SAMPLE)
-        call.fuse(slot)
+        call.fuse(slot, summed=weight.numel())
     if not call.is_weight(weight):
         call.data_all([slot for slot, _ in slots[1:]])
     _keep_cast_weight(call, weight)

@@ -15,7 +15,8 @@ from torch import Tensor
 from hf_actnn import codec
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
-from hf_actnn.saving.kept import Kept, Recipe
+from hf_actnn.saving.kept import Kept
+from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _keep_input(call: Call, rows: str | None) -> tuple[Kept | None, list[Slot]]:
             source = call.exact(slot, _EXACT_NORMS)
         else:
             source = call.data_argument(slot, data, rows)
-            call.fuse(slot)
+            call.fuse(slot, summed=1)
     return source, rest
 
 

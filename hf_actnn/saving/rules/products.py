@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Exact, Quantized, Recipe, View
+from hf_actnn.saving.kept import Exact, Quantized
+from hf_actnn.saving.recipes import Recipe, View
 from hf_actnn.saving.rules.rule import Rule, functions, register
 from hf_actnn.saving.writes import tensors_in
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_actnn.saving.kept import Exact, Quantized, Recipe, View
+from hf_actnn.saving.kept import Exact, Quantized
+from hf_actnn.saving.recipes import Recipe, View
 from hf_actnn.saving.rows import row_length
 from hf_actnn.saving.rules.attention import opened
 from hf_actnn.saving.rules.rule import Rule, functions, nothing, register

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn.saving.identity import SAMPLE
-from hf_actnn.saving.kept import Exact, Kept, Recipe
+from hf_actnn.saving.kept import Exact, Kept
+from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:

@@ -1,0 +1,77 @@
+"""Noise that a quantised tensor is disturbed with, to measure what its rounding does."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from hf_actnn import codec
+
+#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
+SIGNS = 65521
+
+
+class Noise:
+    """Noise of the variance that the rounding of a quantised tensor has: in each group by its step, in each sample by
+    what was measured. The same values each time, and made where they are asked for.
+
+    Args:
+        packed: the tensor.
+        variance: ``[S]``, of its rounding, of each sample.
+        signs: ``[SIGNS]`` random signs.
+        start: which of them is the first value's.
+    """
+
+    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: Tensor, start: int) -> None:
+        step = packed.meta[:, 1].to(torch.float64 if packed.dtype == torch.float64 else torch.float32)
+        step = torch.where((step > 0) & step.isfinite(), step, 0.0)
+        twin = copy.copy(packed)
+        twin.meta = torch.stack([torch.zeros_like(step), step], 1).to(packed.meta.dtype)
+        twin.codes = torch.full_like(packed.codes, 255)  # the largest code everywhere: 2^bits - 1 steps
+        twin.patch, twin.dtype = None, step.dtype
+        at = packed.layout
+        sizes = step.new_full((at.groups_per_row,), float(at.group))
+        sizes[-1] = at.tail
+        assumed = (
+            (step.view(-1, at.groups_per_row).square() * sizes).view(len(variance), -1).sum(1, dtype=torch.float64)
+        )
+        self._factors = torch.where(assumed > 0, variance.to(assumed.device) / assumed, 0.0).sqrt().to(step.dtype)
+        if packed.widths is None:
+            self._factors /= 2**packed.bits - 1
+        else:
+            each = len(variance) // len(packed.widths)
+            top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
+            self._factors /= top.repeat_interleave(each)
+        self._twin, self._signs, self._start = twin, signs.to(step.dtype), start
+        self._each = packed.numel // len(variance)
+
+    def whole(self) -> Tensor:
+        """In the shape and strides of the tensor."""
+        steps = self._twin.dequantize()
+        self._finish(steps.as_strided((steps.numel(),), (1,), steps.storage_offset()), 0)
+        return steps
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Some of the values in storage order, as `PackedTensor.part` gives those of the tensor."""
+        flat = self._twin.part(start, stop)
+        self._finish(flat, start)
+        return flat
+
+    def _finish(self, flat: Tensor, start: int) -> None:
+        each, stop = self._each, start + flat.numel()
+        if start % each == 0 and stop % each == 0:
+            flat.view(-1, each).mul_(self._factors[start // each : stop // each, None])
+        else:
+            for sample in range(start // each, -(-stop // each)):
+                flat[max(sample * each - start, 0) : (sample + 1) * each - start].mul_(self._factors[sample])
+        sign_(flat, self._signs, self._start + start)
+
+
+def sign_(flat: Tensor, signs: Tensor, start: int) -> None:
+    """Give the values of a tensor of one dimension signs, in place: at the peak there is no room for more."""
+    signs = signs.roll(-(start % len(signs)))
+    whole = flat.numel() // len(signs) * len(signs)
+    flat[:whole].view(-1, len(signs)).mul_(signs)
+    flat[whole:].mul_(signs[: flat.numel() - whole])
