@@ -496,6 +496,43 @@ def test_a_wrong_variable_stops_the_script_when_it_imports_what_trains(python, t
     assert "Received 'L9'" in done.said
 
 
+BESIDE_OTHERS = """
+import sys, zipfile
+import hf_actnn_startup
+
+hf_actnn_startup._patch = lambda module: patched.append(module.__name__)
+patched = []
+
+
+class Old:
+    pass
+
+
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
+        return next(filter(None, (one.find_spec(name, path, target) for one in others)), None)
+
+
+with zipfile.ZipFile("all.zip", "w") as archive:
+    for name, source in (("__init__", ""), ("trainer", "from . import other"), ("other", ""), ("hf_argparser", "")):
+        archive.writestr(f"transformers/{name}.py", source)
+sys.path.insert(0, "all.zip")
+hf_actnn_startup.install()
+sys.meta_path.insert(0, Asking())
+sys.meta_path.insert(2, Old())
+import transformers.trainer, transformers.hf_argparser
+print(patched)
+"""
+
+
+def test_the_watch_goes_with_other_finders_and_shared_loaders(tmp_path):
+    """One that asks all others, one of the old protocol, and the one loader that all modules in a zip file have."""
+    (tmp_path / "script.py").write_text(BESIDE_OTHERS)
+    done = start([sys.executable, "script.py"], tmp_path)
+    assert done.printed == "['transformers.trainer', 'transformers.hf_argparser']\n", done.said
+
+
 # -- what is wrong before a script runs ----------------------------------------------------------------------------
 
 
