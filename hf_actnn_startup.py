@@ -21,22 +21,25 @@ class Watch:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in WATCHED:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
+        # Those behind this one alone: another hook in front may ask all the others, this one among them.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find_spec = getattr(finder, "find_spec", None)  # old finders have none, and Python passes over them
+            spec = None if find_spec is None else find_spec(name, path, target)
             if spec is not None:
-                _patch_when_executed(spec.loader)
+                _patch_when_executed(name, spec.loader)
                 return spec
         return None
 
 
-def _patch_when_executed(loader: Any) -> None:
+def _patch_when_executed(name: str, loader: Any) -> None:
     execute = loader.exec_module
 
     def exec_module(module: Any) -> None:
         execute(module)
-        _patch(module)
+        if module.__name__ == name:  # in a zip file all modules have one loader
+            _patch(module)
 
-    loader.exec_module = exec_module  # of this loader alone: each module has one
+    loader.exec_module = exec_module
 
 
 def _patch(module: Any) -> None:

@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from hf_actnn.commands import estimate, profile
+from hf_actnn.commands import estimate, files, profile
 from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ActNNError
 
@@ -64,6 +65,7 @@ def _run_script(arguments: argparse.Namespace) -> int:
     import hf_actnn_startup
     from hf_actnn.integrations import runner, unmodified
 
+    script, *words = arguments.script
     given = next(((name, value) for name in _CONFIGURATIONS if (value := getattr(arguments, name)) is not None), None)
     try:
         if given is not None:
@@ -72,14 +74,16 @@ def _run_script(arguments: argparse.Namespace) -> int:
         elif not os.environ.get(unmodified.VARIABLE):
             os.environ[unmodified.VARIABLE] = "auto"
         unmodified.process.config()
-        runner.check(arguments.script, arguments.module)
+        if arguments.report is not None:
+            files.check(arguments.report, "--report")
+        runner.check(script, arguments.module)
     except ActNNError as error:
         print(f"hf-actnn run: {error}", file=sys.stderr)
         return 2
     if arguments.report is not None:
         os.environ[unmodified.REPORT_VARIABLE] = os.path.abspath(arguments.report)
     hf_actnn_startup.install()
-    runner.run(arguments.script, arguments.arguments, module=arguments.module)
+    runner.run(script, words, module=arguments.module)
     return 0
 
 
@@ -111,10 +115,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--level", help="such as L3")
     how.add_argument("--bits", help="a number of bits per value, or auto")
     how.add_argument("--config", metavar="FILE", help="fields of ActNNConfig as a JSON file")
-    run.add_argument("--report", metavar="FILE", help="write what was measured to a JSON file")
+    run.add_argument("--report", type=Path, metavar="FILE", help="write what was measured to a JSON file")
     run.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as in python -m")
-    run.add_argument("script", help="the script's path")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    # PARSER takes one word and all behind it, a `--` among them, which two arguments would drop.
+    run.add_argument("script", nargs=argparse.PARSER, help="the script's path, and its own arguments")
     run.set_defaults(run=_run_script)
     profile.add(commands)
     estimate.add(commands)
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `hf-actnn`; those of the process if None.
 
     Returns:
-        The exit status: 1, and the reason on standard error, where it could not be done.
+        The exit status: where it could not be done 1, or 2 before a script was run, and the reason on standard error.
     """
     parsed = parser().parse_args(arguments)
     if parsed.run is _run_script:  # what the script raises is its own

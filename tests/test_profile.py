@@ -162,6 +162,7 @@ def test_the_table_names_what_holds_most_and_the_totals(found):
         (["test_vit", "--batch", "1", "--levels", "L9"], "there is no such level"),
         (["test_vit", "--batch", "1", "--levels", "checkpoint"], "hf-actnn estimate"),
         (["test_vit", "--batch", "1", "--html", "/no/such/folder/page.html"], "no such folder"),
+        (["test_vit", "--batch", "1", "--html", "."], "this is a folder (at --html)"),
         (["test_vit", "--batch", "1000000000"], "the batch does not fit into memory"),
         (["mvitv2_tiny", "--batch", "2", "--image-size", "7"], "the model could not be made"),
         (["test_vit", "--batch", "2", "--image-size", "7"], "the model does not run"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_actnn.commands import page, plot
+from hf_actnn.commands import files, page, plot
 from hf_actnn.commands.progress import Progress
 from hf_actnn.commands.sizes import megabytes
 from hf_actnn.commands.training import (
@@ -281,13 +281,10 @@ def _check(arguments: argparse.Namespace) -> None:
                     next_step="`hf-actnn estimate` measures what checkpointing comes to",
                 )
             )
-    for path in filter(None, (arguments.html, arguments.png)):
-        if not path.resolve().parent.is_dir():
-            raise ConfigError(
-                message(
-                    "there is no such folder", where=str(path), received=str(path.parent), next_step="Make it first"
-                )
-            )
+    for option in ("html", "png"):
+        path = getattr(arguments, option)
+        if path is not None:
+            files.check(path, f"--{option}")
     if arguments.png and importlib.util.find_spec("matplotlib") is None:
         raise NotAvailableError(
             message(

@@ -29,16 +29,16 @@ VARIABLE = "HF_ACTNN"
 #: The path of a JSON file for what was measured.
 REPORT_VARIABLE = "HF_ACTNN_REPORT"
 
-# What starts other processes and trains nothing itself, by the end of sys.argv[0].
-_LAUNCHERS = (
-    "/accelerate",
-    "/accelerate-launch",
-    "/accelerate/commands/launch.py",
-    "/accelerate/commands/accelerate_cli.py",
-    "/torchrun",
-    "/torch/distributed/run.py",
-    "/torch/distributed/launch.py",
-    "/deepspeed",
+# What starts other processes, or trains nothing that is meant to be compressed here.
+_COMMANDS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed", "hf-actnn")
+_MODULES = (
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "hf_actnn.__main__",
+    "hf_actnn.cli",
+    "hf_actnn.commands.probe",
 )
 
 
@@ -267,12 +267,12 @@ class Process:
 
     def finish(self) -> None:
         """The process ends: write what was measured, and say so if nothing was compressed."""
-        if not _is_main_process() or sys.argv[0].endswith(_LAUNCHERS):
+        if not _is_main_process() or _trains_nothing(sys.argv[0]):
             return
         self._write()
         failed = hasattr(sys, "last_type")  # the script's own error says enough
         if not failed and not self._own and not any(trained.saved_bytes for trained in self._all):
-            say(f"nothing was compressed: {' '.join(self._reasons) or self._why_nothing()}")
+            say(f"nothing was compressed in this process: {' '.join(self._reasons) or self._why_nothing()}")
 
     def _why_nothing(self) -> str:
         if self._all:
@@ -285,14 +285,23 @@ class Process:
     def _write(self) -> None:
         path = os.environ.get(REPORT_VARIABLE)
         if path and self._all:
-            with open(path, "w") as file:
-                json.dump({"models": [trained.to_dict() for trained in self._all]}, file, indent=2)
+            try:
+                with open(path, "w") as file:
+                    json.dump({"models": [trained.to_dict() for trained in self._all]}, file, indent=2)
+            except OSError as error:  # no reason to end a training
+                say(f"the report could not be written: {error}")
 
 
 def _is_main_process() -> bool:
     """Rank 0 of a launcher, and no worker that multiprocessing started."""
     workers = sys.modules.get("multiprocessing.process")
     return os.environ.get("RANK", "0") == "0" and (workers is None or workers.parent_process() is None)
+
+
+def _trains_nothing(started: str) -> bool:
+    """Whether a program, by its sys.argv[0], is a launcher or another command of this project."""
+    of_module = (started == name or started.endswith(f"/{name.replace('.', '/')}.py") for name in _MODULES)
+    return os.path.basename(started) in _COMMANDS or any(of_module)
 
 
 process = Process()

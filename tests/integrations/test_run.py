@@ -167,6 +167,16 @@ def test_a_loop_with_accumulation(tmp_path):
     assert done.said.count("trains at L3") == 1
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    (tmp_path / "script.py").write_text(LOOP.replace("import sys", "import sys, hf_actnn_startup", 1).replace(
+        "import torch", "hf_actnn_startup.install()\nimport torch", 1
+    ))  # fmt: skip
+    command = [sys.executable, "script.py"]
+    done = start(command, tmp_path, HF_ACTNN="L3", HF_ACTNN_REPORT=str(tmp_path / "none" / "report.json"))
+    assert done.code == 0 and "processes 1" in done.printed, done.said
+    assert "the report could not be written" in done.said
+
+
 def test_several_models_each_with_its_optimizer(tmp_path):
     script = """
 import torch
@@ -286,7 +296,17 @@ for index, (pixels, labels) in enumerate(batches):
 def test_a_script_that_trains_nothing(tmp_path):
     done = run("import torch, sys\nprint('ran')\nsys.exit(3)", tmp_path)
     assert (done.code, done.printed) == (3, "ran\n")
-    assert "nothing was compressed: the script gave no trainable model" in done.said
+    assert "nothing was compressed in this process: the script gave no trainable model" in done.said
+
+
+@pytest.mark.parametrize("words", [["run", "-m", "torch.distributed.run", "--help"], ["env"]])
+def test_what_trains_nothing_by_its_nature_is_not_told(words, tmp_path):
+    """A launcher that `hf-actnn run` runs, and the project's other commands where the variable is set."""
+    (tmp_path / "sitecustomize.py").write_text("import hf_actnn_startup; hf_actnn_startup.install()")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = start([sys.executable, "-m", "hf_actnn", *words], tmp_path, HF_ACTNN="L3", PYTHONPATH=path)
+    assert done.code == 0 and done.printed
+    assert "nothing was compressed" not in done.said
 
 
 def test_a_model_that_was_converted_and_not_trained(tmp_path):
@@ -301,9 +321,7 @@ def test_a_model_that_cannot_be_converted(tmp_path):
     done = run(script, tmp_path)
     assert done.code == 0, done.said
     assert "processes 1" in done.printed
-    assert (
-        "nothing was compressed: OptimizedModule was left as it is: a compiled model cannot be converted" in done.said
-    )
+    assert "nothing was compressed in this process: OptimizedModule was left as it is: a compiled model" in done.said
 
 
 def test_a_dynamo_backend_is_refused(tmp_path):
@@ -358,7 +376,7 @@ def test_the_script_sees_what_python_shows_it(form, tmp_path):
         "link": (tmp_path, ["link.py"]),
         "package": (place, ["-m", "package"]),
     }[form]
-    words += ["-x", "--level", "L1", "last"]
+    words += ["--", "-x", "--level", "L1", "--", "last"]
     plain = start([sys.executable, *words], folder)
     ours = start([sys.executable, "-m", "hf_actnn", "run", "--level", "L2", *words], folder)
     assert plain.code == ours.code == 0, plain.said + ours.said
@@ -496,6 +514,43 @@ def test_a_wrong_variable_stops_the_script_when_it_imports_what_trains(python, t
     assert "Received 'L9'" in done.said
 
 
+BESIDE_OTHERS = """
+import sys, zipfile
+import hf_actnn_startup
+
+hf_actnn_startup._patch = lambda module: patched.append(module.__name__)
+patched = []
+
+
+class Old:
+    pass
+
+
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
+        return next(filter(None, (one.find_spec(name, path, target) for one in others)), None)
+
+
+with zipfile.ZipFile("all.zip", "w") as archive:
+    for name, source in (("__init__", ""), ("trainer", "from . import other"), ("other", ""), ("hf_argparser", "")):
+        archive.writestr(f"transformers/{name}.py", source)
+sys.path.insert(0, "all.zip")
+hf_actnn_startup.install()
+sys.meta_path.insert(0, Asking())
+sys.meta_path.insert(2, Old())
+import transformers.trainer, transformers.hf_argparser
+print(patched)
+"""
+
+
+def test_the_watch_goes_with_other_finders_and_shared_loaders(tmp_path):
+    """One that asks all others, one of the old protocol, and the one loader that all modules in a zip file have."""
+    (tmp_path / "script.py").write_text(BESIDE_OTHERS)
+    done = start([sys.executable, "script.py"], tmp_path)
+    assert done.printed == "['transformers.trainer', 'transformers.hf_argparser']\n", done.said
+
+
 # -- what is wrong before a script runs ----------------------------------------------------------------------------
 
 
@@ -505,6 +560,8 @@ def test_a_wrong_variable_stops_the_script_when_it_imports_what_trains(python, t
         (["--level", "L9", "script.py"], "unknown level"),
         (["--bits", "many", "script.py"], "this does not say what to compress (at --bits)"),
         (["--config", "none.json", "script.py"], "none.json"),
+        (["--report", "no/such/report.json", "script.py"], "there is no such folder (at --report)"),
+        (["--report", ".", "script.py"], "this is a folder (at --report)"),
         (["nowhere.py"], "there is no such script (at nowhere.py)"),
         (["-m", "no_such_module.inside"], "there is no such module (at no_such_module.inside)"),
     ],
