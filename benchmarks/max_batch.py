@@ -62,6 +62,7 @@ from hf_actnn.commands.training import is_for_memory
 from hf_actnn.commands.watch import high_water, watched
 from hf_actnn.config import LEVELS
 from hf_actnn.errors import ActNNWarning, NativeError
+from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (
@@ -161,7 +162,7 @@ def apply(method: str, model: nn.Module, device: torch.device, **fields: Any) ->
         NativeError: hf_actnn without its kernels.
     """
     if method == "checkpoint":
-        model.set_grad_checkpointing(True)
+        named.checkpoint(model)
     elif method == "save_on_cpu":
         return Method(model, lambda: torch.autograd.graph.save_on_cpu(pin_memory=True))
     elif method == "free":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_actnn
+from hf_actnn.integrations import named
 
 
 def _timm(name: str) -> nn.Module:
@@ -35,13 +36,9 @@ def _timm(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False).train()
 
 
-def _checkpointed(name: str, model: nn.Module) -> nn.Module:
+def _checkpointed(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
-    if name == "vit_b16":
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-    else:
-        model.set_grad_checkpointing(True)
+    named.checkpoint(model)
     return model
 
 
@@ -59,7 +56,7 @@ def measure(name: str, bits: int, rounds: int) -> dict[str, object]:
     contenders = {
         "plain": plain,
         "hf_actnn": hf_actnn.convert(copy.deepcopy(plain), bits=bits),
-        "checkpointing": _checkpointed(name, plain),
+        "checkpointing": _checkpointed(plain),
     }
 
     def step(model: nn.Module) -> Callable[[], None]:

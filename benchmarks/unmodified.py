@@ -178,25 +178,28 @@ def surroundings(folder: Path) -> dict[str, str]:
     }
 
 
-def run(script: Path, words: list[str], folder: Path, level: str) -> dict[str, Any]:
-    """One script at one level: what was measured, or the end of what it said."""
+def trained(command: list[str], folder: Path) -> tuple[dict[str, Any], str]:
+    """What a training of one model wrote into report.json, or the end of what it said; and all that it said."""
     report = folder / "report.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "hf_actnn", "run", "--level", level, "--report", str(report), str(script)]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=surroundings(folder), capture_output=True, text=True, timeout=900
+    )
+    if done.returncode or not report.exists():
+        return {"error": (done.stdout + done.stderr)[-1500:]}, done.stderr
+    (model,) = json.loads(report.read_text())["models"]
+    return model, done.stderr
+
+
+def run(script: Path, words: list[str], folder: Path, level: str) -> dict[str, Any]:
+    """One script at one level: what was measured, or the end of what it said."""
+    command = ["-m", "hf_actnn", "run", "--level", level, "--report", "report.json", str(script)]
     with tempfile.TemporaryDirectory(dir=folder) as out:
         options = [out if word == "out" else word for word in _COMMON]
-        done = subprocess.run(
-            [*command, *options, *words],
-            cwd=folder,
-            env=surroundings(folder),
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-    if done.returncode or not report.exists():
-        return {"error": (done.stdout + done.stderr)[-1500:]}
-    (model,) = json.loads(report.read_text())["models"]
-    said = re.findall(r"hf-actnn: (.+)", done.stderr)
+        model, printed = trained([*command, *options, *words], folder)
+    if "error" in model:
+        return model
+    said = re.findall(r"hf-actnn: (.+)", printed)
     return {key: model[key] for key in ("model", "saved_bytes", "samples", "steps")} | {"said": said}
 
 
@@ -251,20 +254,9 @@ def with_line(source: str, level: str) -> str:
 def timm_trains(script: Path, model: str, folder: Path, level: str) -> dict[str, Any]:
     """timm's script at one level: what was measured, or the end of what it said."""
     (folder / "train_with_line.py").write_text(with_line(script.read_text(), level))
-    report = folder / "report.json"
-    report.unlink(missing_ok=True)
     words = ["--data-dir", "pictures", "--model", model, *_TIMM, *TIMM_MODELS[model], "--output", "timm_out"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "train_with_line.py", *words],
-        cwd=folder,
-        env=surroundings(folder),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    if done.returncode or not report.exists():
-        return {"error": (done.stdout + done.stderr)[-1500:]}
-    return {**json.loads(report.read_text())["models"][0], "steps": IMAGES // BATCH}
+    found, _ = trained(["-c", MEASURED, "train_with_line.py", *words], folder)
+    return found if "error" in found else {**found, "steps": IMAGES // BATCH}
 
 
 def write_pictures(data: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 import hf_actnn
 from hf_actnn import cli
 from hf_actnn.commands import page, profile
+from hf_actnn.errors import ConfigError
 from hf_actnn.integrations import named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,10 @@ def mine() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def alone() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def frozen() -> nn.Module:
+    return alone().requires_grad_(False)
 
 
 def nothing() -> int:
@@ -136,6 +141,16 @@ def test_a_directory_of_hugging_face(tmp_path):
     assert profile.profile(str(tmp_path), 2, levels=["L2"], image_size=64)["image"] == [3, 64, 64]
 
 
+def test_a_folder_with_the_name_of_a_model_does_not_hide_it(tmp_path, monkeypatch):
+    """Such as an earlier training's results."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_vit").mkdir()
+    assert named.load("test_vit").source == "timm"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"no configuration of a model \(at mine\)"):
+        named.load("mine")
+
+
 def test_the_table_names_what_holds_most_and_the_totals(found):
     text = profile.table(found, top=3)
     lines = text.splitlines()
@@ -155,6 +170,8 @@ def test_the_table_names_what_holds_most_and_the_totals(found):
         (["someone/something", "--batch", "1"], "repository in the local Hugging Face cache"),
         (["no.such.module:model", "--batch", "1"], "No module named 'no'"),
         (["torch.nn:NoSuchThing", "--batch", "1"], "NoSuchThing"),
+        ([".relative:model", "--batch", "1"], "the function that makes the model was not found"),
+        ([NAME + "frozen", "--batch", "1", "--levels", "auto"], "no parameter to train"),
         ([NAME + "nothing", "--batch", "1"], "the function returned no model"),
         ([NAME + "fails", "--batch", "1"], "ZeroDivisionError"),
         ([NAME + "mine", "--batch", "1", "--image-size", "32"], "the size of the images is given twice"),

@@ -21,10 +21,21 @@ import torch
 from torch import nn
 
 from hf_actnn.codec import native
-from hf_actnn.commands.training import CHECKPOINT, OPTIMIZERS, PLAIN, autocast, compress, device_of, is_for_memory, to
+from hf_actnn.commands.training import (
+    CHECKPOINT,
+    OPTIMIZERS,
+    PLAIN,
+    autocast,
+    compress,
+    device_of,
+    is_for_memory,
+    to,
+    trained,
+)
 from hf_actnn.commands.watch import high_water, watched
-from hf_actnn.errors import ActNNError, ActNNWarning, ConfigError, NativeError, message
+from hf_actnn.errors import ActNNError, ActNNWarning, NativeError, message
 from hf_actnn.integrations import named
+from hf_actnn.memory import own_storages
 
 #: Of a run, and from one of them in which bits are chosen to the next.
 STEPS, UPDATE_INTERVAL = 3, 2
@@ -61,7 +72,7 @@ FEW = 2
 def grain(model: nn.Module, batch: Any, samples: int) -> float:
     """Bytes per sample of the smallest of the tensors that hold most of what a plain model saves."""
     found: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in [*model.parameters(), *model.buffers()]}
+    own = own_storages(model)
 
     def see(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -123,13 +134,9 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     found = named.load(run.model, run.image_size)
     model = found.model.to(device)
     after = _prepare(model, run.way, device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ConfigError(
-            message("the model has no parameter to train", where=run.model, next_step="Leave requires_grad on some")
-        )
-    optimizer = OPTIMIZERS[run.optimizer](trained)
-    for parameter in trained:
+    parameters = trained(model, run.model)
+    optimizer = OPTIMIZERS[run.optimizer](parameters)
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     batch = to(found.batch(batch_size), device)
@@ -157,7 +164,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
         "peak": max(*passes, *update),
         "seconds": min(seconds[1:] or seconds),
         "parameters": sum(parameter.nbytes for parameter in model.parameters()),
-        "trained": sum(parameter.nbytes for parameter in trained),
+        "trained": sum(parameter.nbytes for parameter in parameters),
     }
 
 

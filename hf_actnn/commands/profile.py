@@ -28,6 +28,7 @@ from hf_actnn.commands.training import (
     device_of,
     is_for_memory,
     to,
+    trained,
     way,
 )
 from hf_actnn.commands.watch import available
@@ -116,6 +117,7 @@ def _measured(
     """The model, what one level comes to, and the bytes held by module."""
     found = named.load(model, image_size)
     network = found.model.to(device)
+    trained(network, model)  # autograd holds nothing for a model without any
     try:
         after = compress(network, level)
         batch = to(found.batch(batch_size), device)

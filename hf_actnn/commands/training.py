@@ -67,6 +67,20 @@ def compress(model: nn.Module, level: str, update_interval: int | None = None) -
     return controller(model).step
 
 
+def trained(model: nn.Module, where: str) -> list[nn.Parameter]:
+    """The parameters that get a gradient.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise ConfigError(
+            message("the model has no parameter to train", where=where, next_step="Leave requires_grad on some")
+        )
+    return found
+
+
 def device_of(text: str) -> torch.device:
     """A device that is there.
 

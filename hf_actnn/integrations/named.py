@@ -59,12 +59,13 @@ def load(name: str, image_size: int | None = None) -> Named:
     torch.manual_seed(0)
     if ":" in name and not name.startswith(_REMOTE):
         return _of_python(name, image_size)
-    if Path(name).is_dir():
+    if Path(name, "config.json").is_file():
         return _of_transformers(name, image_size)
     timm = _optional("timm")
     if timm is not None and not name.startswith(_REMOTE) and timm.is_model(name):
         return _of_timm(timm, name, image_size)
-    if "/" in name and not name.startswith(_REMOTE) and _optional("transformers") is not None:
+    hub = "/" in name and not name.startswith(_REMOTE) and _optional("transformers") is not None
+    if hub or Path(name).is_dir():
         return _of_transformers(name, image_size)
     raise _unknown(name, timm)
 
@@ -75,8 +76,10 @@ def checkpoint(model: nn.Module) -> None:
     Raises:
         ConversionError: it has none, or does not support it.
     """
-    switch = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
-    reason = "neither set_grad_checkpointing() of timm nor gradient_checkpointing_enable() of transformers"
+    # Those of timm and of transformers, and the latter's older name, which warns where both are.
+    names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    switch = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    reason = f"none of {', '.join(names)}"
     if switch is not None:
         try:
             switch()
@@ -260,7 +263,7 @@ def _of_python(name: str, size: int | None) -> Named:
         function = importlib.import_module(module_name)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
             message(
                 "the function that makes the model was not found",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_actnn.memory.track import MemoryReport
+from hf_actnn.memory.track import MemoryReport, own_storages
 from hf_actnn.saving.scope import observers
 from hf_actnn.saving.tape import batch_size
 
@@ -33,8 +33,7 @@ def measure_next_forward(model: nn.Module, done: Callable[[MemoryReport, int], N
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled() and not measured:
-            own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-            measured.append(MemoryReport(own))
+            measured.append(MemoryReport(own_storages(module)))
             observers().append(measured[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

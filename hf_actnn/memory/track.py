@@ -212,6 +212,16 @@ class MemoryReport:
                 self._raw[key] = (weak, count - 1)
 
 
+def own_storages(model: nn.Module) -> set[int]:
+    """The storages of a model's parameters and buffers, as the keys that `MemoryReport` does not count. Sparse tensors
+    have none."""
+    return {
+        tensor.untyped_storage()._cdata
+        for tensor in [*model.parameters(), *model.buffers()]
+        if tensor.layout == torch.strided
+    }
+
+
 class _Plain:
     """A saved tensor of a plain model or of code outside the model, as autograd would hold it."""
 
@@ -244,12 +254,7 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
                 next_step="Pass the model",
             )
         )
-    own = {
-        tensor.untyped_storage()._cdata
-        for tensor in [*model.parameters(), *model.buffers()]
-        if tensor.layout == torch.strided
-    }
-    memory = MemoryReport(own, {tensor.device for tensor in [*model.parameters(), *model.buffers()]})
+    memory = MemoryReport(own_storages(model), {tensor.device for tensor in [*model.parameters(), *model.buffers()]})
     stack: list[str] = [""]
     handles = []
     for path, module in model.named_modules():

@@ -164,6 +164,16 @@ def test_a_kept_tensor_changed_in_place_still_raises_under_the_tracker():
             total.backward()
 
 
+def test_sparse_buffers_have_no_storage_to_leave_out():
+    model = chain("L2")
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    ratios = []
+    hf_actnn.memory.measure_next_forward(model, lambda memory, samples: ratios.append(memory.ratio))
+    with hf_actnn.track_memory(model) as memory:
+        model(torch.randn(32, 64))
+    assert ratios == [memory.ratio] and memory.ratio > 1
+
+
 def test_not_a_module():
     with (
         pytest.raises(ConversionError, match=r"Expected a torch\.nn\.Module.*Received int.*Pass the model"),
