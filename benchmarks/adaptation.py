@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_actnn
+from hf_actnn.commands.watch import PAGES
 from hf_actnn.config import UPDATE_INTERVAL
 from hf_actnn.precision.minibatch import WINDOW
 
@@ -85,7 +86,7 @@ def peak(name: str, collects: bool) -> int:
 
 def peaks(name: str) -> dict[str, dict[str, int]]:
     """With the C library's heap as it is, and with large tensors in pages of their own, as in `memory.py`."""
-    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    own = {**os.environ, **PAGES}
     return {
         key: {how: int(_run("--peak", name, how, environment=where)) for how in ("ordinary", "collecting")}
         for key, where in (("peak_rss", None), ("peak_rss_pages", own))

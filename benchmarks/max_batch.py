@@ -59,7 +59,7 @@ import hf_actnn
 from hf_actnn.codec import native
 from hf_actnn.commands.sizes import parse
 from hf_actnn.commands.training import is_for_memory
-from hf_actnn.commands.watch import high_water, watched
+from hf_actnn.commands.watch import PAGES, high_water, watched
 from hf_actnn.config import LEVELS
 from hf_actnn.errors import ActNNWarning, NativeError
 from hf_actnn.integrations import named
@@ -359,7 +359,7 @@ def attempt(point: dict[str, Any], size: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--try", json.dumps([point, size])]
     if point["device"] != "cpu":
         return watched(command)
-    return watched(command, limit_of(point), memory.SETTINGS["pages"][0])
+    return watched(command, limit_of(point), PAGES)
 
 
 def known(output: str) -> list[dict[str, Any]]:

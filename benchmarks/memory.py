@@ -7,7 +7,7 @@ holds, and an independent count of the latter, by weak references to every stora
 alive before the backward pass. Then the slope of the peak resident set over the batch, each point a process of its
 own, for plain training, for saved tensors that cost nothing (given back as zeros: what no way of storing can remove),
 and for hf_actnn. That under two settings of glibc's malloc: with large tensors in pages of their own
-(MALLOC_MMAP_THRESHOLD_=1048576), where the resident set is what is in use, and with its default, a heap whose freed
+(MALLOC_MMAP_THRESHOLD_=131072), where the resident set is what is in use, and with its default, a heap whose freed
 parts often stay; there hf_actnn also as it behaves where memory is scarce, which is to switch to the first setting
 while running. Slopes are medians over --repeats: how malloc lays out its heap differs from run to run.
 """
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten
 
 import hf_actnn
 from hf_actnn.codec import buffers
-from hf_actnn.commands.watch import high_water
+from hf_actnn.commands.watch import PAGES, high_water
 
 
 class StoragesMade(TorchDispatchMode):
@@ -115,7 +115,7 @@ def zeros(kept: tuple[torch.Tensor, torch.device]) -> torch.Tensor:
 
 #: Settings of malloc, and what is measured under each.
 SETTINGS = {
-    "pages": ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, ("plain", "free", "hf_actnn")),
+    "pages": (PAGES, ("plain", "free", "hf_actnn")),
     "default": ({}, ("plain", "free", "hf_actnn", "hf_actnn_scarce")),
 }
 

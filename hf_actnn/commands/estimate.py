@@ -16,7 +16,7 @@ from hf_actnn.commands import extrapolate, probe
 from hf_actnn.commands.progress import Progress
 from hf_actnn.commands.sizes import megabytes, parse
 from hf_actnn.commands.training import AUTO, CHECKPOINT, OPTIMIZERS, OTHER_INPUT, PLAIN, PRECISIONS, device_of, way
-from hf_actnn.commands.watch import available
+from hf_actnn.commands.watch import PAGES, available
 from hf_actnn.errors import ActNNError, ActNNWarning, ConfigError, message
 
 WAYS = {"cpu": (PLAIN, CHECKPOINT, "L2", "L3", AUTO), "cuda": (PLAIN, CHECKPOINT, "L2", "L3", AUTO, "L4")}
@@ -293,9 +293,10 @@ def _verdict(verified: dict[str, Any] | None) -> str:
 
 def _footnote(result: dict[str, Any]) -> str:
     if result["device"] == "cpu":
+        setting = " ".join(f"{name}={value}" for name, value in PAGES.items())
         what = (
-            "The memory is the resident set of the whole process, with MALLOC_MMAP_THRESHOLD_=1048576 in the "
-            "environment:\nset it for your training as well."
+            f"The memory is the resident set of the whole process, with {setting} in the environment:\n"
+            "set it for your training as well."
         )
     else:
         what = "The memory is that of torch's allocator; the CUDA context, some hundred MB, comes on top."

@@ -32,16 +32,13 @@ from hf_actnn.commands.training import (
     to,
     trained,
 )
-from hf_actnn.commands.watch import high_water, watched
+from hf_actnn.commands.watch import PAGES, high_water, watched
 from hf_actnn.errors import ActNNError, ActNNWarning, NativeError, message
 from hf_actnn.integrations import named
 from hf_actnn.memory import own_storages
 
 #: Of a run, and from one of them in which bits are chosen to the next.
 STEPS, UPDATE_INTERVAL = 3, 2
-#: Large tensors in pages of their own: the resident set is then what is in use. In the C library's heap freed tensors
-#: may stay, and how many differs from run to run.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 class Run(NamedTuple):
@@ -206,7 +203,7 @@ def attempt(run: Run, batch_size: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "hf_actnn.commands.probe", json.dumps([run._asdict(), batch_size])]
     if run.device != "cpu":
         return watched(command)
-    return watched(command, run.limit, ENVIRONMENT)
+    return watched(command, run.limit, PAGES)
 
 
 if __name__ == "__main__":
