@@ -17,9 +17,9 @@ from typing import Any
 POLL_SECONDS = 0.003
 #: A process that takes longer hangs.
 TRY_SECONDS = 1800
-#: An environment with tensors in pages of their own, where the resident set is what is in use. glibc raises the size from
-#: which on that is so, 128 KiB at first, up to 32 MiB as larger ones are freed, unless it is given; in its heap what was
-#: freed may stay, and how much of it differs from run to run.
+#: An environment with tensors in pages of their own, where the resident set is what is in use. glibc raises the size
+#: from which on that is so, 128 KiB at first, up to 32 MiB as larger ones are freed, unless it is given; in its heap
+#: what was freed may stay, and how much of it differs from run to run.
 PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 #: Words of errors that are for want of memory, from allocators, CUDA's libraries and the operating system.
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
