@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,16 +151,26 @@ TASKS = {
 }
 
 
-def run(task: Task, level: str, seed: int, data: Path) -> dict[str, Any]:
-    """One training: its score, seconds, and what it kept per image."""
+def run(
+    task: Task, seed: int, data: Path, words: Sequence[str] = (), launcher: Sequence[str | Path] = ()
+) -> dict[str, Any]:
+    """One training: its score, its losses, seconds, and what it kept per image.
+
+    Args:
+        words: further arguments of train.py.
+        launcher: a script and its arguments that run train.py, in place of Python.
+
+    Raises:
+        RuntimeError: train.py ended in an error.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, str(ROOT / "examples" / task.example / "train.py"), *task.arguments),
+            *(sys.executable, *map(str, launcher), str(ROOT / "examples" / task.example / "train.py")),
+            *task.arguments,
             *("--dataset", str(data / task.data), "--seed", str(seed), "--output_dir", folder, "--use_cpu"),
             *("--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no", "--logging_steps", "50"),
+            *words,
         ]
-        if level != "none":
-            command += ["--actnn", level]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         begin = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -167,7 +178,8 @@ def run(task: Task, level: str, seed: int, data: Path) -> dict[str, Any]:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
         scores = json.loads((Path(folder) / "eval_results.json").read_text())
         trained = json.loads((Path(folder) / "train_results.json").read_text())
-    found = {
+    found: dict[str, Any] = {
+        "losses": [float(value) for value in re.findall(r"'loss': '?([0-9.e+-]+|nan)", done.stdout)],
         "score": scores[f"eval_{task.score}"],
         "scores": {key: value for key, value in scores.items() if isinstance(value, float)},
         "train_seconds": trained["train_runtime"],
@@ -277,7 +289,9 @@ def main() -> None:
 
     def one(at: int) -> None:
         name, level, seed = todo[at]
-        runs[f"{name}/{level}/{seed}"] = found = run(TASKS[name], level, seed, Path(options.data))
+        runs[f"{name}/{level}/{seed}"] = found = run(
+            TASKS[name], seed, Path(options.data), [] if level == "none" else ["--actnn", level]
+        )
         print(f"{at + 1} of {len(todo)}: {name} {level} seed {seed}: {found['score']:.4f}", flush=True)
         seeds = sorted({int(key.rsplit("/", 1)[1]) for key in runs})
         paired = {task: compared(dict(runs), task) for task in TASKS}

@@ -1,0 +1,250 @@
+"""Scores after training by bits: hf_actnn's levels, the scheme of the paper as it was, and 8 bits, beside uncompressed.
+
+    python benchmarks/accuracy/run.py --data path/to/data                        what is missing of the published grid
+    python benchmarks/accuracy/run.py --task cifar10-resnet --level L3 --seeds 1 [--short]     rows of one's own
+
+`--data` is a folder with the parquet files of `cifar10`, `camvid` and `bccd` in folders of these names. Every run is an
+example's own train.py in a process of one thread; a seed fixes weights, order and augmentation, so that runs of one
+seed differ in the rounding alone. Each finished run is kept in benchmarks/results/accuracy.json at once, and is not
+done again without --again. Rows of one's own are printed beside the published ones and kept only with --keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import timing  # noqa: E402
+
+import examples  # noqa: E402
+from hf_actnn.commands.progress import Progress  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
+PLAIN = "uncompressed"
+#: Steps between two updates of adaptive bits: of some hundred steps, the default of 200 would see two.
+INTERVAL = 20
+TASKS = {
+    "cifar10-resnet": "resnet",
+    "cifar10-vit": "vit",
+    "camvid-segformer": "segformer",
+    "camvid-upernet": "upernet",
+    "bccd-rtdetr": "rt_detr",
+}
+CONVOLUTIONAL = ("cifar10-resnet", "camvid-upernet")
+#: No worse than this, or than two standard errors.
+POINT = 0.01
+
+
+class Scheme(NamedTuple):
+    """How activations are kept.
+
+    Attributes:
+        title: for tables.
+        fields: of `ActNNConfig`; None where hf_actnn keeps nothing.
+        original: arguments of original.py, which runs train.py; None where Python does.
+    """
+
+    title: str
+    fields: dict[str, Any] | None = None
+    original: tuple[str, ...] | None = None
+
+
+def _chosen(**fields: Any) -> dict[str, Any]:
+    return {**fields, "update_interval": INTERVAL}
+
+
+SCHEMES = {
+    PLAIN: Scheme(PLAIN),
+    "L1": Scheme("L1", {"level": "L1"}),
+    "L2": Scheme("L2", {"level": "L2"}),
+    "L2.5": Scheme("L2.5", _chosen(level="L2.5")),
+    "L3": Scheme("L3", _chosen(level="L3")),
+    "auto": Scheme('`bits="auto"`', _chosen(bits="auto")),
+    **{f"average-{bits:g}": Scheme(f"L3, {bits:g} bits", _chosen(level="L3", bits=bits)) for bits in (4, 1.5, 1.25, 1)},
+    "original-2": Scheme("original scheme, 2 bits", None, ("--bits", "2")),
+    **{
+        f"original-adaptive-{bits:g}": Scheme(
+            f"original scheme, {bits:g} bits on average", None, ("--bits", f"{bits:g}", "--adaptive")
+        )
+        for bits in (2, 1.5)
+    },
+    "8-bit": Scheme("original scheme, 8 bits", None, ("--bits", "8")),
+}
+#: Schemes, tasks and seeds of the published tables.
+GRID = (
+    ((PLAIN, "L3", "auto", "original-2"), tuple(TASKS), (0, 1, 2)),
+    (
+        (
+            *("L1", "L2", "L2.5", "average-4", "average-1.5", "average-1.25", "average-1"),
+            *("original-adaptive-2", "original-adaptive-1.5", "8-bit"),
+        ),
+        ("cifar10-resnet", "camvid-segformer"),
+        (0, 1),
+    ),
+)
+
+
+class Key(NamedTuple):
+    """One run."""
+
+    task: str
+    scheme: str
+    seed: int
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+
+def grid() -> Iterator[Key]:
+    """Runs of the published tables, all of one seed before the next."""
+    cells = [Key(*cell) for schemes, tasks, seeds in GRID for cell in itertools.product(tasks, schemes, seeds)]
+    yield from sorted(cells, key=lambda key: (key.seed, list(TASKS).index(key.task)))
+
+
+def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
+    """Do one run."""
+    task, scheme = examples.TASKS[TASKS[key.task]], SCHEMES[key.scheme]
+    if short:
+        task = task._replace(arguments=[*task.arguments, "--max_steps", "60"])
+    launcher: list[str | Path] = []
+    if scheme.original is not None:
+        launcher = [Path(__file__).parent / "original.py", *scheme.original]
+    if scheme.fields is None:
+        return examples.run(task, key.seed, data, launcher=launcher)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(scheme.fields, file)
+        file.flush()
+        return examples.run(task, key.seed, data, ["--actnn_config", file.name])
+
+
+# -- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def known() -> dict[str, Any]:
+    """Published runs."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+
+
+def scores(runs: dict[str, Any], task: str, scheme: str) -> dict[int, float]:
+    """By seed."""
+    found = {seed: runs.get(str(Key(task, scheme, seed))) for seed in range(10)}
+    return {seed: run["score"] for seed, run in found.items() if run}
+
+
+def compared(runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN) -> dict[str, Any] | None:
+    """A scheme's scores minus another's, paired by seed: mean, standard error, 95 % interval."""
+    ours, theirs = scores(runs, task, scheme), scores(runs, task, other)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(seeds))
+    reach = examples.STUDENT[len(seeds)] * error
+    return {
+        **{"task": task, "scheme": scheme, "other": other, "pairs": len(seeds), "difference": mean},
+        **{"standard_error": error, "interval": [mean - reach, mean + reach]},
+        "as_good": mean >= -max(POINT, 2 * error),
+    }
+
+
+def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that can be made."""
+    return [
+        found for task in TASKS for scheme in SCHEMES if scheme != PLAIN and (found := compared(runs, task, scheme))
+    ]
+
+
+def keep(key: Key, found: dict[str, Any]) -> None:
+    """Write a finished run down, beside those that other processes may have written."""
+    runs = {**known(), str(key): found}
+    timing.write("accuracy", {"compared": comparisons(runs), "runs": dict(sorted(runs.items()))})
+
+
+def line(runs: dict[str, Any], task: str, scheme: str) -> str:
+    """A row of a table in Markdown, per cent."""
+    values = scores(runs, task, scheme)
+    spread = f" ± {100 * statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
+    found = compared(runs, task, scheme) if scheme != PLAIN else None
+    of_scheme = [run for key, run in runs.items() if key.startswith(f"{task}/{scheme}/")]
+    less = [run["actnn_ratio"] for run in of_scheme if "actnn_ratio" in run]
+    cells = [
+        SCHEMES[scheme].title,
+        str(len(values)),
+        f"{100 * statistics.mean(values.values()):.1f}{spread}",
+        ""
+        if found is None
+        else "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(100 * value for value in (found["difference"], *found["interval"]))
+        ),
+        f"{statistics.mean(less):.1f}x" if less else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(runs: dict[str, Any], task: str, schemes: Iterable[str] = SCHEMES) -> list[str]:
+    """Of one task."""
+    rows = [line(runs, task, scheme) for scheme in schemes if scores(runs, task, scheme)]
+    score = examples.TASKS[TASKS[task]].score
+    head = f"| {task} | seeds | {score}, mean ± deviation | to uncompressed, 95 % interval | fewer bytes |"
+    return [head, "|---|---|---|---|---|", *rows]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("HF_ACTNN_DATA"), help="default: $HF_ACTNN_DATA")
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), help="of these tasks alone")
+    parser.add_argument("--level", nargs="+", choices=list(SCHEMES), metavar="SCHEME", help=", ".join(SCHEMES))
+    parser.add_argument("--seeds", type=int, help="so many seeds, from 0 on; those of the grid if not given")
+    parser.add_argument("--short", action="store_true", help="60 steps: whether it runs, not how well")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; seconds are then no measurement")
+    parser.add_argument("--keep", action="store_true", help="keep rows of one's own")
+    parser.add_argument("--again", action="store_true", help="do what is known already")
+    options = parser.parse_args()
+    if options.data is None or not Path(options.data).is_dir():
+        raise SystemExit("--data names no folder: give one with cifar10, camvid and bccd")
+    own = bool(options.level)
+    published = known()
+    if own:
+        seeds = range(options.seeds or 1)
+        todo = [Key(task, scheme, seed) for seed in seeds for task in options.task or TASKS for scheme in options.level]
+    else:
+        todo = [key for key in grid() if not options.task or key.task in options.task]
+        todo = [key for key in todo if options.seeds is None or key.seed < options.seeds]
+        todo = [key for key in todo if options.again or str(key) not in published]
+    kept = not options.short and (options.keep or not own)
+    found: dict[str, Any] = {}
+    with Progress(len(todo)) as progress, ThreadPoolExecutor(options.jobs) as pool:
+
+        def one(key: Key) -> None:
+            progress.say(str(key))
+            found[str(key)] = run = trained(key, Path(options.data), options.short)
+            if kept:
+                keep(key, run)
+            progress.advance()
+
+        list(pool.map(one, todo))
+    for task in options.task or TASKS:
+        of_task = {key: run for key, run in found.items() if key.startswith(f"{task}/")}
+        if of_task:
+            print("\n".join(["", "now:", *table(of_task, task)]))
+        if any(key.startswith(f"{task}/") for key in published):
+            print("\n".join(["", "published:", *table(published, task, options.level or SCHEMES)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The comparison with the scheme of the paper: the baseline is what it says, and the grid what is asked of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks" / "accuracy"), str(ROOT / "benchmarks")]
+pytest.importorskip("transformers")
+import original  # noqa: E402
+import run  # noqa: E402
+
+
+class Net(nn.Module):
+    """Two layers that save the same tensor, and a loss outside of the submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left = nn.Conv2d(16, 8, 3)
+        self.right = nn.Conv2d(16, 8, 3)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, labels):
+        x = self.stem(x)
+        x = self.relu(self.left(x)) + self.right(x)
+        return F.cross_entropy(self.head(x.mean((2, 3))), labels)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net(), torch.randn(16, 3, 12, 12), torch.randint(4, (16,))
+
+
+def gradient(model, x, labels, scheme=None):
+    model.zero_grad()
+    if scheme is None:
+        loss = model(x, labels)
+    else:
+        with scheme.forward():
+            loss = model(x, labels)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_the_loss_is_exact_and_eight_bits_are_close(net):
+    loss, exact = gradient(*net)
+    coded_loss, coded = gradient(*net, original.Original(net[0], 8))
+    assert coded_loss == loss
+    assert 0 < (coded - exact).norm() < 0.02 * exact.norm()
+
+
+def errors(net, bits, seeds=200, shift=0.0):
+    """Mean error of the gradient in units of its standard error, as a root mean square over parameters."""
+    _, exact = gradient(*net)
+    found = torch.stack([gradient(*net, original.Original(net[0], bits, seed=seed))[1] for seed in range(seeds)])
+    found = found + shift * exact
+    varies = found.std(0) > 1e-6 * exact.abs().max()
+    z = (found.mean(0) - exact)[varies] / (found.std(0)[varies] / seeds**0.5)
+    return z.square().mean().sqrt().item()
+
+
+def test_two_bits_are_unbiased_and_a_bias_shows(net):
+    """Under no bias the mean square of z is near 1; parameters are correlated, so its spread is wider than theirs were
+    they independent."""
+    assert errors(net, 2) < 1.25
+    assert errors(net, 2, shift=0.2) > 1.25
+
+
+def test_every_save_is_coded_for_itself(net):
+    """The stem's input and, twice, its output, at two bits and 1/8 for the groups; the head's input; and a bit for
+    each value of the ReLU."""
+    model, x, labels = net
+    scheme = original.Original(model, 2)
+    gradient(model, x, labels, scheme)
+    groups = [-(-n // 256) for n in (3 * 144, 16 * 144, 16 * 144, 8)]
+    codes = 16 * (3 * 144 + 2 * 16 * 144 + 8) * 2 // 8
+    assert scheme.nbytes == codes + 4 * 16 * sum(groups) + 16 * 8 * 100 // 8
+
+
+def test_bits_are_chosen_within_the_average_and_lower_the_error(net):
+    _, exact = gradient(*net)
+    uniform, chosen = [], []
+    for seed in range(60):
+        scheme = original.Original(net[0], 2, adaptive=True, seed=seed)
+        first = gradient(*net, scheme)[1]  # no gradients are known yet
+        second = gradient(*net, scheme)[1]
+        uniform.append((first - exact).square().sum().item())
+        chosen.append((second - exact).square().sum().item())
+    assert len(set(scheme._averages)) > 1
+    gain = torch.tensor(uniform) - torch.tensor(chosen)
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+
+
+def test_fractions_of_a_bit_are_for_chosen_ones(net):
+    with pytest.raises(SystemExit, match="a whole number, or --adaptive"):
+        original.Original(net[0], 1.5)
+
+
+def test_the_grid_has_every_cell_once():
+    cells = list(run.grid())
+    assert len(cells) == len(set(cells)) == 4 * 5 * 3 + 10 * 2 * 2
+    assert {key.scheme for key in cells} == set(run.SCHEMES)
+
+
+def test_pairs_are_compared_by_seed():
+    """Differences of 1, 2 and 3 points: mean 2, standard error 1/sqrt(3); Student's 4.303 of them on either side."""
+    runs = {
+        f"cifar10-vit/{scheme}/{seed}": {"score": score}
+        for scheme, values in {run.PLAIN: (0.5, 0.6, 0.7), "L3": (0.49, 0.58, 0.67)}.items()
+        for seed, score in enumerate(values)
+    }
+    (found,) = run.comparisons(runs)
+    assert found["difference"] == pytest.approx(-0.02)
+    assert found["interval"] == pytest.approx([-0.02 - 0.04303 / 3**0.5, -0.02 + 0.04303 / 3**0.5])
+    assert not found["as_good"]
+    assert "| L3 | 3 | 58.0 ± 9.0 | -2.0 (-4.5 to +0.5) |" in run.line(runs, "cifar10-vit", "L3")
