@@ -192,7 +192,24 @@ class Exact(Leaf):
                     next_step="Make the change out of place, or after backward()",
                 )
             )
+        if self.parameter:
+            self._check_gathered(tensor)
         return tensor
+
+    def _check_gathered(self, tensor: Tensor) -> None:
+        """Raise where a parameter in shards has not been gathered again: to read it would end the process."""
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise SavedTensorError(
+                message(
+                    f"a parameter of shape {list(tensor.shape)} is needed outside the module that gathers it, to compute "
+                    "a tensor again that was not kept",
+                    where=self.where,
+                    expected="its memory, as in the forward pass",
+                    received="a parameter that is sharded over the processes",
+                    next_step="Shard this module together with the one that uses its output: one fully_shard call for "
+                    "the block around both, or for a list of both; or use reshard_after_forward=False",
+                )
+            )
 
     def original(self) -> Tensor | None:
         """The very tensor that was saved, as long as it is referred to."""
