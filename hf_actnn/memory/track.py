@@ -17,8 +17,9 @@ from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import scope
 from hf_actnn.saving.call import Slot
-from hf_actnn.saving.identity import parameter_of, storage_key
+from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Leaf
+from hf_actnn.saving.sharded import parameter_of
 
 
 class MemoryReport:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_actnn.saving.kept import Exact, Kept, fills_its_memory
 from hf_actnn.saving.recipes import View
+from hf_actnn.saving.sharded import parameter_of
 
 LAST, SAMPLE = "last", "sample"
 _NEVER = -1
@@ -20,12 +21,6 @@ _NEVER = -1
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def parameter_of(tensor: Tensor) -> torch.nn.Parameter | None:
-    """The parameter that a tensor is, or is a view of."""
-    base = tensor._base if tensor._is_view() else tensor
-    return base if isinstance(base, torch.nn.Parameter) else None
 
 
 class Layout:

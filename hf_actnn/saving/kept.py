@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
+from hf_actnn.saving.sharded import check_gathered
 
 
 class _Probe(threading.local):
@@ -193,23 +194,8 @@ class Exact(Leaf):
                 )
             )
         if self.parameter:
-            self._check_gathered(tensor)
+            check_gathered(tensor, self.where)
         return tensor
-
-    def _check_gathered(self, tensor: Tensor) -> None:
-        """Raise where a parameter in shards has not been gathered again: to read it would end the process."""
-        if tensor.numel() and not tensor.untyped_storage().nbytes():
-            raise SavedTensorError(
-                message(
-                    f"a parameter of shape {list(tensor.shape)} is needed outside the module that gathers it, to compute "
-                    "a tensor again that was not kept",
-                    where=self.where,
-                    expected="its memory, as in the forward pass",
-                    received="a parameter that is sharded over the processes",
-                    next_step="Shard this module together with the one that uses its output: one fully_shard call for "
-                    "the block around both, or for a list of both; or use reshard_after_forward=False",
-                )
-            )
 
     def original(self) -> Tensor | None:
         """The very tensor that was saved, as long as it is referred to."""

@@ -23,10 +23,11 @@ from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving import replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
 from hf_actnn.saving.fused import deferred
-from hf_actnn.saving.identity import Registry, parameter_of
+from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
 from hf_actnn.saving.replays import STREAMS
+from hf_actnn.saving.sharded import check_local, is_sharded, parameter_of
 from hf_actnn.saving.swap import ForwardPass
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
@@ -46,8 +47,6 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _STRIDED = torch.strided
-#: What `fully_shard` leaves on each module whose parameters it manages.
-_SHARDED = "_is_fsdp_managed_module"
 _DATA = vars(torch._C.TensorBase)["data"]
 _GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
 
@@ -186,6 +185,8 @@ class Scope:
             slot.reason = "saved by an autograd.Function or a scripted function"
             self._decided([slot], path, "autograd.Function")
             return slot
+        if type(tensor) is not Tensor and call.policy.bits is not None:
+            check_local(tensor, call.where)
         slot = Slot(tensor, call.where)
         call.slots.append(slot)
         return slot
@@ -466,7 +467,7 @@ def _weights(root: torch.nn.Module) -> tuple[set[int], bool]:
             continue
         seen.add(module)
         attributes = vars(module)
-        sharded = sharded or _SHARDED in attributes
+        sharded = is_sharded(module) or sharded
         tensors = _tensors_among(attributes.values())
         tensors.extend(attributes["_parameters"].values())
         tensors.extend(attributes["_buffers"].values())
