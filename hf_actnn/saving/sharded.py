@@ -47,8 +47,8 @@ def check_gathered(parameter: Tensor, where: str) -> None:
     if parameter.numel() and not parameter.untyped_storage().nbytes():
         raise SavedTensorError(
             message(
-                f"a parameter of shape {list(parameter.shape)} is needed outside the module that gathers it, to compute "
-                "a tensor again that was not kept",
+                f"a parameter of shape {list(parameter.shape)} is needed outside the module that gathers it, to "
+                "compute a tensor again that was not kept",
                 where=where,
                 expected="its memory, as in the forward pass",
                 received="a parameter that is sharded over the processes",
