@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
@@ -27,7 +27,7 @@ from hf_actnn.precision.controller import Controller
 #: In a checkpoint of an accelerator: the state of each controller that is driven here, as JSON. Beside the first
 #: process's each other one has its own, `hf_actnn_1.json` and so on, for each knows other samples.
 STATE_FILE = "hf_actnn.json"
-_CONTROLLERS: WeakKeyDictionary[Accelerator, list[Controller]] = WeakKeyDictionary()
+_MODELS: WeakKeyDictionary[Accelerator, list[ref[nn.Module]]] = WeakKeyDictionary()
 #: They run the backward pass themselves, and were never run with this package.
 _ENGINES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.MEGATRON_LM: "Megatron-LM"}
 
@@ -67,7 +67,7 @@ def prepare(
     driven = controller(model)
     prepared = accelerator.prepare(model, *others)
     drive(prepared[place + 1], driven)
-    keep_state(accelerator, driven)
+    keep_state(accelerator, model)
     return prepared
 
 
@@ -88,33 +88,39 @@ def drive(optimizer: AcceleratedOptimizer, driven: Controller) -> None:
     optimizer.step = both  # type: ignore[method-assign]
 
 
-def keep_state(accelerator: Accelerator, driven: Controller) -> None:
-    """Have a controller's state travel in an accelerator's checkpoints.
+def keep_state(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have the state of a converted model's controller travel in an accelerator's checkpoints.
 
     In a file of its own: `register_for_checkpointing` would make checkpoints with it and without it exclude each other,
     and would give every process the state of the first.
     """
-    if accelerator not in _CONTROLLERS:
-        held = _CONTROLLERS[accelerator] = []
-        own = STATE_FILE if accelerator.is_main_process else STATE_FILE.replace(".", f"_{accelerator.process_index}.")
+    if accelerator in _MODELS:
+        _MODELS[accelerator].append(ref(model))
+        return
+    kept = _MODELS[accelerator] = [ref(model)]
+    own = STATE_FILE if accelerator.is_main_process else STATE_FILE.replace(".", f"_{accelerator.process_index}.")
 
-        def save(models: Any, weights: Any, folder: str) -> None:
-            with open(os.path.join(folder, own), "w") as file:
-                json.dump([one.state_dict() for one in held], file)
+    def present() -> list[Controller]:
+        """Of the models that the accelerator has not been told to forget."""
+        parts = {id(part) for prepared in accelerator._models for part in prepared.modules()}
+        return [controller(one) for known in kept if (one := known()) is not None and id(one) in parts]
 
-        def load(models: Any, folder: str) -> None:
-            states: list[Any] = []
-            paths = [os.path.join(folder, name) for name in (own, STATE_FILE)]  # saved by fewer processes, perhaps
-            path = next(filter(os.path.exists, paths), None)
-            if path is not None:
-                with open(path) as file:
-                    states = json.load(file)
-            for at, one in enumerate(held):
-                one.load_state_dict(states[at] if at < len(states) else {})  # which warns
+    def save(models: Any, weights: Any, folder: str) -> None:
+        with open(os.path.join(folder, own), "w") as file:
+            json.dump([one.state_dict() for one in present()], file)
 
-        accelerator.register_save_state_pre_hook(save)
-        accelerator.register_load_state_pre_hook(load)
-    _CONTROLLERS[accelerator].append(driven)
+    def load(models: Any, folder: str) -> None:
+        states: list[Any] = []
+        paths = [os.path.join(folder, name) for name in (own, STATE_FILE)]  # saved by fewer processes, perhaps
+        path = next(filter(os.path.exists, paths), None)
+        if path is not None:
+            with open(path) as file:
+                states = json.load(file)
+        for at, one in enumerate(present()):
+            one.load_state_dict(states[at] if at < len(states) else {})  # which warns
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def check_supported(accelerator: Accelerator, where: str) -> None:

@@ -135,9 +135,8 @@ def _convert(accelerator: Any, model: Any) -> None:
     from hf_actnn.integrations.accelerate import check_supported, keep_state
 
     check_supported(accelerator, "Accelerator.prepare")
-    driven = process.take(model, drive=trainer is None)
-    if driven is not None:
-        keep_state(accelerator, driven)
+    if process.take(model, drive=trainer is None) is not None:
+        keep_state(accelerator, model)
 
 
 #: By the module's name.
