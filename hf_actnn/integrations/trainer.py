@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import controller, convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
+from hf_actnn.integrations.accelerate import no_engine
 from hf_actnn.memory import MemoryReport, measure_next_forward
 from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
@@ -75,9 +76,11 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """Convert the model inside whatever wraps it.
 
         Raises:
-            NotAvailableError: the Trainer is going to compile the model.
+            NotAvailableError: the Trainer is going to compile the model, or to hand it to DeepSpeed.
             ConversionError: the model has nothing that can be converted.
         """
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise NotAvailableError(no_engine("DeepSpeed", "TrainingArguments.deepspeed"))
         if args.torch_compile:
             raise NotAvailableError(
                 message(

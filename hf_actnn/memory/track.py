@@ -17,7 +17,9 @@ from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import scope
 from hf_actnn.saving.call import Slot
+from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Leaf
+from hf_actnn.saving.sharded import parameter_of
 
 
 class MemoryReport:
@@ -155,9 +157,13 @@ class MemoryReport:
             self._count_raw(tensor, path, holder)
             self._count_storage(tensor, path, holder)
 
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory is a parameter's or a buffer's: also a parameter's that is gathered from shards."""
+        return storage_key(tensor) in self._own or parameter_of(tensor) is not None
+
     def _count_storage(self, tensor: Tensor, path: str, holder: Any) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
+        if not self._is_own(tensor):
             self._hold(("storage", storage._cdata), storage.nbytes(), path, holder)
 
     def _hold(self, key: Any, nbytes: int, path: str | None, holder: Any) -> None:
@@ -187,7 +193,7 @@ class MemoryReport:
     def _count_raw(self, tensor: Tensor, path: str, holder: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._own:
+        if self._is_own(tensor):
             return
         raw = self._raw.get(key)
         if raw is None:

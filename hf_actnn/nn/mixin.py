@@ -182,9 +182,10 @@ def leave(module: nn.Module) -> None:
     if "_actnn_original" in vars(present):
         module.__class__ = vars(present)["_actnn_original"]
     elif (original := getattr(present, "_actnn_original", None)) is not None:
-        # Parametrised since: torch's class stands over the counterpart, and goes over the original instead.
+        # Parametrised or sharded since: torch's class stands over the counterpart, and goes over the original instead.
         metaclass: Any = type(present)
-        module.__class__ = metaclass(present.__name__, (original,), _own_names(present))
+        bases = tuple(original if base is counterpart(original) else base for base in present.__bases__)
+        module.__class__ = metaclass(present.__name__, bases, _own_names(present))
     module.__dict__.pop(ATTRIBUTE, None)
 
 

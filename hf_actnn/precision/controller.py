@@ -308,6 +308,10 @@ class Controller:
             return False
         return self._tape
 
+    def gathered(self, parameter: torch.nn.Parameter) -> None:
+        if self.asked_for and self.active and self._watching:
+            self._drawing.watch([parameter])
+
     def keeps(self, key: str) -> bool:
         return False
 

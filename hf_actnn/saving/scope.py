@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,7 @@ from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
 from hf_actnn.saving.policy import Policy
 from hf_actnn.saving.replays import STREAMS
+from hf_actnn.saving.sharded import check_local, is_sharded, parameter_of
 from hf_actnn.saving.swap import ForwardPass
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
@@ -81,7 +82,7 @@ class Scope:
         self.session = session
         self.seed = session.key()
         self._streams = itertools.count(session.next_step() * STREAMS)
-        self.registry = Registry(_weights(root))
+        self.registry = Registry(*_weights(root))
         self.root = root
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
@@ -175,6 +176,8 @@ class Scope:
     def _pack(self, tensor: Tensor) -> Slot:
         call = self.call
         if call is None:
+            if self.registry.sharded:
+                self._gather((tensor,))
             # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
             path, _ = self.position()
             slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
@@ -182,6 +185,8 @@ class Scope:
             slot.reason = "saved by an autograd.Function or a scripted function"
             self._decided([slot], path, "autograd.Function")
             return slot
+        if type(tensor) is not Tensor and call.policy.bits is not None:
+            check_local(tensor, call.where)
         slot = Slot(tensor, call.where)
         call.slots.append(slot)
         return slot
@@ -221,6 +226,8 @@ class Scope:
         if rule is not None and rule.opened is not None:
             with self._mode:
                 return rule.opened(*args, **kwargs)
+        if self.registry.sharded:
+            self._gather(tensors_in((*args, *kwargs.values())))
         written = written_by(function, args, kwargs)
         for tensor in written:
             for kept in self.session.before_write(tensor):
@@ -238,6 +245,13 @@ class Scope:
                 self.registry.mark_derived(tensor)
         self._finish(call, constant)
         return out
+
+    def _gather(self, tensors: Iterable[Tensor]) -> None:
+        """Note the parameters among what an operation is given that were not there when the forward pass began."""
+        for tensor in tensors:
+            parameter = parameter_of(tensor)
+            if parameter is not None and self.registry.gathered(parameter) and self.adaptation is not None:
+                self.adaptation.gathered(parameter)
 
     def _finish(self, call: Call, constant: bool) -> None:
         out, rule = call.out, call.rule
@@ -436,13 +450,15 @@ def _device_of(root: torch.nn.Module) -> torch.device:
     return next((one.device for one in itertools.chain(root.parameters(), root.buffers())), torch.device("cpu"))
 
 
-def _weights(root: torch.nn.Module) -> set[int]:
-    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
+def _weights(root: torch.nn.Module) -> tuple[set[int], bool]:
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion. And
+    whether parameters are sharded.
 
     Tensors that are plain attributes count too: the replicas of DataParallel, and modules whose parameters were
     flattened into one, have their weights there.
     """
     found: set[int] = set()
+    sharded = False
     seen: set[torch.nn.Module | None] = {None}  # a module may be registered as None
     open_modules: list[torch.nn.Module] = [root]
     while open_modules:
@@ -451,6 +467,7 @@ def _weights(root: torch.nn.Module) -> set[int]:
             continue
         seen.add(module)
         attributes = vars(module)
+        sharded = is_sharded(module) or sharded
         tensors = _tensors_among(attributes.values())
         tensors.extend(attributes["_parameters"].values())
         tensors.extend(attributes["_buffers"].values())
@@ -458,7 +475,7 @@ def _weights(root: torch.nn.Module) -> set[int]:
             if tensor is not None and tensor.layout is _STRIDED:
                 found.add(tensor.untyped_storage()._cdata)
         open_modules.extend(attributes["_modules"].values())
-    return found
+    return found, sharded
 
 
 def _drop(call: Call) -> None:

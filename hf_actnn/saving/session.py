@@ -67,6 +67,10 @@ class Adaptation(Protocol):
         the step, None before there is one."""
         ...
 
+    def gathered(self, parameter: torch.nn.Parameter) -> None:
+        """A parameter in shards has been gathered for the forward pass that has begun."""
+        ...
+
     def keeps(self, key: str) -> bool:
         """Whether a tensor stays exact after all."""
         ...
