@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving import replay, rules
+from hf_actnn.saving import boundaries, replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
 from hf_actnn.saving.fused import deferred
 from hf_actnn.saving.identity import Registry
@@ -129,7 +129,7 @@ class Scope:
         finally:
             _thread.scope = None
             self.places.pop()
-            self.session.observed(self._notes)
+            self.session.observed(self._notes, boundaries.is_recomputing())
             self._close()
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -177,6 +177,11 @@ class Scope:
         if call is None:
             # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
             path, _ = self.position()
+            if boundaries.is_saving():
+                slot = Slot(tensor, f"{path or 'the model'}, an argument of a checkpoint")
+                boundaries.keep(self, slot)
+                self._decided([slot], path, boundaries.NAME)
+                return slot
             slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
             slot.kept = exact(self, tensor, slot.where)
             slot.reason = "saved by an autograd.Function or a scripted function"
