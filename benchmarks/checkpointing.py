@@ -93,7 +93,9 @@ def held(model: nn.Module, size: int) -> dict[str, float]:
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *data]}
     with StoragesMade(known) as storages:
         loss = loss_of(model, *data)
-    return {**found, "alive": storages.alive() / size}
+        alive = storages.alive()
+    del loss
+    return {**found, "alive": alive / size}
 
 
 def peak(name: str, way: str, level: str, reentrant: bool, size: int) -> None:

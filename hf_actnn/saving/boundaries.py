@@ -11,9 +11,9 @@ bias too, and it goes through everything that the block computes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 NAME = "checkpoint"
 _CHECKPOINT = vars(torch.utils.checkpoint)
 _FUNCTION = vars(torch.autograd.function)
+#: Whose hooks are on while a block runs again; any others of a checkpoint are left alone.
+_AGAIN = "_recomputation_hook."
 
 
 def is_saving(depth: int = 1) -> bool:
@@ -49,6 +51,23 @@ def is_saving(depth: int = 1) -> bool:
 def is_recomputing() -> bool:
     """Whether a reentrant checkpoint runs its block again: a forward pass inside a node of a backward pass."""
     return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
+
+
+def hooks() -> tuple[Callable, Callable] | None:
+    """The saved-tensor hooks that are on here, if they are a non-reentrant checkpoint's."""
+    found = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return (
+        found if found is not None and getattr(found[0], "__module__", "") == torch.utils.checkpoint.__name__ else None
+    )
+
+
+def receiver() -> Callable[[Tensor], Any] | None:
+    """Where a non-reentrant checkpoint collects what its block saves when it runs again in a backward pass; None
+    elsewhere, a checkpoint's forward pass included."""
+    found = hooks()
+    if found is None or not getattr(found[0], "__qualname__", "").startswith(_AGAIN):
+        return None
+    return found[0] if torch._C._current_graph_task_id() != -1 else None
 
 
 class Boundary(Kept):

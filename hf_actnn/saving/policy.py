@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from hf_actnn.config import EXACT, MAX_BITS, MIN_BITS, ActNNConfig
@@ -54,6 +55,18 @@ class Policy(NamedTuple):
         if not self.is_fixed:  # where bits are chosen, until it is known what errors do
             return self._replace(bits=bits)
         return self._replace(bits=bits, low=int(bits), high=int(bits))
+
+
+@lru_cache(maxsize=4096)
+def again(policy: Policy) -> Policy:
+    """The policy for what a checkpoint's block saves when it runs again.
+
+    That is held until the block's backward pass is through, so it may take more bits, and none have to be chosen.
+    """
+    bits = policy.checkpoint_bits
+    if bits is None:
+        return policy._replace(bits=None, reason=policy.reason or f"checkpoint_bits={EXACT!r}")
+    return policy._replace(bits=bits, low=bits, high=bits, reason="")
 
 
 def _covers(pattern: str, path: str) -> bool:
