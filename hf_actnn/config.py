@@ -32,6 +32,10 @@ UPDATE_INTERVAL = 200
 #: In place of a number of bits: as few as the allowed variance permits.
 AUTO = "auto"
 MAX_ADDED_VARIANCE = 0.1
+#: In place of a number of bits: none, the tensor itself.
+EXACT = "exact"
+#: Of what gradient checkpoints keep, where the configuration names none.
+CHECKPOINT_BITS = 8
 
 #: What fields hold that nobody has named.
 _UNNAMED: dict[str, Any] = {"level": "", "bits": None}
@@ -75,6 +79,9 @@ class ActNNConfig:
             normalisations and products too, read codes of large tensors as they are or some samples at a time, in place
             of the tensors decoded beforehand.
 
+        checkpoint_bits: bits of the tensors that gradient checkpoints inside the model keep, from which they compute
+            their blocks again: 1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
+
     Raises:
         ConfigError: a field that cannot mean anything.
     """
@@ -94,6 +101,7 @@ class ActNNConfig:
     swap: bool | None = None
     arena: bool | None = None
     fused_backward: bool = True
+    checkpoint_bits: int | str | None = None
     _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
@@ -112,6 +120,8 @@ class ActNNConfig:
         _check_yes_or_no("fused_backward", self.fused_backward, or_none=False)
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
+        if self.checkpoint_bits is not None and self.checkpoint_bits != EXACT:
+            _check_bits(self.checkpoint_bits, "checkpoint_bits", also=f" or {EXACT!r}")
         if self.update_interval is not None:
             _check_int("update_interval", self.update_interval, 1, 2**31)
         _check_share(self)
@@ -144,8 +154,8 @@ class ActNNConfig:
         for pattern, value in self.overrides.items():
             if isinstance(value, (list, tuple)):
                 _check_range(value, f"overrides[{pattern!r}]", self.is_adaptive)
-            elif value != "exact":
-                _check_bits(value, f"overrides[{pattern!r}]", also=" or 'exact'")
+            elif value != EXACT:
+                _check_bits(value, f"overrides[{pattern!r}]", also=f" or {EXACT!r}")
         ranges = {key: tuple(value) if isinstance(value, list) else value for key, value in self.overrides.items()}
         object.__setattr__(self, "overrides", ranges)
 
@@ -203,6 +213,13 @@ class ActNNConfig:
         if self.bits != AUTO:
             return None
         return MAX_ADDED_VARIANCE if self.max_added_variance is None else self.max_added_variance
+
+    @property
+    def effective_checkpoint_bits(self) -> int | None:
+        """Bits of what gradient checkpoints keep; ``None`` where that stays exact."""
+        if self.checkpoint_bits is None:
+            return None if self.effective_bits is None else CHECKPOINT_BITS
+        return None if self.checkpoint_bits == EXACT else int(self.checkpoint_bits)
 
     @property
     def effective_exact_norms(self) -> bool:

@@ -19,11 +19,11 @@ from hf_actnn.commands.progress import Progress
 from hf_actnn.commands.sizes import megabytes
 from hf_actnn.commands.training import (
     AUTO,
-    CHECKPOINT,
     OTHER_INPUT,
     PLAIN,
     PRECISIONS,
     autocast,
+    checkpoints,
     compress,
     device_of,
     is_for_memory,
@@ -273,13 +273,13 @@ def _check(arguments: argparse.Namespace) -> None:
             message("there is nothing to run", where="--batch", expected="1 or more", received=str(arguments.batch))
         )
     for level in arguments.levels:
-        if way(level) == CHECKPOINT:
+        if checkpoints(way(level)):
             raise ConfigError(
                 message(
                     "what a gradient checkpoint holds is not seen by profile",
                     where="--levels",
                     expected="plain, auto, or a level",
-                    received=CHECKPOINT,
+                    received=level,
                     next_step="`hf-actnn estimate` measures what checkpointing comes to",
                 )
             )

@@ -54,12 +54,12 @@ class Compressed:
                 raise NotAvailableError(_COMPILED)
             if member.adapts:
                 return forward(*args, **kwargs)
-            current.places.append((member.path, member.policy))
+            current.enter(member.path, member.policy)
             try:
                 return forward(*args, **kwargs)
             finally:
                 current.places.pop()
-        if not self.training or scope.is_checkpointing():  # type: ignore[attr-defined]
+        if not self.training or scope.leaves_alone(member.session):  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
         _check_not_compiled(self)
         scope.check_can_open()

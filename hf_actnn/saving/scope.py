@@ -1,7 +1,8 @@
 """What is on while a converted module runs: one pair of saved-tensor hooks and one function mode per thread.
 
 The outermost converted call opens the scope, inner ones only say where they are. Innermost hooks win, as always in
-torch: inside a non-reentrant checkpoint its own hooks see the saves, and its recomputation is left alone.
+torch: inside a non-reentrant checkpoint its own hooks see the saves. When it runs its block again the outermost
+converted modules in there open scopes of their own, and what these keep is handed on to the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving import replay, rules
+from hf_actnn.saving import boundaries, replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
-from hf_actnn.saving.fused import deferred
+from hf_actnn.saving.fused import deferred, handed_on
 from hf_actnn.saving.identity import Registry
-from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
-from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.kept import Exact, Geometry, Kept, Leaf, at_end_of_backward, probe
+from hf_actnn.saving.policy import Policy, again
 from hf_actnn.saving.replays import STREAMS
 from hf_actnn.saving.sharded import check_local, is_sharded, parameter_of
 from hf_actnn.saving.swap import ForwardPass
@@ -91,8 +92,11 @@ class Scope:
         self._observers = observers()
         self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
         self._notes: list[tuple[str, str, str, str, int]] = []
+        #: Where a checkpoint that runs its block again wants what is saved; whether any kind of checkpoint does so.
+        self._receiver = boundaries.receiver()
+        self._again = self._receiver is not None or boundaries.is_recomputing()
         #: Who chooses bits, if anyone does; the batch it chooses for; what is measured, on a collecting step.
-        self.adaptation = session.adaptation
+        self.adaptation = None if self._again else session.adaptation
         self.samples = 1
         self.tape: Tape | None = None
         self._packed: dict[tuple[str, str], int] = {}
@@ -109,17 +113,21 @@ class Scope:
     def position(self) -> tuple[str, Policy]:
         return self.places[-1]
 
+    def enter(self, path: str, policy: Policy) -> None:
+        """A converted module begins; whoever calls this takes the last of ``places`` away in the end."""
+        self.places.append((path, again(policy) if self._again else policy))
+
     def run(self, place: tuple[str, Policy], forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the outermost module's own call with this scope on."""
         session = self.session
         device = _device_of(self.root)
         where = place[0] or type(self.root).__name__
         self.advance = session.replays.begin(device, where)
-        if session.swappers is not None:
+        if session.swappers is not None and not self._again:
             self._swapping = session.swappers.begin(device, where)
         if session.arenas is not None:
             session.arenas.begin()
-        self.places.append(place)
+        self.enter(*place)
         _thread.scope = self
         try:
             with contextlib.nullcontext() if session.arenas is None else session.arenas.serving():
@@ -130,7 +138,7 @@ class Scope:
         finally:
             _thread.scope = None
             self.places.pop()
-            self.session.observed(self._notes)
+            self.session.observed(self._notes, self._again)
             self._close()
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -180,6 +188,11 @@ class Scope:
                 self._gather((tensor,))
             # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
             path, _ = self.position()
+            if self._receiver is None and boundaries.is_saving():
+                slot = Slot(tensor, f"{path or 'the model'}, an argument of a checkpoint")
+                boundaries.keep(self, slot)
+                self._decided([slot], path, boundaries.NAME)
+                return slot
             slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
             slot.kept = exact(self, tensor, slot.where)
             slot.reason = "saved by an autograd.Function or a scripted function"
@@ -192,6 +205,7 @@ class Scope:
         return slot
 
     def _decided(self, slots: list[Slot], path: str, function: str) -> None:
+        handed = () if self._receiver is None else [_handed(slot) for slot in slots]
         replaced = 0  # bytes on the CPU that codes stand for from here on
         for slot in slots:
             kept, tensor = slot.kept, slot.tensor
@@ -218,6 +232,8 @@ class Scope:
         if replaced:
             del tensor
             codec.dropped(replaced)
+        for one in handed:  # the last of a block ends it, by an exception
+            self._receiver(one)  # type: ignore[misc]
 
     # -- torch functions -----------------------------------------------------------------------------------------------
 
@@ -428,6 +444,28 @@ def _given_back(slot: Slot) -> Tensor:
     return _whole(slot)
 
 
+def _handed(slot: Slot) -> Tensor:
+    """What a checkpoint that runs its block again gets for a save."""
+    kept, tensor = slot.kept, slot.tensor
+    assert kept is not None and tensor is not None
+    if type(kept) is Exact:
+        return kept.get()  # which need not be what was saved: some rules keep another tensor in its place
+    with torch._C.DisableTorchFunction():
+        return handed_on(kept, partial(_whole_in_dispatch, slot), Geometry(tensor), slot.fused)
+
+
+def _whole_in_dispatch(slot: Slot) -> Tensor:
+    """Where an operation of a backward function is dispatched, autograd is off for good; attention that is run again
+    needs it."""
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.no_grad(),
+    ):
+        return _whole(slot)
+
+
 def _whole(slot: Slot) -> Tensor:
     return _rebuilt.get(slot) if slot.shared else slot.get()
 
@@ -510,7 +548,9 @@ def check_can_open() -> None:
         )
 
 
-def is_checkpointing() -> bool:
-    """Whether a checkpoint, or its recomputation, is what sees saved tensors here."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+def leaves_alone(session: Session) -> bool:
+    """Whether a checkpoint is what sees saved tensors here: while it runs its function for the first time nothing is
+    held, and when it does so again it may have been asked for that nothing is coded."""
+    if session.config.effective_checkpoint_bits is None:
+        return boundaries.hooks() is not None or boundaries.is_recomputing()
+    return boundaries.hooks() is not None and boundaries.receiver() is None

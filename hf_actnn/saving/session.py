@@ -159,9 +159,13 @@ class Session:
                 if (alive := [one for one in found if one() is not None])
             }
 
-    def observed(self, notes: list[tuple[str, str, str, str, int]]) -> None:
-        """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save."""
-        self.notes = notes
+    def observed(self, notes: list[tuple[str, str, str, str, int]], again: bool) -> None:
+        """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save.
+
+        Args:
+            again: it was a checkpoint's part of the last one, run again.
+        """
+        self.notes = self.notes + notes if again else notes
 
     @property
     def last(self) -> list[Observation]:
