@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -478,6 +478,24 @@ def _gathers(index: Any) -> bool:
 
 def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout is _STRIDED
+
+
+@contextlib.contextmanager
+def suspended(scope: Scope | None) -> Iterator[None]:
+    """Run a compiled part of a model: there its own graph has what is saved coded, and no function mode may be on.
+
+    The hooks stay: what the graph keeps is counted, and kept as it is.
+    """
+    if scope is None:
+        yield
+        return
+    mode, _thread.scope = scope._mode, None
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
+        _thread.scope = scope
 
 
 def check_can_open() -> None:
