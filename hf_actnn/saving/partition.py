@@ -132,6 +132,8 @@ def read_marks(graph: fx.Graph) -> dict[fx.Node, Place]:
 def name_of(node: fx.Node) -> str:
     """The operation a node is, or was taken out of."""
     found = node.meta.get("original_aten") or node.target
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # run again with the random state it had
+        found = next((arg for arg in node.args if isinstance(arg, torch._ops.OpOverload)), found)
     packet = getattr(found, "overloadpacket", found)
     return getattr(packet, "__name__", str(packet))
 
@@ -155,6 +157,13 @@ def _tangents(graph: fx.Graph) -> list[fx.Node]:
 
 def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _gives_views(node: fx.Node) -> bool:
+    """Whether a node cuts a tensor in several views, or is one of them: torch's partitioner would save these."""
+    if node.target is operator.getitem:
+        return _gives_views(node.args[0])  # type: ignore[arg-type]
+    return _is_view(node) and not isinstance(node.meta.get("val"), Tensor)
 
 
 class _Division:
@@ -224,7 +233,7 @@ class _Division:
                 masks.append(node)
             elif node.name not in self.places or self.places[node.name].bits is None:
                 continue
-            elif name_of(node) in _OF_ATTENTION and node.target is not operator.getitem:
+            elif _gives_views(node) or (name_of(node) in _OF_ATTENTION and node.target is not operator.getitem):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             elif self._is_large(node) and not _is_view(node) and node.target is not operator.getitem:
                 again = name_of(node) in _RECIPES
