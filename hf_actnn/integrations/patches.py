@@ -141,11 +141,11 @@ def _convert(accelerator: Any, model: Any) -> None:
     if compiler != "NO":
         raise NotAvailableError(
             message(
-                "Compressed activations do not work under torch.compile yet",
+                "What a compiled model keeps cannot be watched from outside its script",
                 where="Accelerator.prepare",
                 expected="no dynamo backend",
                 received=f"the dynamo backend {compiler}",
-                next_step="Train without it, or without compressed activations",
+                next_step="Call hf_actnn.convert(model, bits=4) in the script before prepare(), and run it by itself",
             )
         )
     driven = process.take(model, drive=trainer is None)

@@ -19,10 +19,15 @@ from transformers.trainer_callback import ExportableState
 
 from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import controller, convert
-from hf_actnn.errors import ConfigError, NotAvailableError, message
+from hf_actnn.errors import ConfigError, message
 from hf_actnn.memory import MemoryReport, measure_next_forward
 from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside whatever wraps it, a compiled form included."""
+    return cast(nn.Module, extract_model_from_parallel(model, keep_torch_compile=False))
 
 
 class ActNNCallback(TrainerCallback, ExportableState):
@@ -75,20 +80,9 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """Convert the model inside whatever wraps it.
 
         Raises:
-            NotAvailableError: the Trainer is going to compile the model.
             ConversionError: the model has nothing that can be converted.
         """
-        if args.torch_compile:
-            raise NotAvailableError(
-                message(
-                    "Compressed activations do not work under torch.compile yet",
-                    where="TrainingArguments.torch_compile",
-                    expected="torch_compile=False",
-                    received="torch_compile=True",
-                    next_step="Train without torch_compile, or without compressed activations",
-                )
-            )
-        self._controller = controller(convert(extract_model_from_parallel(model), self.config))
+        self._controller = controller(convert(_inner(model), self.config))
 
     def add_figures(self, logs: dict[str, Any]) -> None:
         """Add what was measured to a training log; evaluation logs and the closing summary stay as they are."""
@@ -114,7 +108,8 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self.apply(args, kwargs["model"])
         self._resume(state)
         self.figures = {}
-        self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+        if not args.torch_compile:  # a hook that counts would be compiled too
+            self._measure_next_forward(_inner(kwargs["model"]))
 
     def _resume(self, state: TrainerState) -> None:
         """Hand the controller what the checkpoint holds, whether or not the Trainer restored the callback from it."""
@@ -140,7 +135,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
         updates = len(self._controller.history)
         self._controller.step()
         if len(self._controller.history) > updates:  # other bits, other bytes
-            self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+            self._measure_next_forward(_inner(kwargs["model"]))
 
     def on_log(
         self,

@@ -65,6 +65,7 @@ class Compressed:
         if not self.training or scope.is_checkpointing() or compiled.is_running_for_compiler():  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
         scope.check_can_open()
+        scope.prepare_compiled_parts(self)  # type: ignore[arg-type]
         opened = scope.Scope(member.session, self)  # type: ignore[arg-type]
         return opened.run((member.path, member.policy), forward, args, kwargs)
 

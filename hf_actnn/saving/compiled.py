@@ -73,6 +73,34 @@ def _enter_fake(session: str, policy: str) -> None:
     from hf_actnn.saving import partition  # not before something is compiled: it imports the compiler
 
     partition.install()
+    _say_what_is_not_done(Session.named(session), json.loads(policy)["bits"])
+
+
+def _say_what_is_not_done(session: Session, bits: int | None) -> None:
+    """Once for each model, what its configuration asks for that a compiled graph does not do."""
+    config = session.config
+    if session.adaptation is not None and bits is not None:
+        warn_once(
+            f"bits of {session.name}",
+            message(
+                f"bits are not chosen in compiled graphs: every tensor gets {bits}",
+                where="torch.compile",
+                expected="a number of bits",
+                received=f"level {config.level!r}, bits={config.bits!r}",
+                next_step=f"Write bits={bits}, or train without compiling where bits are to be chosen",
+            ),
+        )
+    if config.swaps:
+        warn_once(
+            f"swapping of {session.name}",
+            message(
+                "compiled graphs keep their codes on the device: nothing is swapped to the host",
+                where="torch.compile",
+                expected="swap=False",
+                received=f"level {config.level!r}, swap={config.swap!r}",
+                next_step="Write swap=False, or train without compiling",
+            ),
+        )
 
 
 def _next_step(session: str, device: torch.device) -> Tensor:
