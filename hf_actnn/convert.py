@@ -149,8 +149,8 @@ def _check_model(model: Any) -> None:
                     where=path or type(model).__name__,
                     expected="the model before torch.compile",
                     received=type(module).__name__,
-                    next_step="Convert first; of a torch.compile'd model the original is "
-                    "model._orig_mod. Compiling a converted model is not available yet",
+                    next_step="Convert first, and compile the converted model; of a torch.compile'd model the "
+                    "original is model._orig_mod",
                 )
             )
     if not any(any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()) and (

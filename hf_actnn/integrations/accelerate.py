@@ -128,17 +128,6 @@ def check_supported(accelerator: Accelerator, where: str) -> None:
     engine = _ENGINES.get(accelerator.distributed_type)
     if engine is not None:
         raise NotAvailableError(no_engine(engine, where))
-    compiler = accelerator.state.dynamo_plugin.backend.value
-    if compiler != "NO":
-        raise NotAvailableError(
-            message(
-                "Compressed activations do not work under torch.compile yet",
-                where=where,
-                expected="no dynamo backend",
-                received=f"the dynamo backend {compiler}",
-                next_step="Train without it, or without compressed activations",
-            )
-        )
 
 
 def no_engine(engine: str, where: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_actnn.config import LEVELS
 from hf_actnn.convert import is_converted
-from hf_actnn.errors import ConversionError
+from hf_actnn.errors import ConversionError, NotAvailableError, message
 from hf_actnn.integrations.unmodified import process
 
 #: The Trainers there are, and whether their models are compressed here. Each prepares its model with accelerate too.
@@ -135,6 +135,17 @@ def _convert(accelerator: Any, model: Any) -> None:
     from hf_actnn.integrations.accelerate import check_supported, keep_state
 
     check_supported(accelerator, "Accelerator.prepare")
+    compiler = accelerator.state.dynamo_plugin.backend.value
+    if compiler != "NO":
+        raise NotAvailableError(
+            message(
+                "What a compiled model keeps cannot be watched from outside its script",
+                where="Accelerator.prepare",
+                expected="no dynamo backend",
+                received=f"the dynamo backend {compiler}",
+                next_step="Call hf_actnn.convert(model, bits=4) in the script before prepare(), and run it by itself",
+            )
+        )
     if process.take(model, drive=trainer is None) is not None:
         keep_state(accelerator, model)
 

@@ -26,6 +26,11 @@ from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside whatever wraps it, a compiled form included."""
+    return cast(nn.Module, extract_model_from_parallel(model, keep_torch_compile=False))
+
+
 class ActNNCallback(TrainerCallback, ExportableState):
     """Trains a Trainer's model with compressed activations: `Trainer(..., callbacks=[ActNNCallback("L3")])`.
 
@@ -76,22 +81,12 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """Convert the model inside whatever wraps it.
 
         Raises:
-            NotAvailableError: the Trainer is going to compile the model, or to hand it to DeepSpeed.
+            NotAvailableError: the Trainer is going to hand the model to DeepSpeed.
             ConversionError: the model has nothing that can be converted.
         """
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise NotAvailableError(no_engine("DeepSpeed", "TrainingArguments.deepspeed"))
-        if args.torch_compile:
-            raise NotAvailableError(
-                message(
-                    "Compressed activations do not work under torch.compile yet",
-                    where="TrainingArguments.torch_compile",
-                    expected="torch_compile=False",
-                    received="torch_compile=True",
-                    next_step="Train without torch_compile, or without compressed activations",
-                )
-            )
-        self._controller = controller(convert(extract_model_from_parallel(model), self.config))
+        self._controller = controller(convert(_inner(model), self.config))
 
     def add_figures(self, logs: dict[str, Any]) -> None:
         """Add what was measured to a training log; evaluation logs and the closing summary stay as they are."""
@@ -117,7 +112,8 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self.apply(args, kwargs["model"])
         self._resume(state)
         self.figures = {}
-        self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+        if not args.torch_compile:  # a hook that counts would be compiled too
+            self._measure_next_forward(_inner(kwargs["model"]))
 
     def _resume(self, state: TrainerState) -> None:
         """Hand the controller what the checkpoint holds, whether or not the Trainer restored the callback from it."""
@@ -143,7 +139,7 @@ class ActNNCallback(TrainerCallback, ExportableState):
         updates = len(self._controller.history)
         self._controller.step()
         if len(self._controller.history) > updates:  # other bits, other bytes
-            self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+            self._measure_next_forward(_inner(kwargs["model"]))
 
     def on_log(
         self,

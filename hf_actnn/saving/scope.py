@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,9 +46,11 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
+        self.pauses: list[contextlib.AbstractContextManager[None]] = []
 
 
 _thread = _Thread()
+_prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _STRIDED = torch.strided
 _DATA = vars(torch._C.TensorBase)["data"]
 _GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
@@ -533,6 +537,46 @@ def _gathers(index: Any) -> bool:
 
 def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout is _STRIDED
+
+
+@contextlib.contextmanager
+def suspended(scope: Scope | None) -> Iterator[None]:
+    """Run a compiled part of a model: there its own graph has what is saved coded, and no function mode may be on.
+
+    The hooks stay: what the graph keeps is counted, and kept as it is.
+    """
+    if scope is None:
+        yield
+        return
+    mode, _thread.scope = scope._mode, None
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
+        _thread.scope = scope
+
+
+def prepare_compiled_parts(root: torch.nn.Module) -> None:
+    """Have the parts of a model that were given to `torch.compile` one by one run with the scope suspended."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:  # nothing was compiled in this process
+        return
+    for module in root.modules():
+        if isinstance(module, dynamo.OptimizedModule) and module not in _prepared:
+            _prepared.add(module)
+            module.register_forward_pre_hook(_suspend)
+            module.register_forward_hook(_resume, always_call=True)
+
+
+def _suspend(module: torch.nn.Module, args: Any) -> None:
+    pause = suspended(_thread.scope)
+    pause.__enter__()
+    _thread.pauses.append(pause)
+
+
+def _resume(module: torch.nn.Module, args: Any, output: Any) -> None:
+    _thread.pauses.pop().__exit__(None, None, None)
 
 
 def check_can_open() -> None:
