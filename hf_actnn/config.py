@@ -70,7 +70,8 @@ class ActNNConfig:
         max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient of a parameter,
             as a share of the variance that drawing the mini-batch gives it, on average over parameters; ``None`` is
             0.1.
-        per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.
+        per_sample: whether bits are chosen per sample; ``None`` takes the level's.
+        per_tensor: whether they are chosen per kept tensor; ``None`` takes the level's.
         swap: whether what is kept on a CUDA device, exact tensors included, waits for the backward pass in pinned host
             memory; ``None`` takes the level's. On a CPU there is nothing to swap to, and one warning says so.
         arena: whether the codes of a step share one allocation per device, so that their changing sizes do not cut the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -324,10 +325,14 @@ def test_bf16(arguments, data, how):
 
 
 def test_activation_checkpointing_through_the_trainer(arguments, data):
+    # An older name of the switch.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    switch = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
     def run(callbacks: list) -> Trainer:
         trainer = Trainer(
             make_vit(),
-            TrainingArguments(**arguments(activation_checkpointing=True)),
+            TrainingArguments(**arguments(**{switch: True})),
             train_dataset=data,
             callbacks=callbacks,
         )
