@@ -197,9 +197,9 @@ def write_page(results: dict[str, Any]) -> None:
     lines += [
         "",
         f"A vision transformer with 3 blocks of width 192 on 32 px images, {results['batch']} of them in a batch that",
-        f"two processes share, {results['steps']} steps on a CPU with gloo. Bytes and gradient are those of the first step,",
-        "in which `auto` has 4 bits; the gradient is compared with one process's without compression. Parameters are not",
-        "counted.",
+        f"two processes share, {results['steps']} steps on a CPU with gloo. Bytes and gradient are those of the first",
+        "step, in which `auto` has 4 bits; the gradient is compared with one process's without compression. Parameters",
+        "are not counted.",
         "Each run was saved in its middle and resumed"
         + (", and went on to the same losses, bit for bit." if exactly else "; not all went on to the same losses."),
         "`benchmarks/distributed.py` measures it and writes this and `benchmarks/results/distributed.json`.",
