@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from sharding import shard_on_cpu
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hf_actnn
 from hf_actnn.integrations.accelerate import prepare
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--level", default="L2", help="a level such as L2, or none")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--samples", type=int, help="only so many of the training images")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="the launcher's")
     parser.add_argument("--cpu", action="store_true", help="for several processes without a GPU")
@@ -72,7 +73,8 @@ def main() -> None:
     model = timm.create_model(options.model, num_classes=classes)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.05)
-    loader = DataLoader(train, batch_size=options.batch_size, shuffle=True, drop_last=True)
+    seen = Subset(train, range(options.samples or len(train)))
+    loader = DataLoader(seen, batch_size=options.batch_size, shuffle=True, drop_last=True)
     test_loader = DataLoader(test, batch_size=250)
     if options.level == "none":
         prepared = accelerator.prepare(model, optimizer, loader, test_loader)

@@ -278,7 +278,7 @@ def test_accelerate_launch(configuration, tmp_path):
         port = str(free.getsockname()[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
     launch += ["--config_file", f"examples/accelerate/configs/{configuration}.yaml"]
-    script = ["examples/accelerate/train.py", "--cpu", "--epochs", "1", "--batch_size", "128"]
+    script = ["examples/accelerate/train.py", "--cpu", "--epochs", "1", "--samples", "256"]
     saved = str(tmp_path / "saved")
     printed = run([*launch, *script, "--checkpoint", saved])
     assert printed.count("test accuracy") == 1  # two separate runs would each print it
