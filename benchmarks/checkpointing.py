@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py [--models vit_b16 resnet50] [--level L2] [--skip time] [--data path/to/cifar10]
 
-Four parts, any of which `--skip` leaves out.
+Four parts, any of which `--skip` leaves out; what the last run found of them then stays in the results.
 
 * bytes: what is held between the forward and the backward pass at 224 px, fp32, per image, and what checkpoints hold of
   it; beside it an independent count of every storage that the forward pass made and that is still alive.
@@ -19,6 +19,7 @@ kind that `--reentrant` says.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -178,6 +179,16 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def last(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results of the last run with these settings, or none yet."""
+    settings = {"level": arguments.level, "reentrant": arguments.reentrant}
+    path = Path(__file__).parent / "results" / f"{arguments.output}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found.pop("environment", None)
+    alike = {key: found.get(key) for key in settings} == settings
+    return found if alike else {**settings, "models": {}}
+
+
 def told(name: str, found: dict[str, Any]) -> str:
     """A line per way."""
     lines = [name]
@@ -212,9 +223,9 @@ def main() -> None:
     if arguments.peak:
         name, way, level, reentrant, size = arguments.peak
         return peak(name, way, level, bool(int(reentrant)), int(size))
-    results: dict[str, Any] = {"level": arguments.level, "reentrant": arguments.reentrant, "models": {}}
+    results = last(arguments)
     for name in arguments.models:
-        results["models"][name] = measure(name, arguments)
+        results["models"][name] = {**results["models"].get(name, {}), **measure(name, arguments)}
         print(told(name, results["models"][name]), flush=True)
     if "gradients" not in arguments.skip:
         results["gradients"] = []

@@ -79,8 +79,8 @@ class ActNNConfig:
             normalisations and products too, read codes of large tensors as they are or some samples at a time, in place
             of the tensors decoded beforehand.
 
-        checkpoint_bits: bits of the tensors that gradient checkpoints inside the model keep, from which they compute
-            their blocks again: 1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
+        checkpoint_bits: bits of the tensors that gradient checkpoints keep, from which they compute their blocks again,
+            and of what these blocks save then: 1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
 
     Raises:
         ConfigError: a field that cannot mean anything.
