@@ -234,7 +234,7 @@ def main() -> None:
         name, way, level, reentrant, size = arguments.peak
         return peak(name, way, level, bool(int(reentrant)), int(size))
     results = last(arguments)
-    for name in arguments.models:
+    for name in arguments.models if set(PARTS[:3]) - set(arguments.skip) else ():
         results["models"][name] = {**results["models"].get(name, {}), **measure(name, arguments)}
         print(told(name, results["models"][name]), flush=True)
     if "gradients" not in arguments.skip:
