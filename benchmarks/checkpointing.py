@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py [--models vit_b16 resnet50] [--level L2] [--skip time] [--data path/to/cifar10]
 
-Four parts, any of which `--skip` leaves out.
+Four parts, any of which `--skip` leaves out; what the last run found of them then stays in the results.
 
 * bytes: what is held between the forward and the backward pass at 224 px, fp32, per image, and what checkpoints hold of
   it; beside it an independent count of every storage that the forward pass made and that is still alive.
@@ -10,21 +10,23 @@ Four parts, any of which `--skip` leaves out.
   large tensors in pages of their own (MALLOC_MMAP_THRESHOLD_).
 * time: a training step of each way, all in turns; medians of wall-clock and of processor time.
 * gradients: on weights trained for some hundred steps on CIFAR-10 (those of fidelity.py), the cosine with the exact
-  gradient, by the bits of what checkpoints keep. "boundaries": that is all that is coded. Levels: with the rest coded.
+  gradient, by the bits of what checkpoints keep: where that is all that is coded; with what blocks save when they run
+  again; and with what a level codes outside of checkpoints.
 
-Ways: plain; level, compression alone; checkpoint, PyTorch's alone; both. Checkpoints are timm's own switch, of the
-kind that `--reentrant` says.
+Ways: plain; level, compression alone; checkpoint, PyTorch's alone; both; coded_again, both with recompute_bits=8.
+Checkpoints are timm's own switch, of the kind that `--reentrant` says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,14 @@ from torch import Tensor, nn
 
 import hf_actnn
 from hf_actnn.commands.watch import high_water
+from hf_actnn.config import EXACT
 from hf_actnn.integrations import named
 
 MODELS = {"vit_b16": "vit_base_patch16_224", "resnet50": "resnet50"}
-WAYS = ("plain", "level", "checkpoint", "both")
+WAYS = ("plain", "level", "checkpoint", "both", "coded_again")
 PARTS = ("bytes", "peaks", "time", "gradients")
 TRAINED = ("vit_s", "resnet18")
-BITS = (4, 5, 6, 8, "exact")
+BITS = (4, 5, 6, 8)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
@@ -55,11 +58,13 @@ def make(name: str, way: str, level: str, reentrant: bool) -> nn.Module:
 
     torch.manual_seed(0)
     model = timm.create_model(MODELS[name]).train()
-    if way in ("checkpoint", "both"):
+    if way in ("checkpoint", "both", "coded_again"):
         set_reentrant_ckpt(reentrant)
         named.checkpoint(model)
     if way in ("level", "both"):
         hf_actnn.convert(model, level)
+    if way == "coded_again":
+        hf_actnn.convert(model, level, recompute_bits=8)
     return model
 
 
@@ -132,7 +137,7 @@ def timed(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, di
     return {name: {clock: statistics.median(values) for clock, values in one.items()} for name, one in seconds.items()}
 
 
-def gradients(name: str, data: Path, level: str, reentrant: bool, draws: int, steps: int) -> list[dict[str, Any]]:
+def gradients(name: str, data: Path, level: str, reentrant: bool, draws: int, steps: int) -> Iterator[dict[str, Any]]:
     """Cosines with the exact gradient, by the bits of what checkpoints keep, over draws of the rounding."""
     from timm.layers import set_reentrant_ckpt
 
@@ -142,21 +147,27 @@ def gradients(name: str, data: Path, level: str, reentrant: bool, draws: int, st
     exact = fidelity.gradient(model, *values).double()
     set_reentrant_ckpt(reentrant)
     named.checkpoint(model)
-    rows = []
-    for kept, rest in (("boundaries", "L0"), (level, level), ("8 bits", {"bits": 8})):
-        for bits in BITS if kept == "boundaries" else (hf_actnn.ActNNConfig().effective_checkpoint_bits, "exact"):
-            cosines, errors, total = [], [], torch.zeros_like(exact)
-            for draw in range(draws):
-                hf_actnn.convert(model, rest, checkpoint_bits=bits, seed=1000 + draw)
-                found = fidelity.gradient(model, *values).double()
-                cosines.append(F.cosine_similarity(found, exact, dim=0).item())
-                errors.append(((found - exact).square().sum() / exact.square().sum()).item())
-                total += found - exact
-            hf_actnn.revert(model)
-            summary = fidelity.summary(errors, total, exact.square().sum().item())
-            rows.append({"model": name, "coded": kept, "checkpoint_bits": bits, "least_cosine": min(cosines)}
-                        | {"cosine": statistics.mean(cosines)} | summary)  # fmt: skip
-    return rows
+    default = hf_actnn.ActNNConfig().effective_checkpoint_bits
+    ways = [("boundaries", {"level": "L0", "checkpoint_bits": bits}) for bits in BITS]
+    ways += [("boundaries and blocks", {"level": "L0", "checkpoint_bits": default, "recompute_bits": default})]
+    ways += [(f"{level} too", {"level": level, "checkpoint_bits": bits}) for bits in (default, EXACT)]
+    for coded, fields in ways:
+        cosines, errors, total = [], [], torch.zeros_like(exact)
+        for draw in range(draws):
+            hf_actnn.convert(model, fields, seed=1000 + draw)
+            found = fidelity.gradient(model, *values).double()
+            cosines.append(F.cosine_similarity(found, exact, dim=0).item())
+            errors.append(((found - exact).square().sum() / exact.square().sum()).item())
+            total += found - exact
+        hf_actnn.revert(model)
+        yield {
+            "model": name,
+            "coded": coded,
+            "checkpoint_bits": fields["checkpoint_bits"],
+            "cosine": statistics.mean(cosines),
+            "least_cosine": min(cosines),
+            **fidelity.summary(errors, total, exact.square().sum().item()),
+        }
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------
@@ -178,11 +189,21 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def last(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results of the last run with these settings, or none yet."""
+    settings = {"level": arguments.level, "reentrant": arguments.reentrant}
+    path = Path(__file__).parent / "results" / f"{arguments.output}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found.pop("environment", None)
+    alike = {key: found.get(key) for key in settings} == settings
+    return found if alike else {**settings, "models": {}}
+
+
 def told(name: str, found: dict[str, Any]) -> str:
     """A line per way."""
     lines = [name]
     for way in WAYS:
-        words = [f"  {way:10}"]
+        words = [f"  {way:11}"]
         if "bytes" in found:
             words += [f"{key} {value / 1e6:.2f} MB" for key, value in found["bytes"][way].items()]
         if "peaks" in found:
@@ -212,19 +233,18 @@ def main() -> None:
     if arguments.peak:
         name, way, level, reentrant, size = arguments.peak
         return peak(name, way, level, bool(int(reentrant)), int(size))
-    results: dict[str, Any] = {"level": arguments.level, "reentrant": arguments.reentrant, "models": {}}
-    for name in arguments.models:
-        results["models"][name] = measure(name, arguments)
+    results = last(arguments)
+    for name in arguments.models if set(PARTS[:3]) - set(arguments.skip) else ():
+        results["models"][name] = {**results["models"].get(name, {}), **measure(name, arguments)}
         print(told(name, results["models"][name]), flush=True)
     if "gradients" not in arguments.skip:
         results["gradients"] = []
+        kind = arguments.level, arguments.reentrant
         for name in TRAINED:
-            rows = gradients(
-                name, arguments.data, arguments.level, arguments.reentrant, arguments.draws, arguments.steps
-            )
-            results["gradients"] += rows
-            for row in rows:
-                print(*(f"{key} {value:.6g}" if isinstance(value, float) else value for key, value in row.items()))
+            for row in gradients(name, arguments.data, *kind, arguments.draws, arguments.steps):
+                results["gradients"].append(row)
+                words = (f"{key} {value:.6g}" if isinstance(value, float) else value for key, value in row.items())
+                print(*words, flush=True)
     print(timing.write(arguments.output, results).name)
 
 

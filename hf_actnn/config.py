@@ -80,8 +80,10 @@ class ActNNConfig:
             normalisations and products too, read codes of large tensors as they are or some samples at a time, in place
             of the tensors decoded beforehand.
 
-        checkpoint_bits: bits of the tensors that gradient checkpoints inside the model keep, from which they compute
-            their blocks again: 1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
+        checkpoint_bits: bits of the tensors that gradient checkpoints keep, from which they compute their blocks again:
+            1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
+        recompute_bits: bits of what such a block saves when it runs again, until it is differentiated: 1 to 8, which
+            lowers the peak and takes time, or ``"exact"``, as is ``None``.
 
     Raises:
         ConfigError: a field that cannot mean anything.
@@ -103,6 +105,7 @@ class ActNNConfig:
     arena: bool | None = None
     fused_backward: bool = True
     checkpoint_bits: int | str | None = None
+    recompute_bits: int | str | None = None
     _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
@@ -121,8 +124,9 @@ class ActNNConfig:
         _check_yes_or_no("fused_backward", self.fused_backward, or_none=False)
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
-        if self.checkpoint_bits is not None and self.checkpoint_bits != EXACT:
-            _check_bits(self.checkpoint_bits, "checkpoint_bits", also=f" or {EXACT!r}")
+        for name in ("checkpoint_bits", "recompute_bits"):
+            if getattr(self, name) not in (None, EXACT):
+                _check_bits(getattr(self, name), name, also=f" or {EXACT!r}")
         if self.update_interval is not None:
             _check_int("update_interval", self.update_interval, 1, 2**31)
         _check_share(self)
@@ -221,6 +225,11 @@ class ActNNConfig:
         if self.checkpoint_bits is None:
             return None if self.effective_bits is None else CHECKPOINT_BITS
         return None if self.checkpoint_bits == EXACT else int(self.checkpoint_bits)
+
+    @property
+    def effective_recompute_bits(self) -> int | None:
+        """Bits of what a checkpoint's block saves when it runs again; ``None`` where that stays exact."""
+        return None if self.recompute_bits in (None, EXACT) else int(self.recompute_bits)  # type: ignore[arg-type]
 
     @property
     def effective_exact_norms(self) -> bool:

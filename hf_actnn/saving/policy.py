@@ -21,7 +21,8 @@ class Policy(NamedTuple):
         exact_norms: whether the inputs of normalisations stay exact.
         reason: why nothing is compressed, for the report; empty where something is.
         low, high: the fewest and the most bits that may be chosen; both equal ``bits`` where they are not.
-        checkpoint_bits: bits of what gradient checkpoints keep; ``None`` keeps it exactly.
+        checkpoint_bits, recompute_bits: bits of what gradient checkpoints keep, and of what their blocks save when they
+            run again; ``None`` keeps it exactly.
     """
 
     bits: float | None
@@ -32,6 +33,7 @@ class Policy(NamedTuple):
     low: int = 1
     high: int = 8
     checkpoint_bits: int | None = None
+    recompute_bits: int | None = None
 
     @property
     def uniform(self) -> int:
@@ -61,11 +63,11 @@ class Policy(NamedTuple):
 def again(policy: Policy) -> Policy:
     """The policy for what a checkpoint's block saves when it runs again.
 
-    That is held until the block's backward pass is through, so it may take more bits, and none have to be chosen.
+    That is held until the block's backward pass is through, and no bits are chosen for it.
     """
-    bits = policy.checkpoint_bits
+    bits = policy.recompute_bits
     if bits is None:
-        return policy._replace(bits=None, reason=policy.reason or f"checkpoint_bits={EXACT!r}")
+        return policy._replace(bits=None)
     return policy._replace(bits=bits, low=bits, high=bits, reason="")
 
 
@@ -100,14 +102,14 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
     made = {}
     for path in paths:
         bits, reason = config.effective_bits, ""
-        at_checkpoints = config.effective_checkpoint_bits
+        at_checkpoints, recomputed = config.effective_checkpoint_bits, config.effective_recompute_bits
         low, high = (MIN_BITS, MAX_BITS) if config.is_adaptive or bits is None else (int(bits), int(bits))
         if bits is None:
             reason = f"level {config.level} compresses nothing"
         for pattern, value in config.overrides.items():
             if _covers(pattern, path):
                 if value == EXACT:
-                    bits, at_checkpoints, reason = None, None, f"override {pattern!r}"
+                    bits, at_checkpoints, recomputed, reason = None, None, None, f"override {pattern!r}"
                 elif isinstance(value, tuple):
                     low, high = value
                     bits, reason = min(max(config.effective_bits or low, low), high), ""
@@ -116,7 +118,7 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
                     low = high = int(value)
         for pattern in config.skip:
             if _covers(pattern, path):
-                bits, at_checkpoints, reason = None, None, f"skip {pattern!r}"
+                bits, at_checkpoints, recomputed, reason = None, None, None, f"skip {pattern!r}"
         made[path] = Policy(
             bits,
             config.effective_exact_norms,
@@ -126,5 +128,6 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
             low,
             high,
             at_checkpoints,
+            recomputed,
         )
     return made

@@ -1,8 +1,8 @@
 """What is on while a converted module runs: one pair of saved-tensor hooks and one function mode per thread.
 
 The outermost converted call opens the scope, inner ones only say where they are. Innermost hooks win, as always in
-torch: inside a non-reentrant checkpoint its own hooks see the saves. When it runs its block again the outermost
-converted modules in there open scopes of their own, and what these keep is handed on to the checkpoint.
+torch: inside a non-reentrant checkpoint its own hooks see the saves. Where what is saved is to be coded when its block
+runs again, the outermost converted modules in there open scopes of their own, which hand on to the checkpoint.
 """
 
 from __future__ import annotations
@@ -594,7 +594,7 @@ def check_can_open() -> None:
 
 def leaves_alone(session: Session) -> bool:
     """Whether a checkpoint is what sees saved tensors here: while it runs its function for the first time nothing is
-    held, and when it does so again it may have been asked for that nothing is coded."""
-    if session.config.effective_checkpoint_bits is None:
+    held, and when it does so again nothing is coded unless it was asked for."""
+    if session.config.effective_recompute_bits is None:
         return boundaries.hooks() is not None or boundaries.is_recomputing()
     return boundaries.hooks() is not None and boundaries.receiver() is None

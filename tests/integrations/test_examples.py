@@ -293,6 +293,16 @@ def _loss(printed: str) -> str:
     return printed.split("loss ")[1].split(",")[0]
 
 
+@pytest.mark.parametrize("index", range(len(commands("by_feature/checkpointing"))))
+def test_checkpointing(index):
+    """As printed, but for the number of steps."""
+    words = shlex.split(commands("by_feature/checkpointing")[index])
+    printed = run([sys.executable, *words[1:], "--steps", "2", "--batch_size", "4"])
+    held, of_them = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:bytes|of them)", printed))
+    assert held > of_them and (of_them > 0) == ("--checkpointing" in words)
+    assert re.search(r"after 2 steps .*: loss \d+\.\d+", printed), printed
+
+
 def test_demo(tmp_path):
     printed = run([sys.executable, "examples/demo/demo.py", "--out", str(tmp_path), "--epochs", "0.1"])
     assert "test accuracy" in printed

@@ -102,9 +102,12 @@ def test_defaults_and_errors():
     assert hf_actnn.ActNNConfig(level="L3", checkpoint_bits="exact").effective_checkpoint_bits is None
     config = hf_actnn.ActNNConfig(checkpoint_bits=5)
     assert hf_actnn.ActNNConfig.from_dict(config.to_dict()).effective_checkpoint_bits == 5
-    for wrong in (0, 9, 2.5, True, "no"):
-        with pytest.raises(ConfigError, match="checkpoint_bits"):
-            hf_actnn.ActNNConfig(checkpoint_bits=wrong)
+    assert hf_actnn.ActNNConfig().effective_recompute_bits is None
+    assert hf_actnn.ActNNConfig(recompute_bits=8).effective_recompute_bits == 8
+    for field in ("checkpoint_bits", "recompute_bits"):
+        for wrong in (0, 9, 2.5, True, "no"):
+            with pytest.raises(ConfigError, match=field):
+                hf_actnn.ActNNConfig(**{field: wrong})
 
 
 class Root(nn.Module):
@@ -200,8 +203,7 @@ def test_a_coarse_code_is_no_source(reentrant):
     plain = Mixed()
     x = torch.randn(256, 64)
     plain(x).square().mean().backward()
-    # The reentrant kind runs the block again as an ordinary forward pass, which is compressed.
-    model = hf_actnn.convert(copy.deepcopy(plain), bits=2, min_numel=0, overrides={"late": 8})
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=2, min_numel=0)
     model.zero_grad()
     with hf_actnn.track_memory(model) as memory:
         model(x).square().mean().backward()

@@ -71,7 +71,7 @@ def pair(bits: int = 8, **attributes) -> tuple[nn.Module, nn.Module]:
     plain = Stack()
     for name, value in attributes.items():
         setattr(plain, name, value)
-    return plain, hf_actnn.convert(copy.deepcopy(plain), bits=bits, min_numel=0)
+    return plain, hf_actnn.convert(copy.deepcopy(plain), bits=bits, min_numel=0, recompute_bits=8)
 
 
 @KINDS
@@ -123,7 +123,7 @@ class Seen(Block):
 
 @KINDS
 def test_what_a_block_saves_when_it_runs_again_is_coded(reentrant):
-    """Both kinds: until it is differentiated, what is held of a block is codes; nothing of it is left at `exact`."""
+    """Both kinds: until it is differentiated, what is held of a block is codes where that was asked for."""
     held = {}
     for bits in ("plain", "exact", 8, 2):
         plain = pair(reentrant=reentrant)[0]
@@ -131,7 +131,7 @@ def test_what_a_block_saves_when_it_runs_again_is_coded(reentrant):
         Seen.alive = plain.blocks[0].alive = []
         x = torch.randn(64, 16, 32, requires_grad=True)
         if bits != "plain":
-            hf_actnn.convert(plain, bits=2, checkpoint_bits=bits, min_numel=0)
+            hf_actnn.convert(plain, bits=2, recompute_bits=bits, min_numel=0)
         total = plain(x).square().mean()
         with StorageCount(plain, x) as Seen.count:
             total.backward()
@@ -145,7 +145,7 @@ def test_what_a_block_saves_when_it_runs_again_is_coded(reentrant):
 def test_bits_that_are_chosen(reentrant):
     """Blocks that run again take no part in the choice, and no draw of noise is measured there."""
     plain, model = pair(reentrant=reentrant)
-    hf_actnn.convert(model, "L3", update_interval=1, min_numel=0)
+    hf_actnn.convert(model, "L3", update_interval=1, min_numel=0, recompute_bits=8)
     controller = hf_actnn.controller(model)
     for _ in range(3):
         found, _, _ = measure(model, model)
@@ -209,7 +209,7 @@ def test_a_block_with_functions_of_its_own(reentrant):
     for one in (plain, model):
         for block in one.blocks:
             block.__class__ = Own
-    hf_actnn.convert(model, bits=8, min_numel=0)
+    hf_actnn.convert(model, bits=8, min_numel=0, recompute_bits=8)
     expected, _, _ = measure(plain, plain)
     found, _, _ = measure(model, model)
     assert cosine(found, expected) > 0.999
@@ -225,7 +225,7 @@ def test_hugging_face_checkpointing(name, reentrant):
     images.requires_grad_()  # a reentrant checkpoint needs an input that wants a gradient
     unchecked = step(copy.deepcopy(plain), images, labels)[2]
     plain.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=0)
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=0, recompute_bits=8)
     results = []
     for one in (plain, model):
         calls: list[str] = []
