@@ -300,7 +300,7 @@ class _Division:
             bits, seed = place.bits, ops._signed(Session.named(place.session).key())
             cut = (bits, _row_length(value, readers), place.group_size)
             with forward.graph.inserting_after(step if node.op == "placeholder" else node):
-                kept = _call(forward.graph, _KEEP, node, *cut, seed, self.index, step)
+                kept = _call(forward.graph, _KEEP, node, list(value.stride()), *cut, seed, self.index, step)
             self.index += 1
             values[at] = kept
             _receive(backward.graph, received[node.name], kept, _GIVE_BACK, *cut, *_sizes(value), value.dtype)
@@ -309,7 +309,7 @@ class _Division:
 
 def _code_mask(forward: fx.Graph, backward: fx.Graph, node: fx.Node, received: fx.Node) -> fx.Node:
     with forward.inserting_after(node):
-        kept = _call(forward, _KEEP_MASK, node)
+        kept = _call(forward, _KEEP_MASK, node, list(node.meta["val"].stride()))
     _receive(backward, received, kept, _GIVE_MASK_BACK, *_sizes(node.meta["val"]))
     return kept
 
