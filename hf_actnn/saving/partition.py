@@ -24,8 +24,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hf_actnn.codec import graphs, ops
-from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving.compiled import ENTER, LEAVE
+from hf_actnn.errors import message
+from hf_actnn.saving.compiled import ENTER, LEAVE, warn_once
 from hf_actnn.saving.session import Session
 
 _KEEP, _GIVE_BACK = torch.ops.hf_actnn.keep.default, torch.ops.hf_actnn.give_back.default
@@ -143,6 +143,23 @@ def _value(node: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def _has_sizes(value: Tensor) -> bool:
+    """Whether the sizes are known, or a warning that they are not."""
+    if isinstance(value.numel(), int):
+        return True
+    warn_once(
+        "sizes",
+        message(
+            "what has sizes that vary is kept exactly in compiled graphs",
+            where="torch.compile",
+            expected="the same shapes in every call",
+            received=f"a tensor of shape {tuple(value.shape)}",
+            next_step="Drop the last, smaller batch, or compile with dynamic=False, which compiles once more for it",
+        ),
+    )
+    return False
+
+
 def _descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
     found = set(roots)
     for node in graph.nodes:
@@ -215,7 +232,7 @@ class _Division:
         place, value = self.places.get(node.name), _value(node)
         if place is None or place.bits is None or value is None or node.name in self.weights:
             return False
-        return isinstance(value.numel(), int) and value.numel() >= max(place.min_numel, 1)
+        return _has_sizes(value) and value.numel() >= max(place.min_numel, 1)
 
     # -- before it is divided -----------------------------------------------------------------------------------------
 
@@ -250,7 +267,7 @@ class _Division:
             return False
         sources = [node, *node.all_input_nodes]
         place = next((self.places[source.name] for source in sources if source.name in self.places), None)
-        if place is None or place.bits is None or node.name in self.weights or not isinstance(value.numel(), int):
+        if place is None or place.bits is None or node.name in self.weights or not _has_sizes(value):
             return False
         self.places.setdefault(node.name, place)
         return value.numel() >= max(place.min_numel, 1)
