@@ -38,9 +38,18 @@ import hf_actnn
 from hf_actnn.commands.watch import high_water, watched
 
 MODELS = {"vit_s": "vit_small_patch16_224", "resnet18": "resnet18"}
+EAGER, COMPILED = ("plain", "actnn"), ("compile", "actnn_compile")
 MODES = (
-    "plain actnn compile actnn_compile blocks actnn_blocks overhead actnn_overhead budget0.75 budget0.5 budget0.25"
-).split()
+    *EAGER,
+    *COMPILED,
+    "blocks",
+    "actnn_blocks",
+    "overhead",
+    "actnn_overhead",
+    "budget0.75",
+    "budget0.5",
+    "budget0.25",
+)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
 
 
@@ -108,7 +117,7 @@ def point(name: str, mode: str, size: int, bits: int, steps: int) -> dict[str, A
         "losses": losses,
         "cpu_seconds": statistics.median(seconds[1:]),
         "first_step_seconds": compiling,
-        "graph_breaks": breaks() if mode not in ("plain", "actnn") else 0,
+        "graph_breaks": breaks() if mode not in EAGER else 0,
     }
 
 

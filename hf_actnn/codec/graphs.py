@@ -86,4 +86,6 @@ _operator(
     _give_back_fake,
 )
 _operator("keep_mask(Tensor x, SymInt[] stride) -> Tensor", _keep_mask, _keep_mask_fake, _ANY_LAYOUT)
-_operator("give_mask_back(Tensor kept, SymInt[] size, SymInt[] stride) -> Tensor", _give_mask_back, _give_mask_back_fake)
+_operator(
+    "give_mask_back(Tensor kept, SymInt[] size, SymInt[] stride) -> Tensor", _give_mask_back, _give_mask_back_fake
+)

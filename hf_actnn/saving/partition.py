@@ -340,7 +340,8 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-    with mode or torch._guards.detect_fake_mode():
+    assert mode is not None  # of the tensors, or of the compilation that is going on
+    with mode:
         node.meta["val"] = target(*values)
     node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
     return node
@@ -387,11 +388,13 @@ def _may_be_coded(readers: list[fx.Node], place: Place) -> bool:
             return False
         if name in _OF_NORMS and place.exact_norms:
             return False
-        if name in _OF_ATTENTION and name.endswith("_backward"):
-            # Its logsumexp has to be that of the codes: computed here, not received.
-            if any(parent.op == "placeholder" and "tangents" not in str(parent.target) for parent in _statistics(node)):
-                return False
+        if name in _OF_ATTENTION and name.endswith("_backward") and any(map(_is_received, _statistics(node))):
+            return False  # its logsumexp has to be that of the codes: computed in this graph
     return True
+
+
+def _is_received(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" not in str(node.target)
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
