@@ -29,7 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timing
 import torch
 from torch import nn
@@ -39,9 +38,18 @@ import hf_actnn
 from hf_actnn.commands.watch import high_water, watched
 
 MODELS = {"vit_s": "vit_small_patch16_224", "resnet18": "resnet18"}
+EAGER, COMPILED = ("plain", "actnn"), ("compile", "actnn_compile")
 MODES = (
-    "plain actnn compile actnn_compile blocks actnn_blocks overhead actnn_overhead budget0.75 budget0.5 budget0.25"
-).split()
+    *EAGER,
+    *COMPILED,
+    "blocks",
+    "actnn_blocks",
+    "overhead",
+    "actnn_overhead",
+    "budget0.75",
+    "budget0.5",
+    "budget0.25",
+)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
 
 
@@ -109,7 +117,7 @@ def point(name: str, mode: str, size: int, bits: int, steps: int) -> dict[str, A
         "losses": losses,
         "cpu_seconds": statistics.median(seconds[1:]),
         "first_step_seconds": compiling,
-        "graph_breaks": breaks() if mode not in ("plain", "actnn") else 0,
+        "graph_breaks": breaks() if mode not in EAGER else 0,
     }
 
 
@@ -133,22 +141,6 @@ def measure(name: str, mode: str, sizes: tuple[int, int], bits: int, steps: int)
 # -- fidelity on trained weights ---------------------------------------------------------------------------------------
 
 
-def cifar(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``[count, 3, 32, 32]`` and labels of CIFAR-10's first binary batch, or of its python pickle."""
-    import pickle
-
-    file = next(iter(sorted(folder.rglob("data_batch_1*"))))
-    raw = file.read_bytes()
-    if file.suffix == ".bin":
-        rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-        labels, pixels = rows[:, 0], rows[:, 1:]
-    else:
-        held = pickle.loads(raw, encoding="bytes")
-        labels, pixels = np.array(held[b"labels"]), held[b"data"]
-    images = torch.from_numpy(pixels[:count].reshape(-1, 3, 32, 32).copy()).float() / 127.5 - 1
-    return images, torch.from_numpy(labels[:count].astype(np.int64))
-
-
 def gradient(run: Callable, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The whole gradient, flat."""
     model.zero_grad()
@@ -156,10 +148,13 @@ def gradient(run: Callable, model: nn.Module, images: torch.Tensor, labels: torc
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
 
 
-def fidelity(images: torch.Tensor, labels: torch.Tensor, steps: int, draws: int) -> dict[str, Any]:
+def fidelity(data: Path, steps: int, draws: int) -> dict[str, Any]:
     """Cosine and relative variance of gradients, eager and compiled, on weights trained for some hundred steps."""
+    from fidelity import pixels, read
     from timm.models.vision_transformer import VisionTransformer
 
+    images, labels = read(data, "train", 6400)
+    images = pixels(images)
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=10).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -211,7 +206,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     results.pop("environment", None)
     if arguments.fidelity:
-        results["fidelity"] = fidelity(*cifar(arguments.fidelity, 6400), steps=300, draws=8)
+        results["fidelity"] = fidelity(arguments.fidelity, steps=300, draws=8)
         timing.write("compiled", results)
         return
     results |= {"bits": arguments.bits, "sizes": list(arguments.sizes), "steps": arguments.steps}

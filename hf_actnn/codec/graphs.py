@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_actnn.codec import ops, packed, reference
 
+_ANY_LAYOUT = (torch.Tag.flexible_layout,)
 _library = torch.library.Library("hf_actnn", "FRAGMENT")
 
 
@@ -20,13 +21,20 @@ def _operator(schema: str, kernel, fake, tags: tuple[torch.Tag, ...] = ()) -> No
     torch.library.register_fake(f"hf_actnn::{name}", fake, lib=_library)
 
 
-def _keep(x, bits, row_length, group_size, seed, index, step):
-    flat = packed.flatten(x)[0]
+def _in_order(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The values in the order of the strides a tensor had when it was traced: compilers lay it out as they like."""
+    if x.stride() != tuple(stride):
+        x = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+    return packed.flatten(x)[0]
+
+
+def _keep(x, stride, bits, row_length, group_size, seed, index, step):
+    flat = _in_order(x, stride)
     codes, meta, _ = ops.quantize(flat, bits, row_length, group_size, seed, index, step)
     return torch.cat([codes, meta.view(torch.uint8).view(-1)])
 
 
-def _keep_fake(x, bits, row_length, group_size, seed, index, step):
+def _keep_fake(x, stride, bits, row_length, group_size, seed, index, step):
     at = reference.layout(x.numel(), row_length, bits, group_size)
     return x.new_empty(at.nbytes + 4 * at.n_groups, dtype=torch.uint8)
 
@@ -45,11 +53,11 @@ def _give_back_fake(kept, bits, row_length, group_size, size, stride, dtype):
     return kept.new_empty_strided(size, stride, dtype=dtype)
 
 
-def _keep_mask(x):
-    return ops.pack_mask(packed.flatten(x)[0], "nonzero")
+def _keep_mask(x, stride):
+    return ops.pack_mask(_in_order(x, stride), "nonzero")
 
 
-def _keep_mask_fake(x):
+def _keep_mask_fake(x, stride):
     return x.new_empty(reference.uint_nbytes(x.numel(), 1), dtype=torch.uint8)
 
 
@@ -65,9 +73,11 @@ def _give_mask_back_fake(kept, size, stride):
 
 
 _operator(
-    "keep(Tensor x, int bits, SymInt row_length, int group_size, int seed, int index, Tensor step) -> Tensor",
+    "keep(Tensor x, SymInt[] stride, int bits, SymInt row_length, int group_size, int seed, int index, Tensor step) "
+    "-> Tensor",
     _keep,
     _keep_fake,
+    _ANY_LAYOUT,
 )
 _operator(
     "give_back(Tensor kept, int bits, SymInt row_length, int group_size, SymInt[] size, SymInt[] stride, "
@@ -75,5 +85,7 @@ _operator(
     _give_back,
     _give_back_fake,
 )
-_operator("keep_mask(Tensor x) -> Tensor", _keep_mask, _keep_mask_fake)
-_operator("give_mask_back(Tensor kept, SymInt[] size, SymInt[] stride) -> Tensor", _give_mask_back, _give_mask_back_fake)
+_operator("keep_mask(Tensor x, SymInt[] stride) -> Tensor", _keep_mask, _keep_mask_fake, _ANY_LAYOUT)
+_operator(
+    "give_mask_back(Tensor kept, SymInt[] size, SymInt[] stride) -> Tensor", _give_mask_back, _give_mask_back_fake
+)

@@ -24,8 +24,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hf_actnn.codec import graphs, ops
-from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving.compiled import ENTER, LEAVE
+from hf_actnn.errors import message
+from hf_actnn.saving.compiled import ENTER, LEAVE, warn_once
 from hf_actnn.saving.session import Session
 
 _KEEP, _GIVE_BACK = torch.ops.hf_actnn.keep.default, torch.ops.hf_actnn.give_back.default
@@ -143,6 +143,23 @@ def _value(node: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def _has_sizes(value: Tensor) -> bool:
+    """Whether the sizes are known, or a warning that they are not."""
+    if isinstance(value.numel(), int):
+        return True
+    warn_once(
+        "sizes",
+        message(
+            "what has sizes that vary is kept exactly in compiled graphs",
+            where="torch.compile",
+            expected="the same shapes in every call",
+            received=f"a tensor of shape {tuple(value.shape)}",
+            next_step="Drop the last, smaller batch, or compile with dynamic=False, which compiles once more for it",
+        ),
+    )
+    return False
+
+
 def _descendants(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
     found = set(roots)
     for node in graph.nodes:
@@ -215,7 +232,7 @@ class _Division:
         place, value = self.places.get(node.name), _value(node)
         if place is None or place.bits is None or value is None or node.name in self.weights:
             return False
-        return isinstance(value.numel(), int) and value.numel() >= max(place.min_numel, 1)
+        return _has_sizes(value) and value.numel() >= max(place.min_numel, 1)
 
     # -- before it is divided -----------------------------------------------------------------------------------------
 
@@ -250,7 +267,7 @@ class _Division:
             return False
         sources = [node, *node.all_input_nodes]
         place = next((self.places[source.name] for source in sources if source.name in self.places), None)
-        if place is None or place.bits is None or node.name in self.weights or not isinstance(value.numel(), int):
+        if place is None or place.bits is None or node.name in self.weights or not _has_sizes(value):
             return False
         self.places.setdefault(node.name, place)
         return value.numel() >= max(place.min_numel, 1)
@@ -300,7 +317,7 @@ class _Division:
             bits, seed = place.bits, ops._signed(Session.named(place.session).key())
             cut = (bits, _row_length(value, readers), place.group_size)
             with forward.graph.inserting_after(step if node.op == "placeholder" else node):
-                kept = _call(forward.graph, _KEEP, node, *cut, seed, self.index, step)
+                kept = _call(forward.graph, _KEEP, node, list(value.stride()), *cut, seed, self.index, step)
             self.index += 1
             values[at] = kept
             _receive(backward.graph, received[node.name], kept, _GIVE_BACK, *cut, *_sizes(value), value.dtype)
@@ -309,7 +326,7 @@ class _Division:
 
 def _code_mask(forward: fx.Graph, backward: fx.Graph, node: fx.Node, received: fx.Node) -> fx.Node:
     with forward.inserting_after(node):
-        kept = _call(forward, _KEEP_MASK, node)
+        kept = _call(forward, _KEEP_MASK, node, list(node.meta["val"].stride()))
     _receive(backward, received, kept, _GIVE_MASK_BACK, *_sizes(node.meta["val"]))
     return kept
 
@@ -323,7 +340,8 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-    with mode or torch._guards.detect_fake_mode():
+    assert mode is not None  # of the tensors, or of the compilation that is going on
+    with mode:
         node.meta["val"] = target(*values)
     node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
     return node
@@ -370,11 +388,13 @@ def _may_be_coded(readers: list[fx.Node], place: Place) -> bool:
             return False
         if name in _OF_NORMS and place.exact_norms:
             return False
-        if name in _OF_ATTENTION and name.endswith("_backward"):
-            # Its logsumexp has to be that of the codes: computed here, not received.
-            if any(parent.op == "placeholder" and "tangents" not in str(parent.target) for parent in _statistics(node)):
-                return False
+        if name in _OF_ATTENTION and name.endswith("_backward") and any(map(_is_received, _statistics(node))):
+            return False  # its logsumexp has to be that of the codes: computed in this graph
     return True
+
+
+def _is_received(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" not in str(node.target)
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:

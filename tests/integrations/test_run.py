@@ -346,7 +346,7 @@ def test_a_model_that_cannot_be_converted(tmp_path):
 def test_a_dynamo_backend_is_refused(tmp_path):
     done = run(LOOP.replace("cpu=True", "cpu=True, dynamo_backend='eager'"), tmp_path)
     assert done.code == 1
-    assert "NotAvailableError: Compressed activations do not work under torch.compile yet" in done.said
+    assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
 
 
 def test_nothing_is_imported_that_the_script_does_not(tmp_path):
