@@ -63,7 +63,7 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 	$(BIN)/mypy
 	$(PYTHON) -m pytest -q tests/test_layers.py
-	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
 	for file in benchmarks/*.py; do \
