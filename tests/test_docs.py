@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import docs_nav  # in tools/, on the path by pyproject.toml
+import docs_site  # in tools/, on the path by pyproject.toml
 import pytest
 
 from hf_actnn import cli
@@ -56,7 +56,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 def test_the_first_page_names_all_others_and_makes_the_navigation():
     text = (ROOT / "docs" / "index.md").read_text()
-    entries = docs_nav.navigation(text)
+    entries = docs_site.navigation(text)
     sections = {title: pages for entry in entries for title, pages in entry.items() if isinstance(pages, list)}
     assert list(sections) == ["Tutorials", "How to", "Reference", "Explanation"]
     named = [page for pages in sections.values() for entry in pages for page in entry.values()]
@@ -87,7 +87,7 @@ def test_the_notebook_prints_what_is_stored(tmp_path):
     (path,) = notebook.NOTEBOOKS
     stored = notebook.nbformat.read(path, as_version=4)
     assert notebook.differences(stored, notebook.executed(path)) == []
-    marked = [cell for cell in stored.cells if "same" in cell.metadata.get("tags", [])]
+    marked = [cell for cell in stored.cells if cell.metadata.get("same")]
     assert len(marked) >= 3 and all(notebook.printed(cell) for cell in marked)
     assert all(cell.outputs or "def " in cell.source for cell in stored.cells if cell.cell_type == "code")
     assert not re.search(r"/(work|home|root|tmp|usr)/|site-packages|://(?!localhost)", path.read_text())
