@@ -3,8 +3,8 @@
 python tools/docs_notebook.py            # run each and write its outputs into it
 python tools/docs_notebook.py --check    # exit 1 where a cell marked `same` prints something else than is stored
 
-Cells with `same` in their metadata print what does not depend on the machine: bytes, bits, shapes. Losses and scores may
-differ in their last places from one processor to another, so those of other cells are shown but not compared.
+Cells with `same` in their metadata print what does not depend on the machine: bytes, bits, shapes. Losses and scores
+may differ in their last places from one processor to another, so those of other cells are shown but not compared.
 """
 
 from __future__ import annotations
