@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the navigation is what docs/index.md lists, so a page is named in one place."""
+"""Hooks of mkdocs: the navigation is what docs/index.md lists, and names in docstrings lose their roles."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def on_config(config: Any) -> Any:
     """Called by mkdocs when it has read its configuration."""
     config.nav = navigation((Path(config.docs_dir) / "index.md").read_text(encoding="utf-8"))
     return config
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Called by mkdocs with each page: :func:`name` of a docstring is `name` there."""
+    return re.sub(r":(?:func|class|meth|attr|mod):(?=<code)", "", html)

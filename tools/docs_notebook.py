@@ -1,10 +1,10 @@
 """Runs the notebooks of the documentation and stores what they print.
 
-python tools/notebook.py            # run each and write its outputs into it
-python tools/notebook.py --check    # exit 1 where a cell marked "same" prints something else than is stored
+python tools/docs_notebook.py            # run each and write its outputs into it
+python tools/docs_notebook.py --check    # exit 1 where a cell marked `same` prints something else than is stored
 
-Cells with the tag `same` print what does not depend on the machine: bytes, bits, shapes. Losses and scores may differ in their last places from one
-processor to another, so those of other cells are shown but not compared.
+Cells with `same` in their metadata print what does not depend on the machine: bytes, bits, shapes. Losses and scores
+may differ in their last places from one processor to another, so those of other cells are shown but not compared.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def printed(cell: Any) -> str:
 
 
 def differences(stored: Any, new: Any) -> list[str]:
-    """What cells with the tag `same` printed, where it is not what they had printed."""
+    """What cells with `same` in their metadata printed, where it is not what they had printed."""
     found = []
     for one, other in zip(stored.cells, new.cells, strict=True):
-        if "same" in one.metadata.get("tags", []) and printed(one) != printed(other):
+        if one.metadata.get("same") and printed(one) != printed(other):
             found.append(f"{one.source}\nstored:\n{printed(one)}\nnow:\n{printed(other)}")
     return found
 
