@@ -192,6 +192,7 @@ class _Division:
         self.gradients = _descendants(gm.graph, _tangents(gm.graph))
         self.places = self._places_of_users(places)
         self.weights = self._from_weights_alone()
+        self.statistics = self._statistics()
         self.index = 0
 
     def run(self, divide: Any, joint_inputs: Sequence[object]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -228,9 +229,18 @@ class _Division:
         data = {node for at, node in enumerate(primals) if at not in static}
         return {node.name for node in self.graph.nodes} - {node.name for node in _descendants(self.graph, data)}
 
+    def _statistics(self) -> set[str]:
+        """Names of the means and the like that normalisations take of their input, which are always exact."""
+        found: dict[tuple[Any, str], dict[str, int]] = {}
+        for node in self.graph.nodes:
+            value = _value(node)
+            if value is not None and name_of(node) in _OF_NORMS and _has_sizes(value):
+                found.setdefault((node.meta.get("seq_nr"), name_of(node)), {})[node.name] = value.numel()
+        return {name for sizes in found.values() for name, size in sizes.items() if 2 * size <= max(sizes.values())}
+
     def _is_large(self, node: fx.Node) -> bool:
         place, value = self.places.get(node.name), _value(node)
-        if place is None or place.bits is None or value is None or node.name in self.weights:
+        if place is None or place.bits is None or value is None or node.name in self.weights | self.statistics:
             return False
         return _has_sizes(value) and value.numel() >= max(place.min_numel, 1)
 
