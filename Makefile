@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
 OUT ?= out
+# An environment with the oldest host libraries that pyproject.toml allows.
+LOWEST := $(VENV)-lowest
 # Two workers: the tests of models run on one thread each.
 PYTEST_ARGS ?= -n 2
 
@@ -20,7 +22,7 @@ export HF_ACTNN_BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/*.cuh csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(wildcard tests/cuda/*.cpp tests/cuda/*.h)
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test check bench versions gpu clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -61,7 +63,7 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 	$(BIN)/mypy
 	$(PYTHON) -m pytest -q tests/test_layers.py
-	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
 	for file in benchmarks/*.py; do \
@@ -69,6 +71,17 @@ bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in b
 	  if grep -q '"--device"' $$file; then echo "== $$file: left out, docs/gpu.md says how to run it"; continue; fi; \
 	  echo "== $$file"; $(PYTHON) $$file; \
 	done
+
+versions: constraints.txt  ## tests of the integrations with the oldest transformers, accelerate and timm that are allowed
+	test -x $(LOWEST)/bin/python || $(SYSTEM_PYTHON) -m venv $(LOWEST)
+	# What the host libraries decide by themselves is not pinned.
+	grep -vE '^(timm|transformers|accelerate|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt $$($(LOWEST)/bin/python tools/requirements.py --build) \
+	  $$($(LOWEST)/bin/python tools/requirements.py --lowest dev)
+	$(LOWEST)/bin/python tools/torchvision_without_cuda.py
+	$(LOWEST)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS) tests/integrations
 
 gpu:  ## on a machine with a GPU, with the Python that is there and nothing installed: build, test, measure into $OUT
 	tools/gpu.sh "$(SYSTEM_PYTHON)" "$(OUT)"

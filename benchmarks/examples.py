@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
 import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,12 +255,7 @@ def write_pages(results: dict[str, Any]) -> None:
     """Put what was measured into the README of each example."""
     for example in {task.example for task in TASKS.values()}:
         page = ROOT / "examples" / example / "README.md"
-        text = page.read_text()
-        head, rest = text.split("<!-- measured: begin.", 1)
-        first, rest = rest.split("\n", 1)
-        tail = rest.split("<!-- measured: end -->", 1)[1]
-        section = "\n".join(["", "## Measured", "", *_section(results, example), ""])
-        page.write_text(f"{head}<!-- measured: begin.{first}\n{section}\n<!-- measured: end -->{tail}")
+        pages.write_section(page, "measured", ["## Measured", "", *_section(results, example)])
 
 
 def main() -> None:

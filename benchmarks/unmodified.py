@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pages
 import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,11 +300,7 @@ def write_page(results: dict[str, Any]) -> None:
         "what autograd keeps. `benchmarks/unmodified.py` runs them from a folder that it is given; they are no part of",
         "this project.",
     ]
-    head, rest = page.read_text().split("<!-- unmodified: begin.", 1)
-    first, rest = rest.split("\n", 1)
-    tail = rest.split("<!-- unmodified: end -->", 1)[1]
-    section = "\n".join(["", *lines, ""])
-    page.write_text(f"{head}<!-- unmodified: begin.{first}\n{section}\n<!-- unmodified: end -->{tail}")
+    pages.write_section(page, "unmodified", lines)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from hf_actnn.convert import ConversionReport, controller, convert, is_converted
 from hf_actnn.errors import ActNNError, ActNNWarning
 from hf_actnn.fidelity import VarianceReport, variance_report
 from hf_actnn.memory import MemoryReport, track_memory
+from hf_actnn.record import Record, record
 
 __version__ = "0.1.0.dev0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "ConversionReport",
     "MemoryReport",
     "PackedTensor",
+    "Record",
     "VarianceReport",
     "controller",
     "convert",
@@ -35,6 +37,7 @@ __all__ = [
     "is_converted",
     "nn",
     "quantize",
+    "record",
     "report",
     "revert",
     "track_memory",

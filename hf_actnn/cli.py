@@ -76,12 +76,16 @@ def _run_script(arguments: argparse.Namespace) -> int:
         unmodified.process.config()
         if arguments.report is not None:
             files.check(arguments.report, "--report")
+        if arguments.record is not None:
+            files.make_folder(arguments.record, "--record")
         runner.check(script, arguments.module)
     except ActNNError as error:
         print(f"hf-actnn run: {error}", file=sys.stderr)
         return 2
     if arguments.report is not None:
         os.environ[unmodified.REPORT_VARIABLE] = os.path.abspath(arguments.report)
+    if arguments.record is not None:
+        os.environ[unmodified.RECORD_VARIABLE] = os.path.abspath(arguments.record)
     hf_actnn_startup.install()
     runner.run(script, words, module=arguments.module)
     return 0
@@ -116,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--bits", help="a number of bits per value, or auto")
     how.add_argument("--config", metavar="FILE", help="fields of ActNNConfig as a JSON file")
     run.add_argument("--report", type=Path, metavar="FILE", help="write what was measured to a JSON file")
+    run.add_argument("--record", type=Path, metavar="DIR", help="write the bits by layer over time to a folder")
     run.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as in python -m")
     # PARSER takes one word and all behind it, a `--` among them, which two arguments would drop.
     run.add_argument("script", nargs=argparse.PARSER, help="the script's path, and its own arguments")

@@ -32,6 +32,10 @@ UPDATE_INTERVAL = 200
 #: In place of a number of bits: as few as the allowed variance permits.
 AUTO = "auto"
 MAX_ADDED_VARIANCE = 0.1
+#: In place of a number of bits: none, the tensor itself.
+EXACT = "exact"
+#: Of what gradient checkpoints keep, where the configuration names none.
+CHECKPOINT_BITS = 8
 
 #: What fields hold that nobody has named.
 _UNNAMED: dict[str, Any] = {"level": "", "bits": None}
@@ -66,7 +70,8 @@ class ActNNConfig:
         max_added_variance: with ``bits="auto"``, the variance that quantisation may add to the gradient of a parameter,
             as a share of the variance that drawing the mini-batch gives it, on average over parameters; ``None`` is
             0.1.
-        per_sample, per_tensor: whether bits are chosen per sample and per kept tensor; ``None`` takes the level's.
+        per_sample: whether bits are chosen per sample; ``None`` takes the level's.
+        per_tensor: whether they are chosen per kept tensor; ``None`` takes the level's.
         swap: whether what is kept on a CUDA device, exact tensors included, waits for the backward pass in pinned host
             memory; ``None`` takes the level's. On a CPU there is nothing to swap to, and one warning says so.
         arena: whether the codes of a step share one allocation per device, so that their changing sizes do not cut the
@@ -74,6 +79,11 @@ class ActNNConfig:
         fused_backward: whether backward passes of activations, and on a CPU of linear layers, convolutions,
             normalisations and products too, read codes of large tensors as they are or some samples at a time, in place
             of the tensors decoded beforehand.
+
+        checkpoint_bits: bits of the tensors that gradient checkpoints keep, from which they compute their blocks again:
+            1 to 8, or ``"exact"``; ``None`` is 8, and ``"exact"`` at L0.
+        recompute_bits: bits of what such a block saves when it runs again, until it is differentiated: 1 to 8, which
+            lowers the peak and takes time, or ``"exact"``, as is ``None``.
 
     Raises:
         ConfigError: a field that cannot mean anything.
@@ -94,6 +104,8 @@ class ActNNConfig:
     swap: bool | None = None
     arena: bool | None = None
     fused_backward: bool = True
+    checkpoint_bits: int | str | None = None
+    recompute_bits: int | str | None = None
     _implied: ClassVar[set[str]]
 
     def __post_init__(self) -> None:
@@ -112,6 +124,9 @@ class ActNNConfig:
         _check_yes_or_no("fused_backward", self.fused_backward, or_none=False)
         if self.bits is not None and self.bits != AUTO:
             _check_bits(self.bits, "bits", adaptive=self.is_adaptive, also=f" or {AUTO!r}")
+        for name in ("checkpoint_bits", "recompute_bits"):
+            if getattr(self, name) not in (None, EXACT):
+                _check_bits(getattr(self, name), name, also=f" or {EXACT!r}")
         if self.update_interval is not None:
             _check_int("update_interval", self.update_interval, 1, 2**31)
         _check_share(self)
@@ -144,8 +159,8 @@ class ActNNConfig:
         for pattern, value in self.overrides.items():
             if isinstance(value, (list, tuple)):
                 _check_range(value, f"overrides[{pattern!r}]", self.is_adaptive)
-            elif value != "exact":
-                _check_bits(value, f"overrides[{pattern!r}]", also=" or 'exact'")
+            elif value != EXACT:
+                _check_bits(value, f"overrides[{pattern!r}]", also=f" or {EXACT!r}")
         ranges = {key: tuple(value) if isinstance(value, list) else value for key, value in self.overrides.items()}
         object.__setattr__(self, "overrides", ranges)
 
@@ -203,6 +218,18 @@ class ActNNConfig:
         if self.bits != AUTO:
             return None
         return MAX_ADDED_VARIANCE if self.max_added_variance is None else self.max_added_variance
+
+    @property
+    def effective_checkpoint_bits(self) -> int | None:
+        """Bits of what gradient checkpoints keep; ``None`` where that stays exact."""
+        if self.checkpoint_bits is None:
+            return None if self.effective_bits is None else CHECKPOINT_BITS
+        return None if self.checkpoint_bits == EXACT else int(self.checkpoint_bits)
+
+    @property
+    def effective_recompute_bits(self) -> int | None:
+        """Bits of what a checkpoint's block saves when it runs again; ``None`` where that stays exact."""
+        return None if self.recompute_bits in (None, EXACT) else int(self.recompute_bits)  # type: ignore[arg-type]
 
     @property
     def effective_exact_norms(self) -> bool:

@@ -89,6 +89,17 @@ def controller(model: nn.Module) -> Controller:
     Raises:
         ConversionError: the model is not converted, or its parts were converted one by one.
     """
+    found = controller_of(model)
+    found.asked_for = True
+    return found
+
+
+def controller_of(model: nn.Module) -> Controller:
+    """As :func:`controller`, for those who only look: it does not count as a promise to call ``step()``.
+
+    Raises:
+        ConversionError: as there.
+    """
     found: dict[int, Controller] = {}
     for module in model.modules() if isinstance(model, nn.Module) else ():
         member = membership(module)
@@ -108,7 +119,6 @@ def controller(model: nn.Module) -> Controller:
             )
         )
     (only,) = found.values()
-    only.asked_for = True
     return only
 
 
@@ -149,8 +159,8 @@ def _check_model(model: Any) -> None:
                     where=path or type(model).__name__,
                     expected="the model before torch.compile",
                     received=type(module).__name__,
-                    next_step="Convert first; of a torch.compile'd model the original is "
-                    "model._orig_mod. Compiling a converted model is not available yet",
+                    next_step="Convert first, and compile the converted model; of a torch.compile'd model the "
+                    "original is model._orig_mod",
                 )
             )
     if not any(any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()) and (

@@ -234,6 +234,9 @@ class _Watch:
     def begin(self, samples: int, root: torch.nn.Module) -> Any:
         return self.tape if self.collect else False
 
+    def gathered(self, parameter: torch.nn.Parameter) -> None:
+        pass
+
     def keeps(self, key: str) -> bool:
         return self.exact or (self.only is not None and key != self.only)
 

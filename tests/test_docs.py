@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_site  # in tools/, on the path by pyproject.toml
 import pytest
 
 from hf_actnn import cli
@@ -37,7 +38,11 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+# Pages whose python and bash blocks are one path, from the first to the last: run together, below.
+PATHS = [ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in PATHS], ids=name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In order and in one namespace, as a reader would type them."""
     pytest.importorskip("transformers")
@@ -49,10 +54,45 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
-def test_the_first_page_names_all_others():
-    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
-    named = re.findall(r"^\* \[(.+)\]\((.+)\):", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
-    assert [("Home", "index.md"), *named] == re.findall(r"^  - (.+): (.+\.md)$", nav, re.MULTILINE)
+def test_the_first_page_names_all_others_and_makes_the_navigation():
+    text = (ROOT / "docs" / "index.md").read_text()
+    entries = docs_site.navigation(text)
+    sections = {title: pages for entry in entries for title, pages in entry.items() if isinstance(pages, list)}
+    assert list(sections) == ["Tutorials", "How to", "Reference", "Explanation"]
+    named = [page for pages in sections.values() for entry in pages for page in entry.values()]
+    named += [page for entry in entries for page in entry.values() if isinstance(page, str)]
+    there = [path for ending in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(ending)]
+    assert sorted(named) == sorted(str(path.relative_to(ROOT / "docs")) for path in there)
+    assert len(re.findall(r"^\* \[", text, re.MULTILINE)) == len(named) - 1  # and this page itself
+
+
+def test_troubleshooting_quotes_what_is_said():
+    """Each heading in code is a part of a text in the source."""
+    source = "\n".join(path.read_text() for path in (ROOT / "hf_actnn").rglob("*.py"))
+    quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 30 and [text for text in quoted if text not in source] == []
+
+
+def test_steps_of_the_quickstart_are_short():
+    """Under two minutes of reading each, at 150 words a minute, code included."""
+    steps = (ROOT / "docs" / "quickstart.md").read_text().split("\n## ")[1:]
+    assert {step.splitlines()[0]: len(step.split()) for step in steps if len(step.split()) > 300} == {}
+
+
+def test_the_notebook_prints_what_is_stored(tmp_path):
+    """Where that does not depend on the machine; and nothing in it names one."""
+    notebook = pytest.importorskip(
+        "docs_notebook", reason="needs nbclient, nbformat and ipykernel", exc_type=ImportError
+    )
+    (path,) = notebook.NOTEBOOKS
+    stored = notebook.nbformat.read(path, as_version=4)
+    assert notebook.differences(stored, notebook.executed(path)) == []
+    marked = [cell for cell in stored.cells if cell.metadata.get("same")]
+    assert len(marked) >= 3 and all(notebook.printed(cell) for cell in marked)
+    assert all(cell.outputs or "def " in cell.source for cell in stored.cells if cell.cell_type == "code")
+    assert not re.search(r"/(work|home|root|tmp|usr)/|site-packages|://(?!localhost)", path.read_text())
+    marked[0].outputs[0]["text"] += "1"
+    assert notebook.differences(stored, notebook.nbformat.read(path, as_version=4))
 
 
 def test_the_table_of_parts_names_every_module():
@@ -64,17 +104,21 @@ def test_the_table_of_parts_names_every_module():
         assert modules <= set(re.findall(r"`(\w+)/?`", row)), folder
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Each command of the page's bash blocks, as words; continued lines joined, comments dropped."""
+def words_of(block: str) -> list[list[str]]:
+    """Each command of a bash block, as words; continued lines joined, comments dropped."""
     found = []
-    for _, block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                words = words[1:]  # an environment variable set in front
-            if words:
-                found.append(words)
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words = words[1:]  # an environment variable set in front
+        if words:
+            found.append(words)
     return found
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Each command of the page's bash blocks."""
+    return [words for _, block in blocks(page, "bash") for words in words_of(block)]
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
@@ -102,6 +146,37 @@ STARTERS = {
 def written(page: Path) -> list[str]:
     """The scripts that a python block of the page writes for its commands."""
     return re.findall(r'Path\("(\w+\.py)"\)\.write_text', page.read_text())
+
+
+#: Blocks of a path that are not run here: they install, or make an environment (tests/test_release.py does).
+NOT_RUN = {"pip", "make"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PATHS, ids=name)
+def test_a_path_runs_as_it_is_written(page, tmp_path, monkeypatch):
+    """Python and bash in the page's order, in one folder: what a block writes is there for the next."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    namespace: dict[str, object] = {"__name__": name(page)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = 0
+    for match in FENCE.finditer(page.read_text()):
+        language, code = match.groups()
+        if language == "python":
+            exec(compile(code, str(page), "exec"), namespace)
+            continue
+        for words in words_of(code):
+            if words[0] in NOT_RUN:
+                continue
+            command = [sys.executable, *STARTERS.get(words[0], []), *words[1:]]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+            assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+            ran += 1
+    assert ran >= 2
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if written(page)], ids=name)

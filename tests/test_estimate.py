@@ -20,7 +20,7 @@ from hf_actnn import cli
 from hf_actnn.codec import native
 from hf_actnn.commands import estimate, extrapolate, probe, sizes
 from hf_actnn.commands.progress import Progress
-from hf_actnn.commands.training import CHECKPOINT, PLAIN
+from hf_actnn.commands.training import CHECKPOINT, PLAIN, way
 from hf_actnn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +345,20 @@ def test_nothing_to_train_is_refused():
 def test_no_switch_for_checkpointing():
     found = probe.child(RUN._replace(way=CHECKPOINT), 4)
     assert found["status"] == "refused" and "no gradient checkpointing" in found["error"]
+
+
+@needs_proc
+def test_checkpointing_with_a_level(monkeypatch):
+    """Both are on; a name that is neither is refused."""
+    seen = []
+    monkeypatch.setattr(probe.named, "checkpoint", lambda model: seen.append(type(model).__name__))
+    monkeypatch.setattr(probe, "compress", lambda model, level, interval: lambda: seen.append(level))
+    assert probe.child(RUN._replace(way="checkpoint+L2", steps=1), 4)["status"] == "ok"
+    assert seen[1:] == ["L2"] and len(seen) == 2
+    assert way("checkpoint+auto") == "checkpoint+auto"
+    for wrong in ("checkpoint+plain", "checkpoint+", "checkpoint+checkpoint", "L2+checkpoint"):
+        with pytest.raises(ConfigError, match="no such level"):
+            way(wrong)
 
 
 @needs_proc

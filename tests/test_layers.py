@@ -17,10 +17,11 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"integrations"},
+    {"record"},
     {"convert", "fidelity", "memory"},
     {"nn"},
     {"saving", "precision"},
-    {"codec"},
+    {"codec", "pages"},
     {"config", "errors"},
 ]
 BESIDE = {("config", "errors")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 import shutil
@@ -16,13 +15,13 @@ import torch
 from torch import nn
 
 import hf_actnn
-from hf_actnn import cli
-from hf_actnn.commands import page, profile
+from hf_actnn import cli, pages
+from hf_actnn.commands import profile
 from hf_actnn.errors import ConfigError
 from hf_actnn.integrations import named
+from tests.browser import BROWSER, Page, browse
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 pytest.importorskip("timm")
 
@@ -202,7 +201,7 @@ def test_a_text_model_is_sent_to_a_function(tmp_path, capsys):
 
 
 def test_without_matplotlib_a_picture_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(profile, "profile", lambda *args, **options: pytest.fail("it was measured"))
     assert cli.main(["profile", "test_vit", "--batch", "1", "--png", str(tmp_path / "p.png")]) == 1
     assert 'pip install "hf-actnn[plots]"' in capsys.readouterr().err
@@ -217,35 +216,6 @@ def test_without_timm_its_models_are_not_known(monkeypatch, capsys):
 # -- the page and the picture ------------------------------------------------------------------------------------------
 
 
-class Page(html.parser.HTMLParser):
-    """Scripts by their id, every bytes cell, and what the page would load from elsewhere."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.scripts: dict[str, str] = {}
-        self.cells: list[dict[str, str]] = []
-        self.loaded: list[str] = []
-        self._script: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = {key: value or "" for key, value in attributes}
-        if tag == "script":
-            self._script = found.get("id", "")
-            self.scripts[self._script] = ""
-        if "data-bytes" in found:
-            self.cells.append(found)
-        self.loaded += [found[key] for key in ("src", "href") if key in found and found[key] != "data:,"]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "script":
-            self._script = None
-
-    def handle_data(self, data: str) -> None:
-        if self._script is not None:
-            self.scripts[self._script] += data
-
-
 def test_the_page_holds_the_numbers_and_loads_nothing(found, tmp_path, capsys):
     path = tmp_path / "page.html"
     command = ["profile", "test_vit", "--batch", "4", "--levels", "L2", "--image-size", "96", "--json"]
@@ -253,30 +223,24 @@ def test_the_page_holds_the_numbers_and_loads_nothing(found, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     text = path.read_text(encoding="utf-8")
     read = Page(text)
-    assert json.loads(read.scripts["profile"]) == printed
+    assert json.loads(read.scripts["data"]) == printed
     assert read.loaded == [] and not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
-    assert {"profile", ""} == set(read.scripts)
+    assert {"data", ""} == set(read.scripts)
 
 
 def test_names_cannot_leave_the_json(tmp_path):
     result = profile.profile(NAME + "mine", 2, levels=["plain"])
-    read = Page(page.html(result))
-    assert json.loads(read.scripts["profile"]) == result
+    read = Page(profile.page(result))
+    assert json.loads(read.scripts["data"]) == result
     assert any("</script><b>" in module["path"] for module in result["modules"])
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_script_is_sound(found, tmp_path):
     script = tmp_path / "page.js"
-    script.write_text(Page(page.html(found)).scripts[""])
+    script.write_text(Page(profile.page(found)).scripts[""])
     done = subprocess.run(["node", "--check", str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-def browse(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={path.parent / 'browser'}", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    return subprocess.run([*command, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
@@ -284,7 +248,7 @@ def browse(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_in_a_browser_the_page_shows_the_numbers_without_an_error(found, name, tmp_path):
     result = found if name == "test_vit" else profile.profile(name, 2, levels=["plain", "L2"])
     path = tmp_path / "page.html"
-    path.write_text(page.html(result), encoding="utf-8")
+    path.write_text(profile.page(result), encoding="utf-8")
     done = browse(path, "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     shown = Page(done.stdout)
@@ -300,7 +264,9 @@ def test_in_a_browser_the_page_shows_the_numbers_without_an_error(found, name, t
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_an_error_in_the_page_would_be_noticed(found, tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(page.html(found).replace("bars(); drawModules();", "bars(); noSuchFunction();"), encoding="utf-8")
+    path.write_text(
+        profile.page(found).replace("bars(); drawModules();", "bars(); noSuchFunction();"), encoding="utf-8"
+    )
     assert "noSuchFunction" in browse(path, "--dump-dom").stderr
 
 

@@ -41,6 +41,18 @@ def test_everything_the_tools_need_is_pinned():
     assert needed <= pinned, needed - pinned
 
 
+def test_the_oldest_versions_are_those_of_the_table():
+    command = [sys.executable, "tools/requirements.py", "--lowest", "timm", "hf"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    oldest = dict(line.split("==") for line in done.stdout.split() if "==" in line)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert set(oldest) == {"timm", "transformers", "accelerate"}
+    text = (ROOT / "docs" / "versions.md").read_text()
+    for name, version in oldest.items():
+        assert re.search(rf"^\| {name} \| {re.escape(version)} \| {re.escape(pinned[name])} \|$", text, re.MULTILINE)
+    assert re.search(rf"^\| torch \|.*{re.escape(pinned['torch'])}", text, re.MULTILINE)
+
+
 def test_unknown_extra_is_refused():
     done = subprocess.run([sys.executable, "tools/requirements.py", "nope"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0

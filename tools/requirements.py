@@ -2,6 +2,7 @@
 
 python tools/requirements.py timm hf     # the package's own dependencies and those of the named extras
 python tools/requirements.py --build     # what building it needs
+python tools/requirements.py --lowest hf # as the first, each host library at the lowest version it may have
 """
 
 from __future__ import annotations
@@ -41,9 +42,21 @@ def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
     return list(found)
 
 
+#: Libraries that are run at both ends of the range that pyproject.toml allows.
+HOSTS = ("timm", "transformers", "accelerate")
+
+
+def lowest(requirement: str) -> str:
+    """`timm>=1.0` -> `timm==1.0`, for host libraries alone."""
+    name, found, version = requirement.partition(">=")
+    return f"{name}=={version}" if found and name in HOSTS else requirement
+
+
 if __name__ == "__main__":
     table = tomllib.loads(PYPROJECT.read_text())
     if sys.argv[1:] == ["--build"]:
         print("\n".join(table["build-system"]["requires"]))
+    elif sys.argv[1:2] == ["--lowest"]:
+        print("\n".join(map(lowest, requirements(table["project"], sys.argv[2:]))))
     else:
         print("\n".join(requirements(table["project"], sys.argv[1:])))

@@ -1,22 +1,25 @@
-"""A training loop of one's own under `accelerate launch`.
+"""A training loop of one's own under `accelerate launch`: one process, DDP or FSDP2, as the launcher says.
 
-Compressed activations take a line before `prepare`, and one per step.
+Compressed activations take one call, in place of `accelerator.prepare`.
 
-accelerate launch --cpu examples/accelerate/train.py --level L2
+accelerate launch --cpu examples/accelerate/train.py --level L3
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from sharding import shard_on_cpu
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hf_actnn
+from hf_actnn.integrations.accelerate import prepare
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -55,26 +58,31 @@ def main() -> None:
     parser.add_argument("--level", default="L2", help="a level such as L2, or none")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--samples", type=int, help="only so many of the training images")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--cpu", action="store_true", help="for several processes without a GPU, under torchrun")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="the launcher's")
+    parser.add_argument("--cpu", action="store_true", help="for several processes without a GPU")
+    parser.add_argument("--checkpoint", help="a folder: it is saved there at the end, and gone on from if it is there")
     options = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
+    shard_on_cpu(accelerator)
     set_seed(0)
     train, test = digits() if options.dataset == "digits" else hub_or_files(options.dataset)
     classes = int(train.tensors[1].max()) + 1
     model = timm.create_model(options.model, num_classes=classes)
 
-    controller = None
-    if options.level != "none":
-        hf_actnn.convert(model, options.level)  # before prepare
-        controller = hf_actnn.controller(model)
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.05)
-    loader = DataLoader(train, batch_size=options.batch_size, shuffle=True, drop_last=True)
+    seen = Subset(train, range(options.samples or len(train)))
+    loader = DataLoader(seen, batch_size=options.batch_size, shuffle=True, drop_last=True)
     test_loader = DataLoader(test, batch_size=250)
-    model, optimizer, loader, test_loader = accelerator.prepare(model, optimizer, loader, test_loader)
+    if options.level == "none":
+        prepared = accelerator.prepare(model, optimizer, loader, test_loader)
+    else:
+        prepared = prepare(accelerator, model, optimizer, loader, test_loader, config=options.level)
+    model, optimizer, loader, test_loader = prepared
+    if options.checkpoint and os.path.isdir(options.checkpoint):
+        accelerator.load_state(options.checkpoint)
 
     for epoch in range(options.epochs):
         model.train()
@@ -87,9 +95,7 @@ def main() -> None:
             else:
                 loss = F.cross_entropy(model(pixels), labels)
             accelerator.backward(loss)
-            if controller is not None:
-                controller.step()  # where the level chooses bits, it does so here
-            optimizer.step()
+            optimizer.step()  # where the level chooses bits, it does so here
             optimizer.zero_grad()
 
         model.eval()
@@ -100,8 +106,11 @@ def main() -> None:
         accelerator.print(
             f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {torch.cat(right).float().mean():.3f}"
         )
+    if options.checkpoint:
+        accelerator.save_state(options.checkpoint)
+        accelerator.print(f"saved to {options.checkpoint}")
     # The distributed wrapper has to go before the process group does: the other way round, gloo may wait for ever.
-    del model, optimizer, loss
+    del model, optimizer, loss, prepared
     accelerator.free_memory()
     accelerator.end_training()
 

@@ -15,11 +15,22 @@ from hf_actnn import errors
 from hf_actnn.commands import extrapolate, probe
 from hf_actnn.commands.progress import Progress
 from hf_actnn.commands.sizes import megabytes, parse
-from hf_actnn.commands.training import AUTO, CHECKPOINT, OPTIMIZERS, OTHER_INPUT, PLAIN, PRECISIONS, device_of, way
+from hf_actnn.commands.training import (
+    AUTO,
+    CHECKPOINT,
+    OPTIMIZERS,
+    OTHER_INPUT,
+    PLAIN,
+    PRECISIONS,
+    WITH,
+    device_of,
+    way,
+)
 from hf_actnn.commands.watch import PAGES, available
 from hf_actnn.errors import ActNNError, ActNNWarning, ConfigError, message
 
-WAYS = {"cpu": (PLAIN, CHECKPOINT, "L2", "L3", AUTO), "cuda": (PLAIN, CHECKPOINT, "L2", "L3", AUTO, "L4")}
+_ON_ALL = (PLAIN, CHECKPOINT, "L2", "L3", AUTO, f"{WITH}L2")
+WAYS = {"cpu": _ON_ALL, "cuda": (*_ON_ALL, "L4")}
 #: A way that multiplies the largest batch by less is no help.
 WORTH = 1.2
 #: What a level leaves of a sample's bytes, as a share, from which on most of them were not activations.
@@ -49,7 +60,7 @@ def estimate(
     Args:
         model: a name that `hf_actnn.integrations.named.load` takes.
         memory: bytes: on the CPU of the whole process, on a CUDA device of torch's allocator.
-        ways: plain, checkpoint, auto, levels; those of the device if None. Plain is always among them.
+        ways: plain, checkpoint, auto, levels, checkpoint+level; those of the device if None. Plain is always one.
         verify: try the answers, and a batch 15 % larger, for real.
         attempt: runs one batch.
 
@@ -176,7 +187,7 @@ def recommend(result: dict[str, Any]) -> str:
     """What to do, in a sentence or two."""
     rows = {row["way"]: row for row in result["ways"] if row["status"] == "ok"}
     plain = rows[PLAIN]
-    others = [row for name, row in rows.items() if name not in (PLAIN, CHECKPOINT, "L0")]
+    others = [row for name, row in rows.items() if name not in (PLAIN, CHECKPOINT, "L0", f"{WITH}L0")]
     if not any(row["largest"] for row in rows.values()):
         return _nothing_fits(result)
     best = _better(others)
@@ -316,7 +327,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="of timm, a Hugging Face directory, or package.module:function")
     parser.add_argument("--memory", required=True, metavar="SIZE", help="24GB, 16GiB, 500MB")
-    parser.add_argument("--levels", nargs="+", metavar="LEVEL", help="plain, checkpoint, auto, L0 ... L5")
+    parser.add_argument(
+        "--levels", nargs="+", metavar="LEVEL", help="plain, checkpoint, auto, L0 ... L5, checkpoint+L2"
+    )
     parser.add_argument("--image-size", type=int, metavar="S", help="side of the images; the model's own if not given")
     parser.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS))
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16 is autocast, weights in fp32")

@@ -33,3 +33,23 @@ def check(path: Path, option: str) -> None:
                 next_step="Name a file in it",
             )
         )
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder before anything is run, unless it is there.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            message(
+                "there can be no such folder",
+                where=option,
+                expected="a folder, or a name for a new one",
+                received=f"{path} ({error.strerror})",
+                next_step="Name another one",
+            )
+        ) from error

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-#: Kinds of modules with a colour of their own; the others share one. The colours are those of Okabe and Ito, which
-#: stay apart for most who see colours differently.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-OTHERS = "#999999"
+from hf_actnn.pages import COLOURS, OTHERS
+
 #: Modules in the lower half.
 MODULES = 12
 

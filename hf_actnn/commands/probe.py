@@ -22,13 +22,14 @@ from torch import nn
 
 from hf_actnn.codec import native
 from hf_actnn.commands.training import (
-    CHECKPOINT,
     OPTIMIZERS,
     PLAIN,
     autocast,
+    checkpoints,
     compress,
     device_of,
     is_for_memory,
+    level_of,
     to,
     trained,
 )
@@ -46,7 +47,7 @@ class Run(NamedTuple):
 
     Attributes:
         model: a name that `named.load` takes.
-        way: plain, checkpoint, or a level.
+        way: plain, checkpoint, a level, or both.
         limit: bytes that the process may have.
     """
 
@@ -166,21 +167,21 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
 
 
 def _prepare(model: nn.Module, way: str, device: torch.device) -> Any:
-    if way == CHECKPOINT:
+    if checkpoints(way):
         named.checkpoint(model)
-        return compress(model, PLAIN)
-    if way != PLAIN:
+    level = level_of(way)
+    if level != PLAIN:
         kernels = native.cuda_status() if device.type == "cuda" else native.status()
         if not kernels["available"]:
             raise NativeError(
                 message(
                     "the kernels are not built, so what compression takes cannot be measured",
-                    where=f"level {way}",
+                    where=f"level {level}",
                     received=str(kernels["reason"]),
                     next_step="`hf-actnn env` says what is missing; `--levels plain checkpoint` needs no kernels",
                 )
             )
-    return compress(model, way, UPDATE_INTERVAL)
+    return compress(model, level, UPDATE_INTERVAL)
 
 
 def child(run: Run, batch_size: int) -> dict[str, Any]:

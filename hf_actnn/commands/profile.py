@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import sys
 from collections import defaultdict
@@ -14,16 +13,17 @@ from typing import Any
 
 import torch
 
-from hf_actnn.commands import files, page, plot
+from hf_actnn import pages
+from hf_actnn.commands import files, plot
 from hf_actnn.commands.progress import Progress
 from hf_actnn.commands.sizes import megabytes
 from hf_actnn.commands.training import (
     AUTO,
-    CHECKPOINT,
     OTHER_INPUT,
     PLAIN,
     PRECISIONS,
     autocast,
+    checkpoints,
     compress,
     device_of,
     is_for_memory,
@@ -33,7 +33,7 @@ from hf_actnn.commands.training import (
 )
 from hf_actnn.commands.watch import available
 from hf_actnn.convert import controller, is_converted, report
-from hf_actnn.errors import ActNNError, ConfigError, NotAvailableError, message
+from hf_actnn.errors import ActNNError, ConfigError, message
 from hf_actnn.integrations import named
 from hf_actnn.memory import track_memory
 
@@ -245,6 +245,11 @@ def _cells(nbytes: dict[str, int], levels: Sequence[str]) -> list[str]:
     return [megabytes(nbytes[level]) for level in levels]
 
 
+def page(result: dict[str, Any]) -> str:
+    """What `profile` returns, as an HTML page."""
+    return pages.fill("profile", f"{result['model']}: bytes held for the backward pass", result)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -273,13 +278,13 @@ def _check(arguments: argparse.Namespace) -> None:
             message("there is nothing to run", where="--batch", expected="1 or more", received=str(arguments.batch))
         )
     for level in arguments.levels:
-        if way(level) == CHECKPOINT:
+        if checkpoints(way(level)):
             raise ConfigError(
                 message(
                     "what a gradient checkpoint holds is not seen by profile",
                     where="--levels",
                     expected="plain, auto, or a level",
-                    received=CHECKPOINT,
+                    received=level,
                     next_step="`hf-actnn estimate` measures what checkpointing comes to",
                 )
             )
@@ -287,14 +292,8 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, option)
         if path is not None:
             files.check(path, f"--{option}")
-    if arguments.png and importlib.util.find_spec("matplotlib") is None:
-        raise NotAvailableError(
-            message(
-                "a picture needs matplotlib, which is not installed",
-                where="--png",
-                next_step='pip install "hf-actnn[plots]", or take --html, which needs nothing',
-            )
-        )
+    if arguments.png:
+        pages.need_matplotlib("--png")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -309,7 +308,7 @@ def _run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
     if arguments.html:
-        arguments.html.write_text(page.html(result), encoding="utf-8")
+        arguments.html.write_text(page(result), encoding="utf-8")
     if arguments.png:
         plot.save(result, arguments.png)
     print(json.dumps(result, indent=2) if arguments.json else table(result, arguments.top))

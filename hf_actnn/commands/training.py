@@ -17,6 +17,8 @@ from hf_actnn.errors import ConfigError, message
 
 #: As PyTorch has it, and with the model's own gradient checkpointing.
 PLAIN, CHECKPOINT = "plain", "checkpoint"
+#: Before a level: both.
+WITH = f"{CHECKPOINT}+"
 #: The default of convert().
 AUTO = "auto"
 PRECISIONS = ("fp32", "bf16")
@@ -34,22 +36,32 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def way(text: str) -> str:
-    """The name of a way to train: plain, checkpoint, auto, or a level.
+    """The name of a way to train: plain, checkpoint, auto, a level, or one of the last two behind ``checkpoint+``.
 
     Raises:
         ConfigError: it is none.
     """
-    if text not in (PLAIN, CHECKPOINT, AUTO, *LEVELS):
+    if text == WITH + PLAIN or level_of(text) not in (PLAIN, AUTO, *LEVELS):
         raise ConfigError(
             message(
                 "there is no such level",
                 where="--levels",
-                expected=f"some of {PLAIN}, {CHECKPOINT}, {AUTO}, {', '.join(LEVELS)}",
+                expected=f"some of {PLAIN}, {CHECKPOINT}, {AUTO}, {', '.join(LEVELS)}, {WITH}L2 and the like",
                 received=repr(text),
                 next_step="The README has a table of levels",
             )
         )
     return text
+
+
+def checkpoints(text: str) -> bool:
+    """Whether a way to train uses the model's gradient checkpointing."""
+    return text == CHECKPOINT or text.startswith(WITH)
+
+
+def level_of(text: str) -> str:
+    """The level of a way to train, ``plain`` where nothing is compressed."""
+    return PLAIN if text == CHECKPOINT else text.removeprefix(WITH)
 
 
 def compress(model: nn.Module, level: str, update_interval: int | None = None) -> Callable[[], None]:

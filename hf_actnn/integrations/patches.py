@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +18,9 @@ from hf_actnn.config import LEVELS
 from hf_actnn.convert import is_converted
 from hf_actnn.errors import ConversionError, NotAvailableError, message
 from hf_actnn.integrations.unmodified import process
-from hf_actnn.precision.controller import Controller
 
 #: The Trainers there are, and whether their models are compressed here. Each prepares its model with accelerate too.
 _TRAINERS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-#: In a checkpoint of an accelerator: the state of each controller that is driven here, as JSON.
-STATE_FILE = "hf_actnn.json"
-_CONTROLLERS: WeakKeyDictionary[Any, list[Controller]] = WeakKeyDictionary()
 
 
 def patch_trainer(module: Any) -> None:
@@ -137,47 +131,23 @@ def _convert(accelerator: Any, model: Any) -> None:
     trainer = next((one for one in _TRAINERS if one.accelerator is accelerator), None)
     if not isinstance(model, nn.Module) or (trainer is not None and not _TRAINERS[trainer]) or not process.wants(model):
         return
+    # Not before: accelerate itself is being imported when this module is.
+    from hf_actnn.integrations.accelerate import check_supported, keep_state
+
+    check_supported(accelerator, "Accelerator.prepare")
     compiler = accelerator.state.dynamo_plugin.backend.value
     if compiler != "NO":
         raise NotAvailableError(
             message(
-                "Compressed activations do not work under torch.compile yet",
+                "What a compiled model keeps cannot be watched from outside its script",
                 where="Accelerator.prepare",
                 expected="no dynamo backend",
                 received=f"the dynamo backend {compiler}",
-                next_step="Train without it, or without compressed activations",
+                next_step="Call hf_actnn.convert(model, bits=4) in the script before prepare(), and run it by itself",
             )
         )
-    driven = process.take(model, drive=trainer is None)
-    if driven is not None:
-        _keep_state(accelerator, driven)
-
-
-def _keep_state(accelerator: Any, controller: Controller) -> None:
-    """Have the controller's state travel in the accelerator's checkpoints.
-
-    In a file of its own: `register_for_checkpointing` would make checkpoints with it and without it exclude each other.
-    """
-    if accelerator not in _CONTROLLERS:
-        held = _CONTROLLERS[accelerator] = []
-
-        def save(models: Any, weights: Any, folder: str) -> None:
-            if accelerator.is_main_process:
-                with open(os.path.join(folder, STATE_FILE), "w") as file:
-                    json.dump([one.state_dict() for one in held], file)
-
-        def load(models: Any, folder: str) -> None:
-            path = os.path.join(folder, STATE_FILE)
-            states: list[Any] = []
-            if os.path.exists(path):
-                with open(path) as file:
-                    states = json.load(file)
-            for at, one in enumerate(held):
-                one.load_state_dict(states[at] if at < len(states) else {})  # which warns
-
-        accelerator.register_save_state_pre_hook(save)
-        accelerator.register_load_state_pre_hook(load)
-    _CONTROLLERS[accelerator].append(controller)
+    if process.take(model, drive=trainer is None) is not None:
+        keep_state(accelerator, model)
 
 
 #: By the module's name.

@@ -7,22 +7,29 @@ what it measured to the Trainer's logs. The flag and the mixin only decide wheth
 
 from __future__ import annotations
 
-import math
-from contextlib import ExitStack
+import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from hf_actnn.config import ActNNConfig
 from hf_actnn.convert import controller, convert
 from hf_actnn.errors import ConfigError, NotAvailableError, message
-from hf_actnn.memory import MemoryReport, measure_next_forward
+from hf_actnn.integrations.accelerate import no_engine
 from hf_actnn.nn.mixin import SAMPLE_ID
 from hf_actnn.precision.controller import Controller
+from hf_actnn.record import Record
+from hf_actnn.record.record import check_ending
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside whatever wraps it, a compiled form included."""
+    return cast(nn.Module, extract_model_from_parallel(model, keep_torch_compile=False))
 
 
 class ActNNCallback(TrainerCallback, ExportableState):
@@ -47,12 +54,15 @@ class ActNNCallback(TrainerCallback, ExportableState):
     The controller's state travels in the Trainer's checkpoints, so that a resumed run goes on with the same bits and
     the same rounding. Resuming from a checkpoint that has none, or one of another configuration, gives a warning.
 
-    They reach `state.log_history` and every callback that comes later in the Trainer's list, the progress bar included.
-    Reporting tools the Trainer starts itself (`report_to`) come earlier; they see the figures with `ActNNTrainer`.
+    They reach `state.log_history`, the reporting tools of `report_to` and every other callback. After a run
+    `callback.record.save("bits.html")` writes a page of it, with the bits of each layer over time.
 
     Args:
         config: a level ("L0", "L1", "L2", "L2.5", "L3", "L4", "L5"), an `ActNNConfig`, a dict of its fields, or the
             path of a JSON file.
+
+    Attributes:
+        record: of the training that runs, or of the last one; None before the first.
 
     Raises:
         ConfigError: a configuration that means nothing.
@@ -60,11 +70,10 @@ class ActNNCallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: ActNNConfig | str | dict[str, Any] | None = None) -> None:
         self.config = ActNNConfig.resolve(config)
-        self.figures: dict[str, float] = {}
+        self.record: Record | None = None
         #: What a checkpoint held of the controller, when the Trainer makes the callback anew from it.
         self.saved: dict[str, Any] | None = None
         self._controller: Controller | None = None
-        self._probe = ExitStack()
 
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint: the configuration, and the controller's state once there is a model."""
@@ -75,30 +84,17 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """Convert the model inside whatever wraps it.
 
         Raises:
-            NotAvailableError: the Trainer is going to compile the model.
+            NotAvailableError: the Trainer is going to hand the model to DeepSpeed.
             ConversionError: the model has nothing that can be converted.
         """
-        if args.torch_compile:
-            raise NotAvailableError(
-                message(
-                    "Compressed activations do not work under torch.compile yet",
-                    where="TrainingArguments.torch_compile",
-                    expected="torch_compile=False",
-                    received="torch_compile=True",
-                    next_step="Train without torch_compile, or without compressed activations",
-                )
-            )
-        self._controller = controller(convert(extract_model_from_parallel(model), self.config))
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise NotAvailableError(no_engine("DeepSpeed", "TrainingArguments.deepspeed"))
+        self._controller = controller(convert(_inner(model), self.config))
 
     def add_figures(self, logs: dict[str, Any]) -> None:
         """Add what was measured to a training log; evaluation logs and the closing summary stay as they are."""
-        if "loss" in logs:
-            logs.update(self.figures)
-            if self._controller is not None and self._controller.history:
-                newest = self._controller.history[-1]
-                logs["actnn_bits"] = newest["average_bits"]
-                if math.isfinite(newest["added_variance"]):
-                    logs["actnn_added_variance"] = newest["added_variance"]
+        if "loss" in logs and self.record is not None:
+            logs.update(self.record.metrics())
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Convert before the Trainer makes the optimizer and wraps the model."""
@@ -113,8 +109,10 @@ class ActNNCallback(TrainerCallback, ExportableState):
         """
         self.apply(args, kwargs["model"])
         self._resume(state)
-        self.figures = {}
-        self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+        if self.record is not None:
+            self.record.close()
+        # A hook that counts would be compiled too.
+        self.record = Record(_inner(kwargs["model"]), measures=not args.torch_compile)
 
     def _resume(self, state: TrainerState) -> None:
         """Hand the controller what the checkpoint holds, whether or not the Trainer restored the callback from it."""
@@ -135,12 +133,10 @@ class ActNNCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """All backward passes of the step have run: the controller's turn."""
-        if self._controller is None:
-            return
-        updates = len(self._controller.history)
-        self._controller.step()
-        if len(self._controller.history) > updates:  # other bits, other bytes
-            self._measure_next_forward(extract_model_from_parallel(kwargs["model"]))
+        if self._controller is not None:
+            self._controller.step()
+        if self.record is not None:
+            self.record.follow()
 
     def on_log(
         self,
@@ -150,25 +146,40 @@ class ActNNCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to this log and to the history, which was written just before callbacks are told."""
-        if logs is not None:
-            self.add_figures(logs)
-            if state.log_history and state.log_history[-1].get("step") == state.global_step:
-                self.add_figures(state.log_history[-1])
+        """Add the figures to the history, which was written just before callbacks are told."""
+        if logs is not None and state.log_history and state.log_history[-1].get("step") == state.global_step:
+            self.add_figures(state.log_history[-1])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook behind when no forward ever came."""
-        self._probe.close()
+        """Write the record that the arguments ask for, and leave no hook behind when no forward ever came."""
+        if self.record is not None:
+            self.record.close()
+            path = getattr(args, "actnn_record", None)
+            if path is not None and state.is_world_process_zero:
+                self.record.save(path)
 
-    def _measure_next_forward(self, model: nn.Module) -> None:
-        self._probe.close()
-        self._probe = measure_next_forward(model, self._take_figures)
 
-    def _take_figures(self, memory: MemoryReport, samples: int) -> None:
-        if memory.saved_bytes:
-            self.figures = {"actnn_ratio": memory.ratio, "actnn_bytes_per_sample": memory.saved_bytes / samples}
+def _add_figures_first(handler: type[CallbackHandler]) -> None:
+    """Have the figures in a log before any callback is told of it.
+
+    The reporting tools of `report_to` stand in front of the callbacks that a Trainer is given, and a callback has no
+    way to the list that it is in. Handlers without an `ActNNCallback` do what they did.
+    """
+    tell = handler.on_log
+
+    @functools.wraps(tell)
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> Any:
+        for callback in self.callbacks:
+            if isinstance(callback, ActNNCallback):
+                callback.add_figures(logs)
+        return tell(self, args, state, control, logs, **kwargs)
+
+    handler.on_log = on_log  # type: ignore[method-assign]
+
+
+_add_figures_first(CallbackHandler)
 
 
 @dataclass
@@ -180,6 +191,8 @@ class ActNNTrainingArguments(TrainingArguments):
             `actnn_config` are None.
         actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn`
             replaces the one in here.
+        actnn_record: where to write the record of the run when it ends: a page (.html), a picture (.png) or numbers
+            (.json).
 
     Raises:
         ConfigError: at construction, if they mean nothing.
@@ -200,10 +213,27 @@ class ActNNTrainingArguments(TrainingArguments):
         metadata={"help": "Fields of hf_actnn.ActNNConfig: a JSON object or the path of a JSON file."},
     )
 
+    actnn_record: str | None = field(
+        default=None,
+        metadata={"help": "Where to write the bits by layer over time, at the end: .html, .png or .json."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A wrong level should stop the script here, not after the data has been read.
-        config_of(self)
+        # What is wrong should stop the script here, not after the data has been read.
+        config = config_of(self)
+        if self.actnn_record is not None:
+            check_ending(Path(self.actnn_record), "actnn_record")
+            if config is None:
+                raise ConfigError(
+                    message(
+                        "there is nothing to record",
+                        where="actnn_record",
+                        expected="actnn or actnn_config beside it",
+                        received="neither",
+                        next_step="Name a level, as in --actnn L3",
+                    )
+                )
 
 
 def config_of(args: TrainingArguments) -> ActNNConfig | None:
@@ -230,8 +260,8 @@ class ActNNTrainerMixin(_Behind):
     """Gives any Trainer the flag: `class MyTrainer(ActNNTrainerMixin, SomeTrainer)`.
 
     With `args.actnn` or `args.actnn_config` set it behaves as if an `ActNNCallback` had been passed, and also converts
-    the models of `model_init` before they are wrapped, follows the arguments that a hyper-parameter search sets per
-    trial, and hands the measured figures to every reporting tool. With neither set it changes nothing.
+    the models of `model_init` before they are wrapped, and follows the arguments that a hyper-parameter search sets per
+    trial. With neither set it changes nothing.
     """
 
     _actnn: ActNNCallback | None = None
@@ -282,13 +312,6 @@ class ActNNTrainerMixin(_Behind):
         compresses = any(isinstance(callback, ActNNCallback) for callback in self.callback_handler.callbacks)
         if columns is not None and SAMPLE_ID not in columns and compresses:
             columns.append(SAMPLE_ID)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the Trainer does, with the measured figures, so that reporting tools see them as well."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ActNNCallback):
-                callback.add_figures(logs)
-        super().log(logs, *args, **kwargs)
 
 
 class ActNNTrainer(ActNNTrainerMixin, Trainer):

@@ -21,13 +21,15 @@ from torch import nn
 from hf_actnn.config import AUTO, LEVELS, ActNNConfig
 from hf_actnn.convert import ConversionReport, Row, controller, convert, is_converted, report
 from hf_actnn.errors import ActNNWarning, ConfigError, ConversionError, message
-from hf_actnn.memory import MemoryReport, measure_next_forward
 from hf_actnn.precision.controller import Controller
+from hf_actnn.record import Record
 
 #: What is compressed, and how: see :func:`parse`. Nothing is while it is unset or empty.
 VARIABLE = "HF_ACTNN"
 #: The path of a JSON file for what was measured.
 REPORT_VARIABLE = "HF_ACTNN_REPORT"
+#: A folder for a record of each model: a page and numbers.
+RECORD_VARIABLE = "HF_ACTNN_RECORD"
 
 # What starts other processes, or trains nothing that is meant to be compressed here.
 _COMMANDS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed", "hf-actnn")
@@ -103,13 +105,17 @@ def summary(found: ConversionReport) -> str:
     return "\n".join(lines)
 
 
+#: As an entry of `Record.measured`.
+_NOTHING = {"saved_bytes": 0, "uncompressed_bytes": 0, "samples": 0}
+
+
 class Trained:
     """One model that was converted here.
 
     Attributes:
         name: of its class.
         controller: to be stepped here; None where the Trainer's callback does that.
-        saved_bytes, uncompressed_bytes, samples: of the first training forward pass; 0 before there was one.
+        record: of the run.
         steps: of an optimizer that holds parameters of it, skipped ones left out.
         rows: of the report after the first step.
     """
@@ -118,21 +124,23 @@ class Trained:
         self.name = type(model).__name__
         self.config = config
         self.controller = driven
-        self.saved_bytes = self.uncompressed_bytes = self.samples = self.steps = 0
+        self.record = Record(model)
+        self.steps = 0
         self.report: ConversionReport | None = None
-        measure_next_forward(model, self._measured)
 
-    def _measured(self, memory: MemoryReport, samples: int) -> None:
-        self.saved_bytes, self.uncompressed_bytes = memory.saved_bytes, memory.uncompressed_bytes
-        self.samples = samples
+    @property
+    def first(self) -> dict[str, int]:
+        """What the first training forward pass kept; zeros before there was one."""
+        return self.record.measured[0] if self.record.measured else _NOTHING
 
     def __str__(self) -> str:
-        ratio = self.uncompressed_bytes / self.saved_bytes if self.saved_bytes else math.nan
+        saved, uncompressed, samples = (self.first[name] for name in _NOTHING)
+        ratio = uncompressed / saved if saved else math.nan
         head = self.config.level if self.config.bits is None else f"bits={self.config.bits}"
         return (
-            f"{self.name} trains at {head}. Its first forward pass kept {self.saved_bytes / 1e6:.3f} MB of activations "
-            f"instead of {self.uncompressed_bytes / 1e6:.3f} MB, {ratio:.1f} times fewer bytes "
-            f"({self.saved_bytes / max(self.samples, 1):,.0f} bytes per sample)."
+            f"{self.name} trains at {head}. Its first forward pass kept {saved / 1e6:.3f} MB of activations "
+            f"instead of {uncompressed / 1e6:.3f} MB, {ratio:.1f} times fewer bytes "
+            f"({saved / max(samples, 1):,.0f} bytes per sample)."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,9 +148,7 @@ class Trained:
         return {
             "model": self.name,
             "config": self.config.to_dict(),
-            "saved_bytes": self.saved_bytes,
-            "uncompressed_bytes": self.uncompressed_bytes,
-            "samples": self.samples,
+            **{name: self.first[name] for name in _NOTHING},
             "steps": self.steps,
             "rows": [] if self.report is None else [row._asdict() for row in self.report.rows],
         }
@@ -252,7 +258,8 @@ class Process:
         """
         for model, trained in self._held(parameters):
             trained.steps += 1
-            if trained.report is None and trained.samples:
+            trained.record.follow()
+            if trained.report is None and trained.first["samples"]:
                 trained.report = report(model)
                 if speaks:
                     say(f"{trained}\n{summary(trained.report)}")
@@ -270,8 +277,9 @@ class Process:
         if not _is_main_process() or _trains_nothing(sys.argv[0]):
             return
         self._write()
+        self._write_records()
         failed = hasattr(sys, "last_type")  # the script's own error says enough
-        if not failed and not self._own and not any(trained.saved_bytes for trained in self._all):
+        if not failed and not self._own and not any(trained.first["saved_bytes"] for trained in self._all):
             say(f"nothing was compressed in this process: {' '.join(self._reasons) or self._why_nothing()}")
 
     def _why_nothing(self) -> str:
@@ -290,6 +298,16 @@ class Process:
                     json.dump({"models": [trained.to_dict() for trained in self._all]}, file, indent=2)
             except OSError as error:  # no reason to end a training
                 say(f"the report could not be written: {error}")
+
+    def _write_records(self) -> None:
+        folder = os.environ.get(RECORD_VARIABLE)
+        for number, trained in enumerate(self._all if folder else (), 1):
+            name = "record" if number == 1 else f"record-{number}"
+            try:
+                for ending in (".html", ".json"):
+                    trained.record.save(os.path.join(str(folder), name + ending))
+            except OSError as error:
+                say(f"the record could not be written: {error}")
 
 
 def _is_main_process() -> bool:

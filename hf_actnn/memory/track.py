@@ -15,9 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_actnn.errors import ConversionError, message
 from hf_actnn.nn.mixin import membership
-from hf_actnn.saving import scope
+from hf_actnn.saving import boundaries, scope
 from hf_actnn.saving.call import Slot
+from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Leaf
+from hf_actnn.saving.sharded import parameter_of
 
 
 class MemoryReport:
@@ -27,6 +29,8 @@ class MemoryReport:
         saved_bytes: the most that was held at one time: packed codes, metadata and exact tensors, each storage once;
             parameters and buffers of the model excluded, and so is what was on the host alone.
         swapped_bytes: the most that was on the host alone at one time; 0 where nothing is swapped.
+        checkpoint_bytes: the most that gradient checkpoints held at one time of what they will run again from, other
+            saves of the same tensors included; a part of ``saved_bytes``.
         uncompressed_bytes: the same for the tensors as autograd meant to save them.
         by_module: module path -> (bytes held, bytes uncompressed), each storage at the module that saved it first;
             swapped or not.
@@ -38,8 +42,11 @@ class MemoryReport:
     def __init__(self, own: set[int], devices: Iterable[torch.device] = ()) -> None:
         self.saved_bytes = 0
         self.swapped_bytes = 0
+        self.checkpoint_bytes = 0
         self.uncompressed_bytes = 0
         self._held = self._held_raw = self._away = 0
+        #: Bytes that checkpoints hold, by the keys of their holders.
+        self._at_checkpoints: dict[Any, int] = {}
         self._devices = [device for device in devices if device.type == "cuda"]
         self._at_end: tuple[int, int] | None = None
         self._own = own
@@ -97,6 +104,8 @@ class MemoryReport:
             f"{'total'.ljust(width)}  {self.saved_bytes / 1e6:10.3f}  {self.uncompressed_bytes / 1e6:10.3f}  "
             f"{self.ratio:6.1f}"
         )
+        if self.checkpoint_bytes:
+            lines.append(f"{'of checkpoints'.ljust(width)}  {self.checkpoint_bytes / 1e6:10.3f}")
         if self.swapped_bytes:
             lines.append(f"{'on the host'.ljust(width)}  {self.swapped_bytes / 1e6:10.3f}")
         found = self._of_allocator()
@@ -121,9 +130,9 @@ class MemoryReport:
                     continue  # counted when it was decided on; `moved` tells what became of it
                 if isinstance(leaf, Exact):
                     if not leaf.parameter:
-                        self._count_storage(leaf.tensor, path, leaf)
+                        self._count_storage(leaf.tensor, path, leaf, function)
                 elif leaf.nbytes:
-                    self._hold(("leaf", id(leaf)), leaf.nbytes, path, leaf)
+                    self._hold(("leaf", id(leaf)), leaf.nbytes, path, leaf, function)
 
     def moved(self, leaf: Leaf, to_host: bool) -> None:
         """What a leaf holds left the device, or came back."""
@@ -149,19 +158,26 @@ class MemoryReport:
         with self._lock:
             self._count_storage(kept.tensor, path, kept)
 
-    def saved_plain(self, tensor: Tensor, path: str, holder: Any) -> None:
+    def saved_plain(self, tensor: Tensor, path: str, holder: Any, function: str) -> None:
         """One save that autograd keeps as it is."""
         with self._lock:
             self._count_raw(tensor, path, holder)
-            self._count_storage(tensor, path, holder)
+            self._count_storage(tensor, path, holder, function)
 
-    def _count_storage(self, tensor: Tensor, path: str, holder: Any) -> None:
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory is a parameter's or a buffer's: also a parameter's that is gathered from shards."""
+        return storage_key(tensor) in self._own or parameter_of(tensor) is not None
+
+    def _count_storage(self, tensor: Tensor, path: str, holder: Any, function: str = "") -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._hold(("storage", storage._cdata), storage.nbytes(), path, holder)
+        if not self._is_own(tensor):
+            self._hold(("storage", storage._cdata), storage.nbytes(), path, holder, function)
 
-    def _hold(self, key: Any, nbytes: int, path: str | None, holder: Any) -> None:
+    def _hold(self, key: Any, nbytes: int, path: str | None, holder: Any, function: str = "") -> None:
         """Count bytes once while any of their holders lives; at a module, if they are new."""
+        if function == boundaries.NAME:
+            self._at_checkpoints[key] = nbytes
+            self.checkpoint_bytes = max(self.checkpoint_bytes, sum(self._at_checkpoints.values()))
         count = self._holders.get(key, 0)
         if count == 0:
             self._held += nbytes
@@ -182,12 +198,13 @@ class MemoryReport:
             self._holders[key] -= 1
             if self._holders[key] == 0:
                 del self._holders[key]
+                self._at_checkpoints.pop(key, None)
                 self._held -= nbytes
 
     def _count_raw(self, tensor: Tensor, path: str, holder: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._own:
+        if self._is_own(tensor):
             return
         raw = self._raw.get(key)
         if raw is None:
@@ -242,7 +259,8 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
         The report. Its figures are maxima over time, so they may be read before or after ``backward()``.
 
     Note:
-        What a gradient checkpoint inside the model saves is not seen: nothing is held there until it recomputes.
+        What is saved inside a gradient checkpoint is not seen: nothing is held there until it recomputes. What the
+        checkpoint itself holds, the arguments of its function, is.
         On a plain model the tensors are counted by saved-tensor hooks, which makes the step a little slower.
     """
     if not isinstance(model, nn.Module):
@@ -264,7 +282,7 @@ def track_memory(model: nn.Module) -> Iterator[MemoryReport]:
 
     def pack(tensor: Tensor) -> _Plain:
         plain = _Plain(tensor)
-        memory.saved_plain(tensor, stack[-1], plain)
+        memory.saved_plain(tensor, stack[-1], plain, boundaries.NAME if boundaries.is_saving() else "")
         return plain
 
     watching = scope.observers()

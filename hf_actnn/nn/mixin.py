@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hf_actnn.config import ActNNConfig
-from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving import scope
+from hf_actnn.saving import compiled, scope
 from hf_actnn.saving.policy import Policy, policies
 from hf_actnn.saving.session import Session
 
@@ -36,6 +35,7 @@ class Member(NamedTuple):
     policy: Policy
     session: Session
     adapts: bool = False
+    label: str = ""
 
 
 class Compressed:
@@ -44,27 +44,37 @@ class Compressed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().__call__  # type: ignore[misc]
         member: Member | None = self.__dict__.get(ATTRIBUTE)
+        if torch.compiler.is_compiling():
+            return _traced(self, member, forward, args, kwargs)
         if kwargs and SAMPLE_ID in kwargs:
             kwargs = _without_ids(self, member, kwargs)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         current = scope.current()
+        if self._compiled_call_impl is not None:  # type: ignore[attr-defined]
+            with scope.suspended(current):
+                return forward(*args, **kwargs)
         if current is not None:
-            if self._compiled_call_impl is not None:  # type: ignore[attr-defined]
-                raise NotAvailableError(_COMPILED)
             if member.adapts:
                 return forward(*args, **kwargs)
-            current.places.append((member.path, member.policy))
+            current.enter(member.path, member.policy)
             try:
                 return forward(*args, **kwargs)
             finally:
                 current.places.pop()
-        if not self.training or scope.is_checkpointing():  # type: ignore[attr-defined]
+        if not self.training or scope.leaves_alone(member.session) or compiled.is_running_for_compiler():  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
-        _check_not_compiled(self)
         scope.check_can_open()
+        scope.prepare_compiled_parts(self)  # type: ignore[arg-type]
         opened = scope.Scope(member.session, self)  # type: ignore[arg-type]
         return opened.run((member.path, member.policy), forward, args, kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As in :class:`torch.nn.Module`; the graph begins with this module's mark."""
+        self._compiled_call_impl = torch.compile(self._marked_call, *args, **kwargs)
+
+    def _marked_call(self, *args: Any, **kwargs: Any) -> Any:
+        return _traced(self, self.__dict__.get(ATTRIBUTE), self._call_impl, args, kwargs)  # type: ignore[attr-defined]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Stop here: what a class does for its subclasses (registries, annotations) was done for the original already.
@@ -93,23 +103,11 @@ def _without_ids(module: Any, member: Member | None, kwargs: dict[str, Any]) -> 
     return {key: value for key, value in kwargs.items() if key != SAMPLE_ID}
 
 
-_COMPILED = message(
-    "a converted model cannot run under torch.compile yet",
-    where="the forward pass",
-    expected="an uncompiled model",
-    received="a forward pass that torch.compile is tracing",
-    next_step="Train without compiling, or call hf_actnn.revert(model) before torch.compile",
-)
-
-
-def _check_not_compiled(module: Any) -> None:
-    """Raise while torch.compile traces, in the plain run it falls back to, and after module.compile()."""
-    if (
-        torch.compiler.is_compiling()
-        or module._compiled_call_impl is not None
-        or (torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False))
-    ):
-        raise NotAvailableError(_COMPILED)
+def _traced(module: Any, member: Member | None, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A module's call as torch.compile sees it."""
+    if member is None or not module.training or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return compiled.run_marked(member.session.name, member.label, forward, args, kwargs)
 
 
 def _new(original: type, *args: Any) -> Any:
@@ -160,7 +158,7 @@ def join(module: nn.Module, member: Member) -> None:
             _join_beneath_parametrization(module)
         else:
             module.__class__ = counterpart(original)
-    module.__dict__[ATTRIBUTE] = member
+    module.__dict__[ATTRIBUTE] = member._replace(label=compiled.label(member.policy))
 
 
 def _join_beneath_parametrization(module: nn.Module) -> None:
@@ -182,9 +180,10 @@ def leave(module: nn.Module) -> None:
     if "_actnn_original" in vars(present):
         module.__class__ = vars(present)["_actnn_original"]
     elif (original := getattr(present, "_actnn_original", None)) is not None:
-        # Parametrised since: torch's class stands over the counterpart, and goes over the original instead.
+        # Parametrised or sharded since: torch's class stands over the counterpart, and goes over the original instead.
         metaclass: Any = type(present)
-        module.__class__ = metaclass(present.__name__, (original,), _own_names(present))
+        bases = tuple(original if base is counterpart(original) else base for base in present.__bases__)
+        module.__class__ = metaclass(present.__name__, bases, _own_names(present))
     module.__dict__.pop(ATTRIBUTE, None)
 
 

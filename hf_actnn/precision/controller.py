@@ -101,6 +101,7 @@ class Controller:
             where that was not measured), ``relative_variance``: the same relative to the squared response of the
             parameters to a gradient of random signs. Both are of the whole gradient, or with ``bits="auto"`` a mean
             over parameters.
+        chosen: by name of a kept tensor, its average bits after each update of ``history``; None where it was not seen.
         steps: calls of :meth:`step` so far.
     """
 
@@ -111,6 +112,7 @@ class Controller:
         self.asked_for = False
         self.steps = 0
         self.history: list[dict[str, float]] = []
+        self.chosen: dict[str, list[float | None]] = {}
         self.table = SampleTable()
         self._forwards = 0
         self._since_step = 0
@@ -188,6 +190,10 @@ class Controller:
         number. Before the first update the dictionary is empty: every tensor gets the configuration's."""
         return dict(self._plan)
 
+    def values(self) -> dict[str, float]:
+        """Values per sample of each kept tensor that was seen so far, by name."""
+        return {key: one.numel for key, one in self._kept.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """All that later bits and later rounding depend on: plain numbers, strings, lists and dictionaries."""
         return {
@@ -207,6 +213,7 @@ class Controller:
             },
             "plan": dict(self._plan),
             "history": [dict(entry) for entry in self.history],
+            "chosen": {key: list(bits) for key, bits in self.chosen.items()},
             "table": self.table.state(),
         }
 
@@ -272,13 +279,16 @@ class Controller:
         }
         plan = {key: float(bits) for key, bits in state["plan"].items()}
         history = [dict(entry) for entry in state["history"]]
+        chosen = {
+            key: [None if bits is None else float(bits) for bits in column] for key, column in state["chosen"].items()
+        }
         averages = {name: float(state["averages"][name]) for name in self._averages}
         readings, fruitless = int(state["readings"]), int(state["fruitless"])
         drawing = MinibatchVariance()
         drawing.load(state["drawing"])
         self.table.load(state["table"])
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
-        self._kept, self._plan, self.history = kept, plan, history
+        self._kept, self._plan, self.history, self.chosen = kept, plan, history, chosen
         self._averages, self._readings, self._fruitless, self._tape = averages, readings, fruitless, None
         self._watching, self._drawing = bool(state["watching"]), drawing
 
@@ -307,6 +317,10 @@ class Controller:
         if not self._due or call > MOST_CALLS:
             return False
         return self._tape
+
+    def gathered(self, parameter: torch.nn.Parameter) -> None:
+        if self.asked_for and self.active and self._watching:
+            self._drawing.watch([parameter])
 
     def keeps(self, key: str) -> bool:
         return False
@@ -408,6 +422,14 @@ class Controller:
                 "relative_variance": added,
             }
         )
+        self._note(present)
+
+    def _note(self, seen: Collection[str]) -> None:
+        """Write the newest bits down. To a thousandth: the columns of a long run travel in every checkpoint."""
+        for key in self._plan:
+            self.chosen.setdefault(key, [None] * (len(self.history) - 1))
+        for key, column in self.chosen.items():
+            column.append(round(self._plan[key], 3) if key in seen else None)
 
     def _chosen(self, items: _Items, added: float) -> Tensor:
         """Bits of each part. ``added``: variance of the tensors that have no choice."""

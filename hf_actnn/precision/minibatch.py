@@ -52,7 +52,7 @@ class MinibatchVariance:
             ):
                 continue
             if type(parameter.data) is not Tensor or parameter.is_complex():
-                continue  # a parameter in shards gets its gradient past its hooks
+                continue  # a parameter in shards gets its gradient past its hooks; it is watched once gathered
             node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes[id(parameter)] = node
             self._handles.append(node.register_prehook(_Pick(self, len(self._sizes))))

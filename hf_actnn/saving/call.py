@@ -387,12 +387,7 @@ class Call:
             if not policy.is_fixed:
                 spread = partial(codec.sample_spread, tensor, samples, length, policy.group_size)
                 bits = scope.adaptation.widths(item, samples, policy, spread)
-        advance, stream = scope.advance, scope.next_stream()
-        if advance is not None and advance.device != tensor.device:
-            advance = None
-        elif advance is not None:
-            stream %= STREAMS  # the count numbers the passes; with a number of their own added, some would meet
-        packed = codec.quantize(tensor, bits, policy.group_size, scope.seed, stream, row_length=length, advance=advance)
+        packed = self.packed(tensor, bits, length)
         if scope.tape is not None:
             found = Item(
                 scope.tape, item, packed, tensor, samples, scope.samples, policy.low, policy.high, float(policy.bits)
@@ -400,6 +395,17 @@ class Call:
             scope.tape.add(found)
             return Quantized(packed, item, found)
         return Quantized(packed, item)
+
+    def packed(self, tensor: Tensor, bits: int | Tensor, length: int) -> codec.PackedTensor:
+        """The codes of a tensor in rows of this length, under a random stream of their own."""
+        scope = self.scope
+        advance, stream = scope.advance, scope.next_stream()
+        if advance is not None and advance.device != tensor.device:
+            advance = None
+        elif advance is not None:
+            stream %= STREAMS  # the count numbers the passes; with a number of their own added, some would meet
+        size = self.policy.group_size
+        return codec.quantize(tensor, bits, size, scope.seed, stream, row_length=length, advance=advance)
 
     def data_argument(self, slot: Slot, argument: Any, rows: str | None = None) -> Kept:
         """Keep a save that is an argument, or a cast or a reshaped copy of it, so that the argument is kept once."""
@@ -557,7 +563,7 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     # Whatever is known of a tensor computed from parameters and constants gives it back exactly: none of it is coded.
     if found is not None and (found.kind == "recipe: cast" or registry.is_weight(tensor)):
         return found
-    if found is not None and found.same_bits and _extra_nbytes(registry, found) <= tensor.untyped_storage().nbytes():
+    if found is not None and found.same_bits and extra_nbytes(registry, found) <= tensor.untyped_storage().nbytes():
         return found
     parameter = _cast_parameter(tensor, scope) if scope.is_casting() else None
     if parameter is not None and parameter.dtype != tensor.dtype:
@@ -570,7 +576,7 @@ def exact(scope: Scope, tensor: Tensor, where: str) -> Kept:
     return kept
 
 
-def _extra_nbytes(registry: Registry, found: Kept) -> int:
+def extra_nbytes(registry: Registry, found: Kept) -> int:
     """Bytes of tensors that a recipe would hold and nothing else does. What was swapped is another save's."""
     leaves = [leaf for leaf in found.leaves() if isinstance(leaf, Exact) and leaf.swapped is None]
     extra = {storage_key(leaf.tensor): leaf.nbytes for leaf in leaves}

@@ -39,23 +39,25 @@ class Deferred(Tensor):
     kept: Kept
     #: Gives all values.
     whole: Callable[[], Tensor]
+    #: The tensor's sizes, where it is not to be read in parts.
+    form: Any
 
     @staticmethod
-    def __new__(cls, kept: Kept, whole: Callable[[], Tensor]) -> Deferred:
-        form = kept.form
+    def __new__(cls, kept: Kept, whole: Callable[[], Tensor], form: Any = None) -> Deferred:
+        like = kept.form if form is None else form
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, form.shape, strides=form.stride, dtype=form.dtype, device=form.device
+            cls, like.shape, strides=like.stride, dtype=like.dtype, device=like.device
         )
-        made.kept, made.whole = kept, whole
+        made.kept, made.whole, made.form = kept, whole, form
         return made
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if function is aten.detach.default:  # autograd makes its own tensor of what a hook returns
-            return cls(args[0].kept, args[0].whole)
+            return cls(args[0].kept, args[0].whole, args[0].form)
         fused = _FUSED.get(function)
-        if fused is not None and type(args[0]) is Tensor and type(args[1]) is cls:
+        if fused is not None and type(args[0]) is Tensor and type(args[1]) is cls and args[1].form is None:
             found = fused(function, *args, **kwargs)
             if found is not None:
                 return found
@@ -87,10 +89,27 @@ def deferred(kept: Kept, whole: Callable[[], Tensor]) -> Deferred | None:
     Args:
         whole: gives all values, where they are asked for.
     """
-    if torch._C._current_graph_task_id() == -1 or kept.form is None:
+    if torch._C._current_graph_task_id() == -1 or not _is_readable(kept):
         return None
-    readable = type(kept) is Mask or type(kept) is Quantized or (kept.unit and kept.form.device.type == "cpu")
-    return Deferred(kept, whole) if readable else None
+    return Deferred(kept, whole)
+
+
+def handed_on(kept: Kept, whole: Callable[[], Tensor], form: Any, fuses: bool) -> Deferred:
+    """A stand-in for whoever holds tensors and not what makes them, until a backward pass reads it.
+
+    Args:
+        form: has the shape, stride, dtype and device.
+        fuses: whether the backward function may read the tensor in parts.
+    """
+    return Deferred(kept, whole, None if fuses and _is_readable(kept) else form)
+
+
+def _is_readable(kept: Kept) -> bool:
+    """Whether there is more to have than all values at once."""
+    form = kept.form
+    if form is None:
+        return False
+    return type(kept) is Mask or type(kept) is Quantized or bool(kept.unit and form.device.type == "cpu")
 
 
 def _runs(kept: Kept, numel: int, least: int, multiple: int = 1) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_actnn.saving.kept import Exact, Kept, fills_its_memory
 from hf_actnn.saving.recipes import View
+from hf_actnn.saving.sharded import parameter_of
 
 LAST, SAMPLE = "last", "sample"
 _NEVER = -1
@@ -77,12 +78,20 @@ def _view_key(tensor: Tensor) -> tuple:
 
 
 class Registry:
-    """What one forward pass knows of the tensors it has seen. :meth:`release` it at the end."""
+    """What one forward pass knows of the tensors it has seen. :meth:`release` it at the end.
 
-    def __init__(self, weights: set[int]) -> None:
+    Args:
+        weights: storages of parameters and buffers; alive as long as the model.
+        sharded: whether parameters are gathered for the time that their module runs, as `fully_shard` does: they then
+            come to be known while the forward pass runs, and their memory is empty in between.
+    """
+
+    def __init__(self, weights: set[int], sharded: bool = False) -> None:
         self._entries: dict[int, _Entry] = {}  # by storage; each key is a weak reference too
-        self._weights = weights  # storages of parameters and buffers; alive as long as the model
+        self._weights = weights
         self._references: dict[int, Exact] = {}
+        self._copies: dict[tuple, Exact] = {}
+        self.sharded = sharded
 
     def release(self) -> None:
         """Let the storages' addresses be used again; nothing is known afterwards."""
@@ -107,13 +116,35 @@ class Registry:
         """Whether the bytes belong to the model itself."""
         return tensor.untyped_storage()._cdata in self._weights
 
+    def gathered(self, parameter: torch.nn.Parameter) -> bool:
+        """Take note of a parameter that an operation is given. Whether it was not known yet."""
+        key = storage_key(parameter)
+        if key in self._weights:
+            return False
+        self._weights.add(key)
+        return True
+
     def reference(self, weight: Tensor, where: str) -> Exact:
         """A parameter or buffer by reference, one for all that save it."""
+        if self.sharded and weight.numel() == max(weight.shape, default=1) and parameter_of(weight) is not None:
+            return self._copy(weight, where)
         kept = self._references.get(id(weight))  # which the kept tensor keeps from being used again
         if kept is None or kept.tensor is not weight or kept.version != weight._version:
             kept = Exact(weight, parameter=True, where=where)
             if kept.tensor is weight:
                 self._references[id(weight)] = kept
+        return kept
+
+    def _copy(self, weight: Tensor, where: str) -> Exact:
+        """A copy of a parameter that is a vector, one for all that save it.
+
+        A recipe may be asked for while the module that gave it this parameter has it scattered over the processes: the
+        normalisation before a linear layer, each gathered for itself. A vector's copy costs next to nothing.
+        """
+        key = (storage_key(weight), weight._version, *_view_key(weight))
+        kept = self._copies.get(key)
+        if kept is None:
+            kept = self._copies[key] = Exact(weight.detach().clone(), where=where)
         return kept
 
     def mark_derived(self, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
+from hf_actnn.saving.sharded import check_gathered
 
 
 class _Probe(threading.local):
@@ -192,6 +193,8 @@ class Exact(Leaf):
                     next_step="Make the change out of place, or after backward()",
                 )
             )
+        if self.parameter:
+            check_gathered(tensor, self.where)
         return tensor
 
     def original(self) -> Tensor | None:

@@ -6,9 +6,10 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
-from hf_actnn.config import MAX_BITS, MIN_BITS, ActNNConfig
+from hf_actnn.config import EXACT, MAX_BITS, MIN_BITS, ActNNConfig
 from hf_actnn.errors import ConfigError, message
 
 
@@ -20,6 +21,8 @@ class Policy(NamedTuple):
         exact_norms: whether the inputs of normalisations stay exact.
         reason: why nothing is compressed, for the report; empty where something is.
         low, high: the fewest and the most bits that may be chosen; both equal ``bits`` where they are not.
+        checkpoint_bits, recompute_bits: bits of what gradient checkpoints keep, and of what their blocks save when they
+            run again; ``None`` keeps it exactly.
     """
 
     bits: float | None
@@ -29,6 +32,8 @@ class Policy(NamedTuple):
     reason: str = ""
     low: int = 1
     high: int = 8
+    checkpoint_bits: int | None = None
+    recompute_bits: int | None = None
 
     @property
     def uniform(self) -> int:
@@ -52,6 +57,18 @@ class Policy(NamedTuple):
         if not self.is_fixed:  # where bits are chosen, until it is known what errors do
             return self._replace(bits=bits)
         return self._replace(bits=bits, low=int(bits), high=int(bits))
+
+
+@lru_cache(maxsize=4096)
+def again(policy: Policy) -> Policy:
+    """The policy for what a checkpoint's block saves when it runs again.
+
+    That is held until the block's backward pass is through, and no bits are chosen for it.
+    """
+    bits = policy.recompute_bits
+    if bits is None:
+        return policy._replace(bits=None)
+    return policy._replace(bits=bits, low=bits, high=bits, reason="")
 
 
 def _covers(pattern: str, path: str) -> bool:
@@ -85,13 +102,14 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
     made = {}
     for path in paths:
         bits, reason = config.effective_bits, ""
+        at_checkpoints, recomputed = config.effective_checkpoint_bits, config.effective_recompute_bits
         low, high = (MIN_BITS, MAX_BITS) if config.is_adaptive or bits is None else (int(bits), int(bits))
         if bits is None:
             reason = f"level {config.level} compresses nothing"
         for pattern, value in config.overrides.items():
             if _covers(pattern, path):
-                if value == "exact":
-                    bits, reason = None, f"override {pattern!r}"
+                if value == EXACT:
+                    bits, at_checkpoints, recomputed, reason = None, None, None, f"override {pattern!r}"
                 elif isinstance(value, tuple):
                     low, high = value
                     bits, reason = min(max(config.effective_bits or low, low), high), ""
@@ -100,6 +118,16 @@ def policies(config: ActNNConfig, paths: Iterable[str]) -> dict[str, Policy]:
                     low = high = int(value)
         for pattern in config.skip:
             if _covers(pattern, path):
-                bits, reason = None, f"skip {pattern!r}"
-        made[path] = Policy(bits, config.effective_exact_norms, config.group_size, config.min_numel, reason, low, high)
+                bits, at_checkpoints, recomputed, reason = None, None, None, f"skip {pattern!r}"
+        made[path] = Policy(
+            bits,
+            config.effective_exact_norms,
+            config.group_size,
+            config.min_numel,
+            reason,
+            low,
+            high,
+            at_checkpoints,
+            recomputed,
+        )
     return made

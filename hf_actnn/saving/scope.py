@@ -1,15 +1,18 @@
 """What is on while a converted module runs: one pair of saved-tensor hooks and one function mode per thread.
 
 The outermost converted call opens the scope, inner ones only say where they are. Innermost hooks win, as always in
-torch: inside a non-reentrant checkpoint its own hooks see the saves, and its recomputation is left alone.
+torch: inside a non-reentrant checkpoint its own hooks see the saves. Where what is saved is to be coded when its block
+runs again, the outermost converted modules in there open scopes of their own, which hand on to the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,13 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 from hf_actnn import codec
 from hf_actnn.errors import NotAvailableError, message
-from hf_actnn.saving import replay, rules
+from hf_actnn.saving import boundaries, replay, rules
 from hf_actnn.saving.call import Call, Slot, exact
-from hf_actnn.saving.fused import deferred
+from hf_actnn.saving.fused import deferred, handed_on
 from hf_actnn.saving.identity import Registry
-from hf_actnn.saving.kept import Exact, Kept, Leaf, at_end_of_backward, probe
-from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.kept import Exact, Geometry, Kept, Leaf, at_end_of_backward, probe
+from hf_actnn.saving.policy import Policy, again
 from hf_actnn.saving.replays import STREAMS
+from hf_actnn.saving.sharded import check_local, is_sharded, parameter_of
 from hf_actnn.saving.swap import ForwardPass
 from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
@@ -42,9 +46,11 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
+        self.pauses: list[contextlib.AbstractContextManager[None]] = []
 
 
 _thread = _Thread()
+_prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _STRIDED = torch.strided
 _DATA = vars(torch._C.TensorBase)["data"]
 _GETTER = type(vars(torch._C.TensorBase)["requires_grad"].__get__)  # reading x.shape arrives as a torch function too
@@ -81,7 +87,7 @@ class Scope:
         self.session = session
         self.seed = session.key()
         self._streams = itertools.count(session.next_step() * STREAMS)
-        self.registry = Registry(_weights(root))
+        self.registry = Registry(*_weights(root))
         self.root = root
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
@@ -90,8 +96,11 @@ class Scope:
         self._observers = observers()
         self._first: dict[int, Slot] = {}  # kept -> the first slot it stands behind; the slot keeps the id taken
         self._notes: list[tuple[str, str, str, str, int]] = []
+        #: Where a checkpoint that runs its block again wants what is saved; whether any kind of checkpoint does so.
+        self._receiver = boundaries.receiver()
+        self._again = self._receiver is not None or boundaries.is_recomputing()
         #: Who chooses bits, if anyone does; the batch it chooses for; what is measured, on a collecting step.
-        self.adaptation = session.adaptation
+        self.adaptation = None if self._again else session.adaptation
         self.samples = 1
         self.tape: Tape | None = None
         self._packed: dict[tuple[str, str], int] = {}
@@ -108,17 +117,21 @@ class Scope:
     def position(self) -> tuple[str, Policy]:
         return self.places[-1]
 
+    def enter(self, path: str, policy: Policy) -> None:
+        """A converted module begins; whoever calls this takes the last of ``places`` away in the end."""
+        self.places.append((path, again(policy) if self._again else policy))
+
     def run(self, place: tuple[str, Policy], forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the outermost module's own call with this scope on."""
         session = self.session
         device = _device_of(self.root)
         where = place[0] or type(self.root).__name__
         self.advance = session.replays.begin(device, where)
-        if session.swappers is not None:
+        if session.swappers is not None and not self._again:
             self._swapping = session.swappers.begin(device, where)
         if session.arenas is not None:
             session.arenas.begin()
-        self.places.append(place)
+        self.enter(*place)
         _thread.scope = self
         try:
             with contextlib.nullcontext() if session.arenas is None else session.arenas.serving():
@@ -129,7 +142,7 @@ class Scope:
         finally:
             _thread.scope = None
             self.places.pop()
-            self.session.observed(self._notes)
+            self.session.observed(self._notes, self._again)
             self._close()
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -175,18 +188,28 @@ class Scope:
     def _pack(self, tensor: Tensor) -> Slot:
         call = self.call
         if call is None:
+            if self.registry.sharded:
+                self._gather((tensor,))
             # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
             path, _ = self.position()
+            if self._receiver is None and boundaries.is_saving():
+                slot = Slot(tensor, f"{path or 'the model'}, an argument of a checkpoint")
+                boundaries.keep(self, slot)
+                self._decided([slot], path, boundaries.NAME)
+                return slot
             slot = Slot(tensor, f"{path or 'the model'}, an operation that is no torch function")
             slot.kept = exact(self, tensor, slot.where)
             slot.reason = "saved by an autograd.Function or a scripted function"
             self._decided([slot], path, "autograd.Function")
             return slot
+        if type(tensor) is not Tensor and call.policy.bits is not None:
+            check_local(tensor, call.where)
         slot = Slot(tensor, call.where)
         call.slots.append(slot)
         return slot
 
     def _decided(self, slots: list[Slot], path: str, function: str) -> None:
+        handed = () if self._receiver is None else [_handed(slot) for slot in slots]
         replaced = 0  # bytes on the CPU that codes stand for from here on
         for slot in slots:
             kept, tensor = slot.kept, slot.tensor
@@ -213,6 +236,8 @@ class Scope:
         if replaced:
             del tensor
             codec.dropped(replaced)
+        for one in handed:  # the last of a block ends it, by an exception
+            self._receiver(one)  # type: ignore[misc]
 
     # -- torch functions -----------------------------------------------------------------------------------------------
 
@@ -221,6 +246,8 @@ class Scope:
         if rule is not None and rule.opened is not None:
             with self._mode:
                 return rule.opened(*args, **kwargs)
+        if self.registry.sharded:
+            self._gather(tensors_in((*args, *kwargs.values())))
         written = written_by(function, args, kwargs)
         for tensor in written:
             for kept in self.session.before_write(tensor):
@@ -238,6 +265,13 @@ class Scope:
                 self.registry.mark_derived(tensor)
         self._finish(call, constant)
         return out
+
+    def _gather(self, tensors: Iterable[Tensor]) -> None:
+        """Note the parameters among what an operation is given that were not there when the forward pass began."""
+        for tensor in tensors:
+            parameter = parameter_of(tensor)
+            if parameter is not None and self.registry.gathered(parameter) and self.adaptation is not None:
+                self.adaptation.gathered(parameter)
 
     def _finish(self, call: Call, constant: bool) -> None:
         out, rule = call.out, call.rule
@@ -414,6 +448,28 @@ def _given_back(slot: Slot) -> Tensor:
     return _whole(slot)
 
 
+def _handed(slot: Slot) -> Tensor:
+    """What a checkpoint that runs its block again gets for a save."""
+    kept, tensor = slot.kept, slot.tensor
+    assert kept is not None and tensor is not None
+    if type(kept) is Exact:
+        return kept.get()  # which need not be what was saved: some rules keep another tensor in its place
+    with torch._C.DisableTorchFunction():
+        return handed_on(kept, partial(_whole_in_dispatch, slot), Geometry(tensor), slot.fused)
+
+
+def _whole_in_dispatch(slot: Slot) -> Tensor:
+    """Where an operation of a backward function is dispatched, autograd is off for good; attention that is run again
+    needs it."""
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.no_grad(),
+    ):
+        return _whole(slot)
+
+
 def _whole(slot: Slot) -> Tensor:
     return _rebuilt.get(slot) if slot.shared else slot.get()
 
@@ -436,13 +492,15 @@ def _device_of(root: torch.nn.Module) -> torch.device:
     return next((one.device for one in itertools.chain(root.parameters(), root.buffers())), torch.device("cpu"))
 
 
-def _weights(root: torch.nn.Module) -> set[int]:
-    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion.
+def _weights(root: torch.nn.Module) -> tuple[set[int], bool]:
+    """Storages of all parameters and buffers, looked up afresh: modules may have been added since conversion. And
+    whether parameters are sharded.
 
     Tensors that are plain attributes count too: the replicas of DataParallel, and modules whose parameters were
     flattened into one, have their weights there.
     """
     found: set[int] = set()
+    sharded = False
     seen: set[torch.nn.Module | None] = {None}  # a module may be registered as None
     open_modules: list[torch.nn.Module] = [root]
     while open_modules:
@@ -451,6 +509,7 @@ def _weights(root: torch.nn.Module) -> set[int]:
             continue
         seen.add(module)
         attributes = vars(module)
+        sharded = is_sharded(module) or sharded
         tensors = _tensors_among(attributes.values())
         tensors.extend(attributes["_parameters"].values())
         tensors.extend(attributes["_buffers"].values())
@@ -458,7 +517,7 @@ def _weights(root: torch.nn.Module) -> set[int]:
             if tensor is not None and tensor.layout is _STRIDED:
                 found.add(tensor.untyped_storage()._cdata)
         open_modules.extend(attributes["_modules"].values())
-    return found
+    return found, sharded
 
 
 def _drop(call: Call) -> None:
@@ -480,6 +539,46 @@ def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout is _STRIDED
 
 
+@contextlib.contextmanager
+def suspended(scope: Scope | None) -> Iterator[None]:
+    """Run a compiled part of a model: there its own graph has what is saved coded, and no function mode may be on.
+
+    The hooks stay: what the graph keeps is counted, and kept as it is.
+    """
+    if scope is None:
+        yield
+        return
+    mode, _thread.scope = scope._mode, None
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
+        _thread.scope = scope
+
+
+def prepare_compiled_parts(root: torch.nn.Module) -> None:
+    """Have the parts of a model that were given to `torch.compile` one by one run with the scope suspended."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:  # nothing was compiled in this process
+        return
+    for module in root.modules():
+        if isinstance(module, dynamo.OptimizedModule) and module not in _prepared:
+            _prepared.add(module)
+            module.register_forward_pre_hook(_suspend)
+            module.register_forward_hook(_resume, always_call=True)
+
+
+def _suspend(module: torch.nn.Module, args: Any) -> None:
+    pause = suspended(_thread.scope)
+    pause.__enter__()
+    _thread.pauses.append(pause)
+
+
+def _resume(module: torch.nn.Module, args: Any, output: Any) -> None:
+    _thread.pauses.pop().__exit__(None, None, None)
+
+
 def check_can_open() -> None:
     """Raise where saved-tensor hooks cannot work."""
     if torch._C._functorch.maybe_current_level() is not None:
@@ -493,7 +592,9 @@ def check_can_open() -> None:
         )
 
 
-def is_checkpointing() -> bool:
-    """Whether a checkpoint, or its recomputation, is what sees saved tensors here."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+def leaves_alone(session: Session) -> bool:
+    """Whether a checkpoint is what sees saved tensors here: while it runs its function for the first time nothing is
+    held, and when it does so again nothing is coded unless it was asked for."""
+    if session.config.effective_recompute_bits is None:
+        return boundaries.hooks() is not None or boundaries.is_recomputing()
+    return boundaries.hooks() is not None and boundaries.receiver() is None

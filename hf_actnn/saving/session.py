@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_actnn.codec.arena import Arenas
 from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import NotAvailableError, message
 from hf_actnn.saving.identity import storage_key
 from hf_actnn.saving.kept import Exact, Kept
 from hf_actnn.saving.recipes import View
@@ -32,6 +33,9 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
+
+_names = itertools.count()
+_by_name: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
 
 #: Forward passes between two cleanings of the notes of who reads what.
 CLEAN_EVERY = 8
@@ -65,6 +69,10 @@ class Adaptation(Protocol):
     def begin(self, samples: int, root: torch.nn.Module) -> Any:
         """A training forward pass of this module begins: False where nothing is measured, else the tape of
         the step, None before there is one."""
+        ...
+
+    def gathered(self, parameter: torch.nn.Parameter) -> None:
+        """A parameter in shards has been gathered for the forward pass that has begun."""
         ...
 
     def keeps(self, key: str) -> bool:
@@ -102,6 +110,9 @@ class Session:
     def __init__(self, config: ActNNConfig, number: int = 0, adaptation: Adaptation | None = None) -> None:
         self.config = config
         self.number = number
+        #: By which compiled graphs find the session; like everything that is not saved, another one in a copy.
+        self.name = f"session{next(_names)}"
+        _by_name[self.name] = self
         self.adaptation = adaptation if adaptation is None or adaptation.adaptive else None
         self.controller = adaptation
         self._steps = itertools.count()
@@ -113,6 +124,26 @@ class Session:
         self.replays = Replays()
         self.arenas = Arenas() if config.uses_arena else None
         self.swappers = Swappers(self.arenas) if config.swaps else None
+
+    @staticmethod
+    def named(name: str) -> Session:
+        """The session of this name.
+
+        Raises:
+            NotAvailableError: its model is gone, or was converted anew.
+        """
+        found = _by_name.get(name)
+        if found is None:
+            raise NotAvailableError(
+                message(
+                    "a compiled graph runs for a model that is gone, or was converted anew",
+                    where="torch.compile",
+                    expected="the model that was compiled",
+                    received=f"no {name}",
+                    next_step="Compile again after convert()",
+                )
+            )
+        return found
 
     def key(self) -> int:
         rank = 0
@@ -155,9 +186,13 @@ class Session:
                 if (alive := [one for one in found if one() is not None])
             }
 
-    def observed(self, notes: list[tuple[str, str, str, str, int]]) -> None:
-        """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save."""
-        self.notes = notes
+    def observed(self, notes: list[tuple[str, str, str, str, int]], again: bool) -> None:
+        """Take over what a forward pass saved: (path, function, kind, reason, bytes) of each save.
+
+        Args:
+            again: it was a checkpoint's part of the last one, run again.
+        """
+        self.notes = self.notes + notes if again else notes
 
     @property
     def last(self) -> list[Observation]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 
 import hf_actnn
 from hf_actnn.errors import ActNNWarning
@@ -128,3 +129,41 @@ def test_a_loop_learns():
     run = Run(update_interval=10).train(0, 60)
     assert sum(run.losses[-5:]) < 0.5 * sum(run.losses[:5])
     assert len(run.controller.history) == 8
+
+
+def test_trackers_get_the_figures():
+    class Tracker(GeneralTracker):
+        name = "list"
+        requires_logging_directory = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[tuple[int, dict[str, float]]] = []
+
+        @property
+        def tracker(self):
+            return self.rows
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **kwargs):
+            self.rows.append((step, values))
+
+    tracker = Tracker()
+    run = Run()
+    run.accelerator.log_with = [tracker]
+    run.accelerator.init_trackers("run")
+    record = hf_actnn.record(run.model)
+    for step in range(STEPS):
+        run.train(step, step + 1)
+        run.accelerator.log(record.metrics(), step=step)
+    run.accelerator.end_training()
+    assert [step for step, _ in tracker.rows] == list(range(STEPS))
+    assert all(
+        set(row) == {"actnn_ratio", "actnn_bytes_per_sample", "actnn_bits", "actnn_added_variance"}
+        for _, row in tracker.rows
+    )
+    history = run.controller.history
+    assert tracker.rows[-1][1]["actnn_bits"] == history[-1]["average_bits"]
+    assert [entry["step"] for entry in record.measured][:2] == [0, 1] and len(record.measured) == 1 + len(history)

@@ -8,18 +8,19 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 import hf_actnn
 from hf_actnn import ActNNCallback, ActNNConfig, ActNNTrainer, ActNNTrainingArguments
-from hf_actnn.errors import ActNNWarning
+from hf_actnn.errors import ActNNWarning, ConfigError
 from hf_actnn.precision.controller import Controller
-from tests.integrations.small import Pictures, assert_same_weights, make_resnet, weights
+from tests.integrations.small import Pictures, assert_same_weights, make_resnet, make_vit, weights
 
 CONFIG = ActNNConfig(level="L3", update_interval=3, min_numel=64)
 STOP, STEPS = 6, 12
@@ -355,3 +356,80 @@ def test_a_stopped_run_with_numbers_goes_on_bit_for_bit(arguments, tmp_path):
     shutil.rmtree(whole.args.output_dir)
     other, _, _ = run(make(arguments, Pictures(32), None, **changes))
     assert logs(other, "loss") != logs(whole, "loss")
+
+
+# -- reporting tools and the record -----------------------------------------------------------------------------------
+
+FIGURES = ("actnn_ratio", "actnn_bytes_per_sample", "actnn_bits", "actnn_added_variance")
+
+
+class Tool(TrainerCallback):
+    """Stands where the Trainer puts the tools of `report_to`: before the callbacks that it is given."""
+
+    seen: ClassVar[list[dict[str, float]]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("kind", [Trainer, ActNNTrainer])
+def test_reporting_tools_see_the_figures(arguments, data, kind, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tool)
+    monkeypatch.setattr(Tool, "seen", [])
+    trainer, _, _ = run(make(arguments, data, save_strategy="no", kind=kind, report_to="tensorboard"))
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert kinds.index(Tool) < kinds.index(ActNNCallback)
+    told = [log for log in Tool.seen if "loss" in log]
+    assert len(told) == STEPS and all(set(FIGURES) <= set(log) for log in told)
+    assert [{key: log[key] for key in FIGURES} for log in told] == logs(trainer, *FIGURES)
+
+
+def test_tensorboard_has_the_figures(arguments, data, tmp_path, monkeypatch):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer, _, _ = run(make(arguments, data, save_strategy="no", report_to="tensorboard"))
+    (folder,) = {path.parent for path in (tmp_path / "board").rglob("*tfevents*")}
+    board = accumulators.EventAccumulator(str(folder))
+    board.Reload()
+    for key in FIGURES:
+        written = [event.value for event in board.Scalars(f"train/{key}")]
+        assert written == pytest.approx([log[key] for log in logs(trainer, key)], rel=1e-6)
+
+
+def test_a_trainer_without_the_callback_logs_what_it_did(arguments, data):
+    trainer, _, _ = run(make(arguments, data, save_strategy="no"))
+    model = hf_actnn.revert(trainer.model)
+    plain = Trainer(model, trainer.args, train_dataset=data)
+    plain.train()
+    assert not any(key.startswith("actnn") for log in plain.state.log_history for key in log)
+
+
+def test_the_record_of_a_run(arguments, data, tmp_path):
+    trainer, controller, _ = run(make(arguments, data, save_strategy="no"))
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, ActNNCallback))
+    found = callback.record.to_dict()
+    assert found["steps"] == STEPS and [entry["step"] for entry in found["updates"]] == [1, 2, 4, 7, 10]
+    assert {one["name"]: one["bits"][-1] for one in found["tensors"]} == pytest.approx(controller.bits(), abs=5e-4)
+    ratios = {entry["uncompressed_bytes"] / entry["saved_bytes"] for entry in found["measured"]}
+    assert {log["actnn_ratio"] for log in logs(trainer, "actnn_ratio")} <= ratios
+    callback.record.save(tmp_path / "record.html")
+    assert "bits by layer" in (tmp_path / "record.html").read_text()
+
+
+def test_the_arguments_name_a_record(tmp_path, data):
+    path = tmp_path / "record.json"
+    words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--use_cpu", "--report_to", "none"]
+    words += ["--actnn", "L3", "--actnn_record", str(path)]
+    (args,) = HfArgumentParser(ActNNTrainingArguments).parse_args_into_dataclasses(words)
+    ActNNTrainer(make_vit(), args, train_dataset=data).train()
+    assert json.loads(path.read_text())["steps"] == 3
+    with pytest.raises(ConfigError, match=r"\.html"):
+        ActNNTrainingArguments(str(tmp_path), actnn="L3", actnn_record="record.pdf")
+    with pytest.raises(ConfigError, match="nothing to record"):
+        ActNNTrainingArguments(str(tmp_path), actnn_record="record.json")
+
+
+def test_the_stopped_run_has_the_whole_record(arguments, data, tmp_path):
+    whole, expected, _ = run(make(arguments, data))
+    _, found, _ = run(make(arguments, data), checkpoint(whole, tmp_path / "half"))
+    assert found.chosen == expected.chosen and len(found.chosen) >= 3

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integrations.processes import needs_gloo, run_two
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
-)
+pytestmark = needs_gloo
 
 #: What each of the two processes runs: once with the exchange, once without it.
 SCRIPT = """
@@ -119,28 +111,7 @@ dist.destroy_process_group()
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=folder,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=90)[0] for process in started]
-    finally:
-        for process in started:  # one that waits for the other for ever
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n\n".join(said)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_two(folder / "script.py", folder)
 
 
 @pytest.mark.parametrize("which", ["exchanged", "tensors", "auto", "resumed", "overflow"])

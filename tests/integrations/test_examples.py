@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -269,22 +270,37 @@ def test_saved_model_is_trained_on_without_compression(pictures, tmp_path):
     check_classifier(second, "ViTForImageClassification")
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_launch(precision):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    printed = run([*launch, "examples/accelerate/train.py", "--epochs", "1", "--mixed_precision", precision])
-    assert "test accuracy" in printed
-    ratio = float(printed.split("bytes per image, ")[1].split(" times")[0])
-    assert ratio > (5 if precision == "no" else 2)
-
-
-def test_two_processes():
-    """Distributed data parallel around a converted model: both processes train, and stay in step."""
-    printed = run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + ["examples/accelerate/train.py", "--epochs", "1", "--cpu"]
-    )
+@pytest.mark.parametrize("configuration", ["one_process", "bf16", "ddp", "fsdp2"])
+def test_accelerate_launch(configuration, tmp_path):
+    """The same script under each configuration; a second run goes on from the first one's checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    launch += ["--config_file", f"examples/accelerate/configs/{configuration}.yaml"]
+    script = ["examples/accelerate/train.py", "--cpu", "--epochs", "1", "--samples", "256"]
+    saved = str(tmp_path / "saved")
+    printed = run([*launch, *script, "--checkpoint", saved])
     assert printed.count("test accuracy") == 1  # two separate runs would each print it
+    ratio = float(printed.split("bytes per image, ")[1].split(" times")[0])
+    assert ratio > (5 if configuration != "bf16" else 2)
+    if configuration == "one_process":
+        again = run([*launch, *script, "--checkpoint", saved])
+        assert float(_loss(again)) < float(_loss(printed))
+
+
+def _loss(printed: str) -> str:
+    return printed.split("loss ")[1].split(",")[0]
+
+
+@pytest.mark.parametrize("index", range(len(commands("by_feature/checkpointing"))))
+def test_checkpointing(index):
+    """As printed, but for the number of steps."""
+    words = shlex.split(commands("by_feature/checkpointing")[index])
+    printed = run([sys.executable, *words[1:], "--steps", "2", "--batch_size", "4"])
+    held, of_them = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:bytes|of them)", printed))
+    assert held > of_them and (of_them > 0) == ("--checkpointing" in words)
+    assert re.search(r"after 2 steps .*: loss \d+\.\d+", printed), printed
 
 
 def test_demo(tmp_path):

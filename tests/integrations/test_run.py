@@ -123,6 +123,25 @@ def assert_compressed(folder: Path, ratio: float, steps: int) -> dict[str, Any]:
 # -- scripts that train ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["trainer", "loop"])
+def test_a_record(kind, tmp_path):
+    script, words = (TRAINER.replace("TRAINER", "Mine = Trainer"), SHORT) if kind == "trainer" else (LOOP, [])
+    done = run(script, tmp_path, *words, before=("--level", "L3", "--record", "records/first"))
+    assert done.code == 0, done.said
+    folder = tmp_path / "records" / "first"
+    assert {path.name for path in folder.iterdir()} == {"record.html", "record.json"}
+    found = json.loads((folder / "record.json").read_text())
+    assert found["steps"] == measured(tmp_path)["steps"] > 0 and len(found["layers"]) >= 3
+    assert found["measured"][0]["saved_bytes"] == measured(tmp_path)["saved_bytes"]
+    assert found["tensors"][0]["name"] in (folder / "record.html").read_text()
+
+
+def test_a_record_that_has_no_place_stops_the_run_at_the_start(tmp_path):
+    (tmp_path / "taken").write_text("")
+    done = run("print('began')", tmp_path, before=("--record", "taken"))
+    assert done.code == 2 and "there can be no such folder (at --record)" in done.said and done.printed == ""
+
+
 @pytest.mark.parametrize("trainer", ["Mine = Trainer", "class Mine(Trainer):\n    pass"], ids=["trainer", "subclass"])
 def test_a_trainer(trainer, tmp_path):
     done = run(TRAINER.replace("TRAINER", trainer), tmp_path, *SHORT, before=("--level", "L2"))
@@ -327,7 +346,7 @@ def test_a_model_that_cannot_be_converted(tmp_path):
 def test_a_dynamo_backend_is_refused(tmp_path):
     done = run(LOOP.replace("cpu=True", "cpu=True, dynamo_backend='eager'"), tmp_path)
     assert done.code == 1
-    assert "NotAvailableError: Compressed activations do not work under torch.compile yet" in done.said
+    assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
 
 
 def test_nothing_is_imported_that_the_script_does_not(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageClassification, HfArgumentParser, Trai
 
 import hf_actnn
 from hf_actnn import ActNNCallback, ActNNConfig, ActNNTrainer, ActNNTrainingArguments
-from hf_actnn.errors import ConfigError, NotAvailableError
+from hf_actnn.errors import ConfigError
 from hf_actnn.integrations.trainer import ActNNTrainerMixin
 from tests.integrations.small import Pictures, assert_same_weights, make_resnet, make_vit, weights
 
@@ -138,10 +139,18 @@ def test_callback_reconfigures_a_converted_model(arguments, data):
     assert at_two < 0.6 * at_eight
 
 
-def test_torch_compile_is_refused(arguments, data):
-    arguments = TrainingArguments(**arguments(), torch_compile=True)
-    with pytest.raises(NotAvailableError, match="torch_compile"):
-        Trainer(make_vit(), arguments, train_dataset=data, callbacks=[ActNNCallback("L2")])
+def test_torch_compile(arguments, data):
+    """The Trainer compiles the converted model, and its losses are those of compiling the plain one."""
+    losses = []
+    for callbacks in ([], [ActNNCallback({"level": "L2", "bits": 8})]):
+        torch._dynamo.reset()
+        arguments_ = TrainingArguments(**arguments(max_steps=2), torch_compile=True)
+        trainer = Trainer(make_vit(dropout=0.0), arguments_, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+        losses.append([log["loss"] for log in training_logs(trainer)])
+        assert hf_actnn.is_converted(trainer.model) == bool(callbacks)
+    assert losses[1][0] == losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # -- the flag --------------------------------------------------------------------------------------------------------
@@ -324,10 +333,14 @@ def test_bf16(arguments, data, how):
 
 
 def test_activation_checkpointing_through_the_trainer(arguments, data):
+    # An older name of the switch.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    switch = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
     def run(callbacks: list) -> Trainer:
         trainer = Trainer(
             make_vit(),
-            TrainingArguments(**arguments(activation_checkpointing=True)),
+            TrainingArguments(**arguments(**{switch: True})),
             train_dataset=data,
             callbacks=callbacks,
         )

@@ -1,0 +1,257 @@
+"""torch.compile of converted models: exact forwards, unbiased codes, real savings, no graph breaks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import hf_actnn
+from hf_actnn.codec import graphs
+from hf_actnn.saving import compiled
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Each test compiles for itself, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled._warned.clear()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+        return x + self.mlp(x)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        self.more = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.more(x)).mean((2, 3)))
+
+
+MODELS = {"tokens": (Tokens, (8, 64, 64)), "images": (Images, (8, 3, 32, 32))}
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model)
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def by_block(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.compile()
+    return model
+
+
+def parts(model: nn.Module) -> nn.Module:
+    for at, block in enumerate(model.blocks):
+        model.blocks[at] = torch.compile(block)
+    return model
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    kind, shape = MODELS[name]
+    return kind().train(), torch.randn(shape), torch.randint(0, 10, shape[:1])
+
+
+def gradient(run, model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor, int]:
+    """Loss, gradient and the bytes held."""
+    model.zero_grad()
+    with hf_actnn.track_memory(model) as memory:
+        loss = F.cross_entropy(run(x), labels)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), memory.saved_bytes
+
+
+@pytest.mark.parametrize(
+    "name, route, ratio",
+    [
+        ("tokens", whole, 6),
+        ("tokens", in_place, 6),
+        ("tokens", by_block, 5),
+        ("tokens", parts, 5),
+        ("images", whole, 3),
+    ],
+)
+def test_exact_forward_close_gradient_and_few_bytes(name, route, ratio):
+    plain, x, labels = make(name)
+    model = copy.deepcopy(plain)
+    reference = torch.compile(plain) if route in (whole, in_place) else plain
+    loss, exact, plain_bytes = gradient(reference, plain, x, labels)
+    breaks = sum(counters["graph_break"].values())
+    hf_actnn.convert(model, bits=4)
+    found_loss, found, held = gradient(route(model), model, x, labels)
+    # The forward pass: of the same graph the same numbers; of an eager one within its rounding.
+    assert found_loss == pytest.approx(loss, abs=0 if reference is not plain else 1e-5)
+    assert F.cosine_similarity(found.double(), exact.double(), 0) > 0.99
+    assert held < plain_bytes / ratio
+    assert sum(counters["graph_break"].values()) == breaks
+
+
+def test_no_branch_is_decided_by_codes():
+    """At one bit the mask of a ReLU, read from codes, would be another one; the gradient of what is before it shows."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    x, cotangent = torch.randn(64, 64), torch.randn(64, 64)
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=1)
+    (plain(x) * cotangent).sum().backward()
+    (torch.compile(model)(x) * cotangent).sum().backward()
+    assert torch.allclose(model[0].bias.grad, plain[0].bias.grad, atol=1e-5)
+    assert not torch.allclose(model[0].weight.grad, plain[0].weight.grad, atol=1e-3)  # of codes, so it was compressed
+
+
+def draws(bits: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of a model that is linear in what is coded, ``[count, values]``, and the exact one."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    x, cotangent = torch.randn(64, 32), torch.randn(64, 8)
+    (plain(x) * cotangent).sum().backward()
+    exact = torch.cat([p.grad.flatten() for p in (plain[0].weight, plain[2].weight)]).double()
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=bits, min_numel=0)
+    run, found = torch.compile(model), []
+    for _ in range(count):
+        model.zero_grad()
+        (run(x) * cotangent).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in (model[0].weight, model[2].weight)]).double())
+    return torch.stack(found), exact
+
+
+def squared_deviation(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean of z^2 over the values: 1 where the mean of the draws is off by chance alone."""
+    z = (found.mean(0) - exact) / (found.std(0) / len(found) ** 0.5)
+    return float(z[found.std(0) > 0].square().mean())
+
+
+def test_unbiased_with_fresh_noise_in_every_step():
+    found, exact = draws(2, 400)
+    assert (found[0] != found[1]).any() and (found.std(0) > 0).double().mean() > 0.9
+    # 1280 values, correlated in groups: the standard error of the mean of z^2 is below 0.1.
+    assert 0.7 < squared_deviation(found, exact) < 1.4
+    # Draws are independent: neighbours do not resemble each other.
+    off = found - found.mean(0)
+    assert abs(float(F.cosine_similarity(off[1:].flatten(), off[:-1].flatten(), 0))) < 0.02
+
+
+def test_a_planted_bias_is_noticed(monkeypatch):
+    right = graphs.ops.quantize
+    monkeypatch.setattr(graphs.ops, "quantize", lambda x, *more: right(x + 0.1 * x.abs().mean(), *more))
+    assert squared_deviation(*draws(2, 400)) > 1.6
+
+
+def test_attention_is_differentiated_at_its_codes():
+    """With logits as sharp as trained ones a logsumexp that was kept exactly would make the gradients explode."""
+    plain, x, labels = make("tokens")
+    with torch.no_grad():
+        for block in plain.blocks:
+            block.qkv.weight[:128] *= 4
+    _, exact, _ = gradient(plain, plain, x, labels)
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=2)
+    _, eager, _ = gradient(model, model, x, labels)
+    _, found, _ = gradient(torch.compile(model), model, x, labels)
+    limit = 3 * (eager - exact).norm() + 0.05 * exact.norm()
+    assert (found - exact).norm() < limit
+
+
+def test_statistics_stay_exact():
+    """Of many rows they are as large as other tensors; coded, they would scale whole rows wrongly."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 8))
+    x = torch.randn(4096, 64) * torch.rand(4096, 1).exp2() * 4
+    plain(x).square().sum().backward()
+    errors = []
+    for how in (lambda model: model, torch.compile):
+        model = hf_actnn.convert(copy.deepcopy(plain), bits=2)
+        model.zero_grad()
+        how(model)(x).square().sum().backward()
+        errors.append((model[1].weight.grad - plain[1].weight.grad).norm())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_what_is_left_out_stays_exact():
+    plain, x, labels = make("images")
+    _, exact, plain_bytes = gradient(torch.compile(plain), plain, x, labels)
+    model = hf_actnn.convert(make("images")[0], bits=2, overrides={"stem": "exact", "more": "exact"})
+    _, found, held = gradient(torch.compile(model), model, x, labels)
+    assert held >= 0.9 * plain_bytes
+    assert torch.allclose(found, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend, arguments, said",
+    [
+        ("aot_eager", {"bits": 2}, "keeps its activations uncompressed"),
+        ("inductor", {"bits": "auto"}, "bits are not chosen in compiled graphs: every tensor gets 4"),
+        ("inductor", {"level": "L4", "bits": 2}, "nothing is swapped"),
+    ],
+)
+def test_what_is_not_done_is_said(backend, arguments, said):
+    level = arguments.pop("level", None)
+    model = hf_actnn.convert(nn.Linear(64, 64), *([level] if level else []), **arguments)
+    with pytest.warns(hf_actnn.ActNNWarning, match=said):
+        torch.compile(model, backend=backend)(torch.randn(64, 64)).sum().backward()
+
+
+def test_varying_sizes_are_said():
+    model = hf_actnn.convert(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4)), bits=2)
+    run = torch.compile(model, dynamic=True)
+    with pytest.warns(hf_actnn.ActNNWarning, match="sizes that vary"):
+        run(torch.randn(48, 64)).sum().backward()
+
+
+def test_evaluation_and_plain_models_have_no_marks():
+    model = hf_actnn.convert(nn.Linear(64, 64), bits=2).eval()
+    x = torch.randn(64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hf_actnn.ActNNWarning)
+        run = torch.compile(model, backend="aot_eager")
+        assert torch.equal(run(x), model(x))
+        plain = nn.Linear(64, 64)
+        torch.compile(plain)(x).sum().backward()
+    assert plain.weight.grad is not None
