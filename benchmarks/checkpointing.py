@@ -39,7 +39,7 @@ from memory import StoragesMade
 from torch import Tensor, nn
 
 import hf_actnn
-from hf_actnn.commands.watch import high_water
+from hf_actnn.commands.watch import PAGES, high_water
 from hf_actnn.config import EXACT
 from hf_actnn.integrations import named
 
@@ -48,7 +48,6 @@ WAYS = ("plain", "level", "checkpoint", "both", "coded_again")
 PARTS = ("bytes", "peaks", "time", "gradients")
 TRAINED = ("vit_s", "resnet18")
 BITS = (4, 5, 6, 8)
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
 def make(name: str, way: str, level: str, reentrant: bool) -> nn.Module:
@@ -117,7 +116,7 @@ def slope(name: str, way: str, level: str, reentrant: bool, sizes: tuple[int, in
         words = [name, way, level, str(int(reentrant)), str(size)]
         command = [sys.executable, __file__, "--peak", *words]
         runs = [
-            subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **MALLOC})
+            subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **PAGES})
             for _ in range(repeats)
         ]
         peaks.append(statistics.median(int(run.stdout.split()[-1]) for run in runs))

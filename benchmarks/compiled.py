@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional
 
 import hf_actnn
-from hf_actnn.commands.watch import high_water, watched
+from hf_actnn.commands.watch import PAGES, high_water, watched
 
 MODELS = {"vit_s": "vit_small_patch16_224", "resnet18": "resnet18"}
 EAGER, COMPILED = ("plain", "actnn"), ("compile", "actnn_compile")
@@ -50,7 +50,7 @@ MODES = (
     "budget0.5",
     "budget0.25",
 )
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**PAGES, "OMP_NUM_THREADS": "1"}
 
 
 def compiled(model: nn.Module, mode: str) -> nn.Module:
@@ -126,7 +126,7 @@ def measure(name: str, mode: str, sizes: tuple[int, int], bits: int, steps: int)
     found = {}
     for size in sizes:
         command = [sys.executable, __file__, "--point", name, mode, str(size), str(bits), str(steps)]
-        found[size] = watched(command, environment=MALLOC)
+        found[size] = watched(command, environment=ENVIRONMENT)
         if found[size]["status"] != "ok":
             return found[size]
     small, large = found[sizes[0]], found[sizes[1]]
