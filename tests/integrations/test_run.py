@@ -349,6 +349,21 @@ def test_a_dynamo_backend_is_refused(tmp_path):
     assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
 
 
+def test_a_trainer_that_compiles_is_refused(tmp_path):
+    """Before it trains: it would be compressed, and said not to be."""
+    done = run(
+        TRAINER.replace("TRAINER", "Mine = Trainer"),
+        tmp_path,
+        *SHORT,
+        "--torch_compile",
+        "--torch_compile_backend",
+        "eager",
+    )
+    assert done.code == 1
+    assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
+    assert 'callbacks=[ActNNCallback("L2")]' in done.said and not (tmp_path / "report.json").exists()
+
+
 def test_nothing_is_imported_that_the_script_does_not(tmp_path):
     names = ["transformers", "accelerate", "timm", "datasets"]
     done = run(f"import sys\nprint([name for name in {names} if name in sys.modules])", tmp_path)
