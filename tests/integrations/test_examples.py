@@ -303,6 +303,23 @@ def test_checkpointing(index):
     assert re.search(r"after 2 steps .*: loss \d+\.\d+", printed), printed
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["by_feature/checkpointing/train.py", "--checkpoint_bits", "6"], "name that too"),
+        (["by_feature/checkpointing/train.py", "--reentrant"], "name that too"),
+        (
+            ["by_feature/checkpointing/train.py", "--checkpointing", "--level", "none", "--checkpoint_bits", "6"],
+            "needs a level",
+        ),
+        (["accelerate/train.py", "--cpu", "--samples", "8"], "make no whole batch"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said):
+    with pytest.raises(AssertionError, match=said):
+        run([sys.executable, f"examples/{words[0]}", *words[1:]])
+
+
 def test_demo(tmp_path):
     printed = run([sys.executable, "examples/demo/demo.py", "--out", str(tmp_path), "--epochs", "0.1"])
     assert "test accuracy" in printed
