@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from benchmarks.launching import run_to_end
 from hf_actnn.errors import ConfigError
 from hf_actnn.integrations.unmodified import parse
 
@@ -79,23 +79,11 @@ class Done(NamedTuple):
 
 
 def start(command: list[str], folder: Path, **environment: str) -> Done:
-    """Run to the end. Everything it started is ended if it takes too long: a launcher's workers outlive it."""
+    """Run to the end."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_ACTNN")}
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        start_new_session=True,
-    ) as process:
-        try:
-            printed, said = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return Done(process.returncode, printed, said)
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = run_to_end(command, 180, folder, {**inherited, **own})
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def run(script: str, folder: Path, *words: str, before: tuple[str, ...] = (), **environment: str) -> Done:
