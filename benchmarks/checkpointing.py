@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from memory import StoragesMade
 from torch import Tensor, nn
 
 import hf_actnn
-from hf_actnn.commands.watch import PAGES, high_water
+from hf_actnn.commands.watch import PAGES, high_water, watched
 from hf_actnn.config import EXACT
 from hf_actnn.integrations import named
 
@@ -103,10 +102,10 @@ def held(model: nn.Module, size: int) -> dict[str, float]:
 
 
 def peak(name: str, way: str, level: str, reentrant: bool, size: int) -> None:
-    """One training step in this process; prints its peak resident set in bytes."""
+    """One training step in this process; prints its peak resident set in bytes, as JSON."""
     model, data = make(name, way, level, reentrant), batch(size)
     loss_of(model, *data).backward()
-    print(high_water())
+    print(json.dumps({"status": "ok", "peak": high_water()}))
 
 
 def slope(name: str, way: str, level: str, reentrant: bool, sizes: tuple[int, int], repeats: int) -> float:
@@ -115,11 +114,11 @@ def slope(name: str, way: str, level: str, reentrant: bool, sizes: tuple[int, in
     for size in sizes:
         words = [name, way, level, str(int(reentrant)), str(size)]
         command = [sys.executable, __file__, "--peak", *words]
-        runs = [
-            subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **PAGES})
-            for _ in range(repeats)
-        ]
-        peaks.append(statistics.median(int(run.stdout.split()[-1]) for run in runs))
+        runs = [watched(command, environment=PAGES) for _ in range(repeats)]
+        failed = next((run for run in runs if run["status"] != "ok"), None)
+        if failed is not None:
+            raise RuntimeError(f"{' '.join(words)}: {failed.get('error', failed['status'])}")
+        peaks.append(statistics.median(run["peak"] for run in runs))
     return (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
 
 

@@ -190,7 +190,7 @@ def fidelity(data: Path, steps: int, draws: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--modes", nargs="+", default=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--sizes", type=int, nargs=2, default=(4, 12))
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import launching
 import pages
 import timing
 import timm
@@ -171,12 +170,9 @@ def measure(ways: Sequence[str], settings: Sequence[str], steps: int = STEPS, ti
 
 def _launch(way: str, arguments: list[str], timeout: float) -> None:
     configuration, changes = WAYS[way]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(launching.free_port())]
     launcher += ["--config_file", str(EXAMPLE / "configs" / f"{configuration}.yaml"), *changes]
-    done = subprocess.run([*launcher, __file__, *arguments], capture_output=True, text=True, timeout=timeout)
+    done = launching.run_to_end([*launcher, __file__, *arguments], timeout)
     if done.returncode:
         raise RuntimeError(f"{way}: {done.stdout[-1000:]}{done.stderr[-6000:]}")
 

@@ -81,6 +81,8 @@ def main() -> None:
     else:
         prepared = prepare(accelerator, model, optimizer, loader, test_loader, config=options.level)
     model, optimizer, loader, test_loader = prepared
+    if not len(loader):
+        parser.error(f"{len(seen)} training images make no whole batch for each process: lower --batch_size")
     if options.checkpoint and os.path.isdir(options.checkpoint):
         accelerator.load_state(options.checkpoint)
 

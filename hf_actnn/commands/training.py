@@ -88,7 +88,13 @@ def trained(model: nn.Module, where: str) -> list[nn.Parameter]:
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not found:
         raise ConfigError(
-            message("the model has no parameter to train", where=where, next_step="Leave requires_grad on some")
+            message(
+                "the model has no parameter to train",
+                where=where,
+                expected="a parameter with requires_grad",
+                received=f"{sum(1 for _ in model.parameters())} parameters, none with it",
+                next_step="Leave requires_grad on some",
+            )
         )
     return found
 

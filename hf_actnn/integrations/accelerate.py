@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -28,6 +29,8 @@ from hf_actnn.precision.controller import Controller
 #: process's each other one has its own, `hf_actnn_1.json` and so on, for each knows other samples.
 STATE_FILE = "hf_actnn.json"
 _MODELS: WeakKeyDictionary[Accelerator, list[ref[nn.Module]]] = WeakKeyDictionary()
+#: The models whose controllers an optimizer steps, in the same order in every process.
+_DRIVEN: WeakKeyDictionary[AcceleratedOptimizer, list[ref[nn.Module]]] = WeakKeyDictionary()
 #: They run the backward pass themselves, and were never run with this package.
 _ENGINES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.MEGATRON_LM: "Megatron-LM"}
 
@@ -64,25 +67,33 @@ def prepare(
     place = _place_of_optimizer(model, others)
     if config is not None or overrides or not is_converted(model):
         convert(model, config, **overrides)
-    driven = controller(model)
+    controller(model)  # from here on its step is promised
     prepared = accelerator.prepare(model, *others)
-    drive(prepared[place + 1], driven)
+    drive(prepared[place + 1], model)
     keep_state(accelerator, model)
     return prepared
 
 
-def drive(optimizer: AcceleratedOptimizer, driven: Controller) -> None:
-    """Have the steps of a prepared optimizer step a controller first, when the gradients of a whole step are there.
+def drive(optimizer: AcceleratedOptimizer, model: nn.Module) -> None:
+    """Have the steps of a prepared optimizer step a model's controller first, when the gradients of a whole step are
+    there. That is the controller which the model has then: another one once it was converted anew.
 
     A step that loss scaling then skips is none to the optimizer, but the controller has to hear of it: it drops what
     overflowed.
     """
+    if optimizer in _DRIVEN:
+        _remember(_DRIVEN[optimizer], model)
+        return
+    driven = _DRIVEN[optimizer] = [ref(model)]
     step = optimizer.step
 
     @functools.wraps(step)
     def both(*args: Any, **kwargs: Any) -> Any:
         if optimizer.gradient_state.sync_gradients:  # else gradients accumulate
-            driven.step()
+            for known in driven:
+                one = known()
+                if one is not None and is_converted(one):
+                    controller(one).step()
         return step(*args, **kwargs)
 
     optimizer.step = both  # type: ignore[method-assign]
@@ -95,7 +106,7 @@ def keep_state(accelerator: Accelerator, model: nn.Module) -> None:
     and would give every process the state of the first.
     """
     if accelerator in _MODELS:
-        _MODELS[accelerator].append(ref(model))
+        _remember(_MODELS[accelerator], model)
         return
     kept = _MODELS[accelerator] = [ref(model)]
     own = STATE_FILE if accelerator.is_main_process else STATE_FILE.replace(".", f"_{accelerator.process_index}.")
@@ -108,6 +119,8 @@ def keep_state(accelerator: Accelerator, model: nn.Module) -> None:
     def save(models: Any, weights: Any, folder: str) -> None:
         with open(os.path.join(folder, own), "w") as file:
             json.dump([one.state_dict() for one in present()], file)
+        if accelerator.is_main_process:
+            _remove_others(folder, accelerator.num_processes)
 
     def load(models: Any, folder: str) -> None:
         states: list[Any] = []
@@ -121,6 +134,21 @@ def keep_state(accelerator: Accelerator, model: nn.Module) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _remember(known: list[ref[nn.Module]], model: nn.Module) -> None:
+    """Once, however often a model is prepared."""
+    if all(one() is not model for one in known):
+        known.append(ref(model))
+
+
+def _remove_others(folder: str, processes: int) -> None:
+    """Take away what more processes left in a folder before: a later run with as many would read it."""
+    stem, ending = os.path.splitext(STATE_FILE)
+    for name in os.listdir(folder):
+        found = re.fullmatch(rf"{stem}_(\d+){re.escape(ending)}", name)
+        if found is not None and int(found[1]) >= processes:
+            os.remove(os.path.join(folder, name))
 
 
 def check_supported(accelerator: Accelerator, where: str) -> None:

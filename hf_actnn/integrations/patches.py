@@ -47,6 +47,7 @@ def _compress(trainer: Any) -> None:
     if not _TRAINERS[trainer]:
         process.leave_to_script(f"the model of {type(trainer).__name__}")
         return
+    _check_compiler(trainer.accelerator, type(trainer).__name__, 'Give the Trainer callbacks=[ActNNCallback("L2")]')
     callback = ActNNCallback(process.config())
     try:
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
@@ -135,19 +136,24 @@ def _convert(accelerator: Any, model: Any) -> None:
     from hf_actnn.integrations.accelerate import check_supported, keep_state
 
     check_supported(accelerator, "Accelerator.prepare")
+    _check_compiler(accelerator, "Accelerator.prepare", "Call hf_actnn.convert(model, bits=4) before prepare()")
+    if process.take(model, drive=trainer is None) is not None:
+        keep_state(accelerator, model)
+
+
+def _check_compiler(accelerator: Any, where: str, what_to_write: str) -> None:
+    """Refuse models that are going to be compiled: the hooks that count would be compiled too."""
     compiler = accelerator.state.dynamo_plugin.backend.value
     if compiler != "NO":
         raise NotAvailableError(
             message(
                 "What a compiled model keeps cannot be watched from outside its script",
-                where="Accelerator.prepare",
+                where=where,
                 expected="no dynamo backend",
                 received=f"the dynamo backend {compiler}",
-                next_step="Call hf_actnn.convert(model, bits=4) in the script before prepare(), and run it by itself",
+                next_step=f"{what_to_write} in the script, and run it by itself",
             )
         )
-    if process.take(model, drive=trainer is None) is not None:
-        keep_state(accelerator, model)
 
 
 #: By the module's name.

@@ -129,7 +129,7 @@ class Record:
 
     def save(self, path: str | Path) -> None:
         """Write the record: a page that needs nothing else (.html), a picture (.png, needs matplotlib), or numbers
-        (.json).
+        (.json). Its folder is made where there is none.
 
         Raises:
             ConfigError: the name ends in something else.
@@ -138,6 +138,7 @@ class Record:
         path = Path(path)
         check_ending(path, "Record.save")
         found = self.to_dict()
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".png":
             plot.save(found, path)
         elif path.suffix == ".html":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,10 +23,8 @@ needs_gloo = pytest.mark.skipif(
 
 def run_two(script: Path, folder: Path, timeout: float = 180) -> list[dict[str, Any]]:
     """What each of two processes writes to ``<rank>.json`` in a folder, which is their only argument."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder)],

@@ -110,6 +110,43 @@ def test_a_checkpoint_holds_the_models_that_are_there(tmp_path):
     assert state["steps"] == 2 and hf_actnn.controller(first).steps == 0
 
 
+@pytest.mark.parametrize("anew", ["prepare", "convert"])
+def test_a_model_that_is_converted_anew_goes_on_choosing(tmp_path, anew):
+    """A cell of a notebook that is run twice, for one: the optimizer drives the model's new controller alone."""
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = ready(accelerator, config="L3")
+    train(accelerator, model, optimizer, 0, 2)
+    before = hf_actnn.controller(model)
+    if anew == "prepare":
+        prepare(accelerator, model, optimizer, bits=3.5, update_interval=3, min_numel=64)
+    else:
+        hf_actnn.convert(model, bits=3.5, update_interval=3, min_numel=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ActNNWarning)
+        train(accelerator, model, optimizer, 2, 8)
+    after = hf_actnn.controller(model)
+    assert before is not after and before.steps == 2
+    assert after.steps == 6 and after.bits()
+    accelerator.save_state(str(tmp_path))
+    (state,) = json.loads((tmp_path / "hf_actnn.json").read_text())
+    assert state["steps"] == 6
+    hf_actnn.revert(model)
+    train(accelerator, model, optimizer, 8, 9)
+    assert after.steps == 6
+
+
+def test_states_of_processes_that_are_gone_leave_a_checkpoint(tmp_path):
+    """Else a run with as many as before would give each process bits of another time."""
+    accelerator = Accelerator(cpu=True)
+    ready(accelerator, config="L3")
+    gone = [tmp_path / f"hf_actnn_{rank}.json" for rank in (1, 12)]
+    for path in (*gone, tmp_path / "hf_actnn_1.txt", tmp_path / "my_hf_actnn_1.json"):
+        path.write_text("[]")
+    accelerator.save_state(str(tmp_path))
+    assert not any(path.exists() for path in gone)
+    assert {"hf_actnn.json", "hf_actnn_1.txt", "my_hf_actnn_1.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_what_is_prepared_comes_back_in_order():
     accelerator = Accelerator(cpu=True)
     model = make_resnet()

@@ -417,7 +417,7 @@ def test_the_record_of_a_run(arguments, data, tmp_path):
 
 
 def test_the_arguments_name_a_record(tmp_path, data):
-    path = tmp_path / "record.json"
+    path = tmp_path / "new" / "folder" / "record.json"  # made at the end, not a reason to lose the run there
     words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--use_cpu", "--report_to", "none"]
     words += ["--actnn", "L3", "--actnn_record", str(path)]
     (args,) = HfArgumentParser(ActNNTrainingArguments).parse_args_into_dataclasses(words)

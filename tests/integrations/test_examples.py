@@ -6,14 +6,13 @@ import json
 import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.launching import free_port, run_to_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,24 +32,11 @@ SHORT = [
 
 
 def run(command: list[str], timeout: int = 240) -> str:
-    """What a command prints. Everything it started is ended if it takes too long: a launcher's workers outlive it."""
+    """What a command prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-    ) as process:
-        try:
-            printed, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, f"{' '.join(command)}\n{printed[-2000:]}\n{errors[-4000:]}"
-    return printed
+    done = run_to_end(command, timeout, ROOT, environment)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +259,7 @@ def test_saved_model_is_trained_on_without_compression(pictures, tmp_path):
 @pytest.mark.parametrize("configuration", ["one_process", "bf16", "ddp", "fsdp2"])
 def test_accelerate_launch(configuration, tmp_path):
     """The same script under each configuration; a second run goes on from the first one's checkpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     launch += ["--config_file", f"examples/accelerate/configs/{configuration}.yaml"]
     script = ["examples/accelerate/train.py", "--cpu", "--epochs", "1", "--samples", "256"]
     saved = str(tmp_path / "saved")
@@ -301,6 +284,23 @@ def test_checkpointing(index):
     held, of_them = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:bytes|of them)", printed))
     assert held > of_them and (of_them > 0) == ("--checkpointing" in words)
     assert re.search(r"after 2 steps .*: loss \d+\.\d+", printed), printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["by_feature/checkpointing/train.py", "--checkpoint_bits", "6"], "name that too"),
+        (["by_feature/checkpointing/train.py", "--reentrant"], "name that too"),
+        (
+            ["by_feature/checkpointing/train.py", "--checkpointing", "--level", "none", "--checkpoint_bits", "6"],
+            "needs a level",
+        ),
+        (["accelerate/train.py", "--cpu", "--samples", "8"], "make no whole batch"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said):
+    with pytest.raises(AssertionError, match=said):
+        run([sys.executable, f"examples/{words[0]}", *words[1:]])
 
 
 def test_demo(tmp_path):

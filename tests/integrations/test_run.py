@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from benchmarks.launching import run_to_end
 from hf_actnn.errors import ConfigError
 from hf_actnn.integrations.unmodified import parse
 
@@ -79,23 +79,11 @@ class Done(NamedTuple):
 
 
 def start(command: list[str], folder: Path, **environment: str) -> Done:
-    """Run to the end. Everything it started is ended if it takes too long: a launcher's workers outlive it."""
+    """Run to the end."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_ACTNN")}
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        start_new_session=True,
-    ) as process:
-        try:
-            printed, said = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return Done(process.returncode, printed, said)
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = run_to_end(command, 180, folder, {**inherited, **own})
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def run(script: str, folder: Path, *words: str, before: tuple[str, ...] = (), **environment: str) -> Done:
@@ -347,6 +335,21 @@ def test_a_dynamo_backend_is_refused(tmp_path):
     done = run(LOOP.replace("cpu=True", "cpu=True, dynamo_backend='eager'"), tmp_path)
     assert done.code == 1
     assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
+
+
+def test_a_trainer_that_compiles_is_refused(tmp_path):
+    """Before it trains: it would be compressed, and said not to be."""
+    done = run(
+        TRAINER.replace("TRAINER", "Mine = Trainer"),
+        tmp_path,
+        *SHORT,
+        "--torch_compile",
+        "--torch_compile_backend",
+        "eager",
+    )
+    assert done.code == 1
+    assert "NotAvailableError: What a compiled model keeps cannot be watched from outside its script" in done.said
+    assert 'callbacks=[ActNNCallback("L2")]' in done.said and not (tmp_path / "report.json").exists()
 
 
 def test_nothing_is_imported_that_the_script_does_not(tmp_path):

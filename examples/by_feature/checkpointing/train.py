@@ -35,6 +35,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     options = parser.parse_args()
+    if not options.checkpointing and (options.reentrant or options.checkpoint_bits is not None):
+        parser.error("--reentrant and --checkpoint_bits say how --checkpointing is done: name that too")
+    if options.level == "none" and options.checkpoint_bits is not None:
+        parser.error("--checkpoint_bits needs a level; with --level L0 it codes what checkpoints keep and nothing else")
 
     torch.manual_seed(0)
     images, labels = digits()
