@@ -59,7 +59,9 @@ def test_a_release_installs_and_works(tmp_path):
     wheel = build("wheel", next((tmp_path / "unpacked").iterdir()), tmp_path / "out")
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
-    templates = {f"hf_actnn/pages/{name}" for name in ("profile.html", "record.html", "style.css", "common.js")}
+    templates = {
+        f"hf_actnn/pages/{name}" for name in ("frame.html", "profile.html", "record.html", "style.css", "common.js")
+    }
     assert {"hf_actnn/py.typed", "hf_actnn_startup.py", "hf_actnn.pth"} | templates <= names
     assert any(re.match(r"hf_actnn/_native_cpu.*\.so", name) for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)

@@ -5,6 +5,8 @@ What a partitioner could see through it would compute again in the backward pass
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,9 +42,7 @@ def _keep_fake(x, stride, bits, row_length, group_size, seed, index, step):
 
 
 def _give_back(kept, bits, row_length, group_size, size, stride, dtype):
-    numel = 1
-    for length in size:
-        numel *= length
+    numel = math.prod(size)
     at = ops.plan(numel, row_length, bits, group_size)
     # A copy of the metadata, which may lie at an odd address behind the codes.
     meta = kept[at.nbytes :].clone().view(torch.bfloat16).view(at.n_groups, 2)
@@ -62,10 +62,7 @@ def _keep_mask_fake(x, stride):
 
 
 def _give_mask_back(kept, size, stride):
-    numel = 1
-    for length in size:
-        numel *= length
-    return ops.unpack_mask(kept, numel).as_strided(size, stride)
+    return ops.unpack_mask(kept, math.prod(size)).as_strided(size, stride)
 
 
 def _give_mask_back_fake(kept, size, stride):

@@ -44,10 +44,10 @@ class Compressed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().__call__  # type: ignore[misc]
         member: Member | None = self.__dict__.get(ATTRIBUTE)
-        if torch.compiler.is_compiling():
-            return _traced(self, member, forward, args, kwargs)
         if kwargs and SAMPLE_ID in kwargs:
             kwargs = _without_ids(self, member, kwargs)
+        if torch.compiler.is_compiling():
+            return _traced(self, member, forward, args, kwargs)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         current = scope.current()
@@ -96,8 +96,9 @@ def _takes_ids(forward: Any) -> bool:
 
 def _without_ids(module: Any, member: Member | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Hand the samples' numbers to whom chooses bits; the model gets them only if it has a parameter of that name."""
-    if member is not None and member.session.adaptation is not None and module.training and torch.is_grad_enabled():
-        member.session.adaptation.identify(kwargs[SAMPLE_ID])
+    adaptation = None if member is None or torch.compiler.is_compiling() else member.session.adaptation
+    if adaptation is not None and module.training and torch.is_grad_enabled():
+        adaptation.identify(kwargs[SAMPLE_ID])
     if _takes_ids(type(module).forward):
         return kwargs
     return {key: value for key, value in kwargs.items() if key != SAMPLE_ID}

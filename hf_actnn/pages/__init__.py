@@ -22,7 +22,7 @@ def fill(name: str, title: str, data: Any) -> str:
     """A page.
 
     Args:
-        name: of the template, a file of this folder without its ending.
+        name: of the page's own part, a file of this folder without its ending.
         title: of the page, as plain text.
         data: what JSON can hold. It is in the page in the element ``data``, and all that is shown is made of it.
     """
@@ -33,7 +33,8 @@ def fill(name: str, title: str, data: Any) -> str:
         # Within a script element `</` could end it, and `<!--` begin a comment; in JSON `<` stands in strings only.
         "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _read(f"{name}.html"))
+    whole = _read("frame.html").replace("{{body}}", _read(f"{name}.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], whole)
 
 
 def need_matplotlib(where: str) -> None:

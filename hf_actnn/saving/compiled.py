@@ -49,6 +49,20 @@ def is_running_for_compiler() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
+def warn_of_checkpoint() -> None:
+    """Say that a graph's own choice of what runs again goes before the model's."""
+    warn_once(
+        "checkpoint",
+        message(
+            "a gradient checkpoint inside a compiled graph is not followed: what its block saves is kept as codes",
+            where="torch.compile",
+            expected="a model without checkpoints, or checkpoints around blocks that are compiled one by one",
+            received="a checkpoint in a graph",
+            next_step="Turn the checkpoints off, or compile block by block",
+        ),
+    )
+
+
 def warn_once(key: str, text: str) -> None:
     if key not in _warned:
         _warned.add(key)

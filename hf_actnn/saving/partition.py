@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +24,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from hf_actnn.codec import graphs, ops
 from hf_actnn.errors import message
-from hf_actnn.saving.compiled import ENTER, LEAVE, warn_once
+from hf_actnn.saving.compiled import ENTER, LEAVE, warn_of_checkpoint, warn_once
+from hf_actnn.saving.identity import LAST, SAMPLE
+from hf_actnn.saving.kept import fills_its_memory
+from hf_actnn.saving.policy import Policy
+from hf_actnn.saving.rows import coded_row_length
 from hf_actnn.saving.session import Session
 
 _KEEP, _GIVE_BACK = torch.ops.hf_actnn.keep.default, torch.ops.hf_actnn.give_back.default
@@ -68,10 +71,7 @@ class Place(NamedTuple):
     """What a mark said of the module that an operation ran in."""
 
     session: str
-    bits: int | None
-    exact_norms: bool
-    group_size: int
-    min_numel: int
+    policy: Policy
 
 
 class Partitioner(CustomPartitionerFn):
@@ -91,7 +91,7 @@ class Partitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         divide = min_cut_rematerialization_partition if self.before is None else self.before
         places = read_marks(gm.graph)
-        if not any(place.bits for place in places.values()):
+        if not any(place.policy.bits for place in places.values()):
             return divide(gm, joint_inputs, **kwargs)
         gm.recompile()
         return _Division(gm, places, kwargs).run(divide, joint_inputs)
@@ -118,7 +118,7 @@ def read_marks(graph: fx.Graph) -> dict[fx.Node, Place]:
     for node in list(graph.nodes):
         if node.target is ENTER:
             session, policy = node.args
-            stack.append(Place(session, **json.loads(policy)))
+            stack.append(Place(session, Policy(**json.loads(policy))))
         elif node.target is LEAVE:
             del stack[-1:]  # its other end may lie in the graph before a break
         else:
@@ -240,9 +240,9 @@ class _Division:
 
     def _is_large(self, node: fx.Node) -> bool:
         place, value = self.places.get(node.name), _value(node)
-        if place is None or place.bits is None or value is None or node.name in self.weights | self.statistics:
+        if place is None or place.policy.bits is None or value is None or node.name in self.weights | self.statistics:
             return False
-        return _has_sizes(value) and value.numel() >= max(place.min_numel, 1)
+        return _has_sizes(value) and value.numel() >= max(place.policy.min_numel, 1)
 
     # -- before it is divided -----------------------------------------------------------------------------------------
 
@@ -256,15 +256,17 @@ class _Division:
         for node in self.graph.nodes:
             if node.op != "call_function" or node in self.gradients:
                 continue
+            if "recompute" in node.meta:
+                warn_of_checkpoint()
             if self._is_branch(node):
                 masks.append(node)
-            elif node.name not in self.places or self.places[node.name].bits is None:
+            elif node.name not in self.places or self.places[node.name].policy.bits is None:
                 continue
             elif _gives_views(node) or (name_of(node) in _OF_ATTENTION and node.target is not operator.getitem):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             elif self._is_large(node) and not _is_view(node) and node.target is not operator.getitem:
                 again = name_of(node) in _RECIPES
-                again = again and not (name_of(node) in _OF_NORMS and self.places[node.name].exact_norms)
+                again = again and not (name_of(node) in _OF_NORMS and self.places[node.name].policy.exact_norms)
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
         for node in masks:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -277,10 +279,10 @@ class _Division:
             return False
         sources = [node, *node.all_input_nodes]
         place = next((self.places[source.name] for source in sources if source.name in self.places), None)
-        if place is None or place.bits is None or node.name in self.weights or not _has_sizes(value):
+        if place is None or place.policy.bits is None or node.name in self.weights or not _has_sizes(value):
             return False
         self.places.setdefault(node.name, place)
-        return value.numel() >= max(place.min_numel, 1)
+        return value.numel() >= max(place.policy.min_numel, 1)
 
     def _add_outputs(self, nodes: list[fx.Node]) -> None:
         """Make nodes outputs of the forward pass, so that it computes them."""
@@ -312,7 +314,7 @@ class _Division:
                 continue
             value = _value(node)
             assert value is not None
-            if not _fills_its_memory(value):
+            if not fills_its_memory(value):
                 continue
             if value.dtype is torch.bool:
                 values[at] = _code_mask(forward.graph, backward.graph, node, received[node.name])
@@ -321,11 +323,12 @@ class _Division:
                 continue
             readers = _readers(received[node.name], gradients)
             place = self.places[node.name]
-            if not _may_be_coded(readers, place):
+            length = _row_length(value, readers, place.policy)
+            if length == 0 or not _may_be_coded(readers, place):
                 continue
             step = _step(forward.graph, place, value.device, steps)
-            bits, seed = place.bits, ops._signed(Session.named(place.session).key())
-            cut = (bits, _row_length(value, readers), place.group_size)
+            seed = ops._signed(Session.named(place.session).key())
+            cut = (place.policy.uniform, length, place.policy.group_size)
             with forward.graph.inserting_after(step if node.op == "placeholder" else node):
                 kept = _call(forward.graph, _KEEP, node, list(value.stride()), *cut, seed, self.index, step)
             self.index += 1
@@ -396,7 +399,7 @@ def _may_be_coded(readers: list[fx.Node], place: Place) -> bool:
         name = name_of(node)
         if name not in CODABLE and node.target is not operator.getitem:
             return False
-        if name in _OF_NORMS and place.exact_norms:
+        if name in _OF_NORMS and place.policy.exact_norms:
             return False
         if name in _OF_ATTENTION and name.endswith("_backward") and any(map(_is_received, _statistics(node))):
             return False  # its logsumexp has to be that of the codes: computed in this graph
@@ -416,20 +419,8 @@ def _statistics(node: fx.Node) -> list[fx.Node]:
     ]
 
 
-def _row_length(value: Tensor, readers: list[fx.Node]) -> int:
-    """Groups stay within a sample of an image, and within a token of anything else."""
-    sizes = [size for _, size in sorted(zip(value.stride(), value.shape, strict=True)) if size != 1]
-    if value.dim() == 4 and any(name_of(node) in _OF_IMAGES for node in readers):
-        return value.numel() // value.shape[0]
-    return sizes[0] if sizes else value.numel()
-
-
-def _fills_its_memory(value: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size == 1:
-            continue
-        if not isinstance(stride, int) or not isinstance(size, int) or stride != expected:
-            return False
-        expected *= size
-    return expected == math.prod(value.shape)
+def _row_length(value: Tensor, readers: list[fx.Node], policy: Policy) -> int:
+    """Groups stay within a sample of an image, and within a token of anything else; 0 where a code would not pay."""
+    of_images = value.dim() == 4 and any(name_of(node) in _OF_IMAGES for node in readers)
+    rows = SAMPLE if of_images else LAST
+    return coded_row_length(value.shape, value.stride(), rows, 0, value.itemsize, policy)

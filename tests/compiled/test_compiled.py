@@ -255,3 +255,30 @@ def test_evaluation_and_plain_models_have_no_marks():
         plain = nn.Linear(64, 64)
         torch.compile(plain)(x).sum().backward()
     assert plain.weight.grad is not None
+
+
+def test_sample_ids_never_reach_the_model():
+    model = hf_actnn.convert(Tokens(), "L3")
+    x = torch.randn(8, 64, 64)
+    with pytest.warns(hf_actnn.ActNNWarning, match="bits are not chosen in compiled graphs"):
+        torch.compile(model, fullgraph=True)(x, sample_id=torch.arange(8)).sum().backward()
+
+
+class Checkpointed(Tokens):
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.head(x.mean(1))
+
+
+def test_checkpoints_in_a_graph_are_said_not_to_be_followed_and_gradients_stay_right():
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(8, 64, 64)
+    model(x).square().mean().backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    hf_actnn.convert(model, bits=8)
+    with pytest.warns(hf_actnn.ActNNWarning, match="a gradient checkpoint inside a compiled graph is not followed"):
+        torch.compile(model)(x).square().mean().backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (found - exact).norm() < 0.02 * exact.norm()

@@ -1,17 +1,31 @@
-"""Skips this folder where the host libraries are missing; fixtures for a Trainer on small data."""
+"""Skips this folder where the host libraries are missing; fixtures for accelerate and for a Trainer on small data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate.state import AcceleratorState
+
 from tests.integrations.small import Pictures
+
+
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """The next Accelerator is made as in a process of its own, which has one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -29,14 +29,7 @@ WAYS = ["one process", "DDP", "FSDP2, resharding"]
 SETTINGS = ["uncompressed", "8 bits", "auto"]
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_accelerator")
 
 
 def ready(accelerator: Accelerator, **settings: Any) -> tuple[torch.nn.Module, Any]:

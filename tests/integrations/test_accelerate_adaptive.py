@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
 import hf_actnn
@@ -19,14 +18,7 @@ from tests.integrations.small import Pictures, assert_same_weights, make_resnet,
 STOP, STEPS = 6, 12
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_accelerator")
 
 
 class Run:
