@@ -20,13 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Each test compiles for itself, on one thread."""
+    """Each test compiles for itself, on one thread: a graph from the cache of an earlier run would not be divided, and
+    nothing would be said of it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch._dynamo.reset()
     counters.clear()
     compiled._warned.clear()
-    yield
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
     torch.set_num_threads(threads)
 
