@@ -24,28 +24,21 @@ __device__ __forceinline__ R derived(R grad, R x) {
   }
 }
 
-__device__ __forceinline__ double wide(double x) { return x; }
-template <class T>
-__device__ __forceinline__ float wide(T x) {
-  return to_float(x);
-}
-
-__device__ __forceinline__ double rounded(double, double x) { return x; }
-
 template <class T, int F>
 struct Derived {
   using Element = T;
+  using Source = T;
   using OnlyStored = std::false_type;
   const T* grad;
   T* out;
 
   bool aligned() const { return hf_actnn::aligned(grad, 16) && hf_actnn::aligned(out, 16); }
   __device__ __forceinline__ uint4 ahead(int64_t index) const { return load_vec(grad, index); }
-  __device__ __forceinline__ uint4 of(const uint4& values, const uint4& grads) const {
-    constexpr int V = Vec<T>::kElements;
-    float y[V];
+  template <int V>
+  __device__ __forceinline__ uint4 of(float (&y)[V], int64_t, const uint4& grads) const {
+    round_to<T>(y);
 #pragma unroll
-    for (int i = 0; i < V; ++i) y[i] = derived<F>(element(T{}, grads, i), element(T{}, values, i));
+    for (int i = 0; i < V; ++i) y[i] = derived<F>(element(T{}, grads, i), y[i]);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t position) const {

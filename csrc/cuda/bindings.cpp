@@ -87,6 +87,44 @@ void activation_backward_mixed(uintptr_t codes, uintptr_t meta, int64_t numel, i
                       pointer<const void>(grad), pointer<void>(out), target);
 }
 
+// Of the codes of a tensor, whichever kind of cut it has: without widths all of them have the same bits.
+Cut any_cut(int64_t numel, int64_t row_length, int64_t group_size, int bits, uintptr_t widths, int64_t samples,
+            uintptr_t places, const Target& target) {
+  if (widths == 0 || numel == 0) return uniform(numel, row_length, group_size, bits);
+  return mixed(numel, row_length, group_size, widths, samples, places, target);
+}
+
+void rebuild_by_channel_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                           int bits, uintptr_t widths, int64_t samples, uintptr_t places, int dtype, uintptr_t scale,
+                           uintptr_t shift, int64_t channels, int64_t inner, uintptr_t mask, double on, uintptr_t out,
+                           int device, uintptr_t queue) {
+  const Target target{device, queue};
+  rebuild_by_channel(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
+                     any_cut(numel, row_length, group_size, bits, widths, samples, places, target), dtype,
+                     pointer<const float>(scale), pointer<const float>(shift), channels, inner,
+                     pointer<const uint8_t>(mask), on, pointer<void>(out), target);
+}
+
+void rebuild_by_row_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size, int bits,
+                       uintptr_t widths, int64_t samples, uintptr_t places, int dtype, int out_dtype, uintptr_t mean,
+                       uintptr_t factor, uintptr_t weight, uintptr_t bias, int64_t width, uintptr_t out, int device,
+                       uintptr_t queue) {
+  const Target target{device, queue};
+  rebuild_by_row(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
+                 any_cut(numel, row_length, group_size, bits, widths, samples, places, target), dtype, out_dtype,
+                 pointer<const float>(mean), pointer<const float>(factor), pointer<const float>(weight),
+                 pointer<const float>(bias), width, pointer<void>(out), target);
+}
+
+void rebuild_activation_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                           int bits, uintptr_t widths, int64_t samples, uintptr_t places, int dtype, int function,
+                           uintptr_t out, int device, uintptr_t queue) {
+  const Target target{device, queue};
+  rebuild_activation(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
+                     any_cut(numel, row_length, group_size, bits, widths, samples, places, target), dtype, function,
+                     pointer<void>(out), target);
+}
+
 void spread(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, int64_t samples,
             uintptr_t ranges, uintptr_t out, int device, uintptr_t queue) {
   sample_spread(pointer<const void>(x), dtype, Cut{numel, row_length, group_size, 1, samples, nullptr},
@@ -130,6 +168,9 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("dequantize_mixed", &dequantize_mixed);
   m.def("activation_backward", &activation_backward_uniform);
   m.def("activation_backward_mixed", &activation_backward_mixed);
+  m.def("rebuild_by_channel", &rebuild_by_channel_of);
+  m.def("rebuild_by_row", &rebuild_by_row_of);
+  m.def("rebuild_activation", &rebuild_activation_of);
   m.def("sample_spread", &spread);
   m.def("pack_mask", &pack_mask_of);
   m.def("unpack_mask", &unpack_mask_of);

@@ -7,13 +7,17 @@ namespace {
 template <class T>
 struct Stored {
   using Element = T;
+  using Source = T;
   using OnlyStored = std::true_type;
   struct Nothing {};
   T* out;
 
   bool aligned() const { return hf_actnn::aligned(out, 16); }
   __device__ __forceinline__ Nothing ahead(int64_t) const { return {}; }
-  __device__ __forceinline__ uint4 of(const uint4& values, Nothing) const { return values; }
+  template <int V>
+  __device__ __forceinline__ uint4 of(const float (&y)[V], int64_t, Nothing) const {
+    return vec_of_floats<T, true>(y);
+  }
   __device__ __forceinline__ T of(T value, int64_t) const { return value; }
 };
 

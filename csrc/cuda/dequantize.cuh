@@ -1,12 +1,14 @@
 // Codes to values: minimum + code * step. The groups and their lanes are those of quantize.cu.
 //
-// What becomes of the values is up to a Use: how it makes what is stored at its out of the values of type Element, as
-// dequantisation alone would have stored them.
+// What becomes of the values is up to a Use: how it makes what is stored at its out, of type Element, of the values as
+// dequantisation alone would have stored them, of type Source.
 //
 //   OnlyStored  std::true_type if they are stored as they are
 //   aligned   whether 16 bytes can be read and written at a time
 //   ahead     what it reads itself for a vector, a run before it is needed
-//   of        what is stored for a vector of values and what was read for it, or for a single value
+//   of        what is stored for a vector of values that are not rounded yet, its place and what was read for it; or
+//   for
+//             a single value and its position
 #pragma once
 
 #include "groups.cuh"
@@ -49,6 +51,24 @@ __device__ __forceinline__ double nan_of(double) {
   return nan;
 }
 
+// Values as they would have been stored in S.
+template <class S, int V>
+__device__ __forceinline__ void round_to(float (&y)[V]) {
+  if constexpr (sizeof(S) == 2) {
+    const uint4 stored = vec_of_floats<S, true>(y);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = element(S{}, stored, i);
+  }
+}
+
+__device__ __forceinline__ double wide(double x) { return x; }
+template <class T>
+__device__ __forceinline__ float wide(T x) {
+  return to_float(x);
+}
+
+__device__ __forceinline__ double rounded(double, double x) { return x; }
+
 // Takes the codes apart.
 template <bool Large, class Use, int V>
 __device__ __forceinline__ void write_lane(Bytes<V> (&codes)[kRuns], const Level& level, int runs, const Use& use,
@@ -66,7 +86,7 @@ __device__ __forceinline__ void write_lane(Bytes<V> (&codes)[kRuns], const Level
       float y[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) y[i] = value_of<Large>(codes[0].w[i / 4], i % 4, level, offset);
-      store_vec(use.out, first + m * Lanes, use.of(vec_of_floats<T, true>(y), read));
+      store_vec(use.out, first + m * Lanes, use.of(y, first + m * Lanes, read));
     }
     // The next run's codes come where these were: a loop that is not unrolled cannot choose between registers.
 #pragma unroll
@@ -154,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = thread_index() % lanes; e < spot.size; e += lanes) {
     const uint32_t code = unpacked_code(packed + spot.byte, spot.size, spot.bits, e);
     const int64_t at = spot.position + e;
-    use.out[at] = use.of(single(typename Use::Element{}, level, code), at);
+    use.out[at] = use.of(single(typename Use::Source{}, level, code), at);
   }
 }
 

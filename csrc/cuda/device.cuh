@@ -7,10 +7,10 @@
 #include "shim.h"
 #else
 #include <cuda_runtime.h>
+#endif
 
 #include <stdexcept>
 #include <string>
-#endif
 
 #include "../codec.h"
 #include "kernels.h"
@@ -246,6 +246,21 @@ void with_float(int dtype, const Body& body) {
       return body(BFloat16());
     default:
       return body(double());
+  }
+}
+
+// The same for those of 32 bits or fewer.
+template <class Body>
+void with_narrow(int dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32:
+      return body(float());
+    case kFloat16:
+      return body(Half());
+    case kBFloat16:
+      return body(BFloat16());
+    default:
+      throw std::invalid_argument("dtype " + std::to_string(dtype) + " where fp32, fp16 or bf16 is expected");
   }
 }
 

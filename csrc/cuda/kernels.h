@@ -38,6 +38,21 @@ void dequantize(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int 
 // out = grad * f'(x), x what dequantize gives in the dtype, f the activation of that number.
 void activation_backward(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function,
                          const void* grad, void* out, const Target& target);
+// What a normalisation or an activation makes of the values that dequantize gives in the dtype, each of its operations
+// rounded to fp32 and the result to the dtype. Fewer than 2^31 elements of fp32, fp16 or bf16.
+//
+// value * scale[c] + shift[c], c the channel: `inner` values of one lie side by side, after them those of the next.
+// With a mask of as many bits what is stored is times `on`, in the dtype, where a bit is set, and times 0 elsewhere.
+void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, const float* scale,
+                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
+                        const Target& target);
+// (value - mean[r]) * factor[r] * weight[i] + bias[i], r the row and i the place in it; weight and bias may be missing.
+// Of fp32 values the result may be of any of the dtypes.
+void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int out_dtype,
+                    const float* mean, const float* factor, const float* weight, const float* bias, int64_t width,
+                    void* out, const Target& target);
+void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function, void* out,
+                        const Target& target);
 // Writes places from numbers of the host, which travel as arguments of the launch: no copy that a stream would have to
 // wait for, or a captured graph would repeat from memory that is gone.
 void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target);

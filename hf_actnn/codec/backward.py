@@ -14,12 +14,10 @@ from torch import Tensor
 from hf_actnn.codec import mixed, ops, reference
 from hf_actnn.codec.packed import PackedTensor
 
-#: Activations whose derivative the CUDA kernels know, by operator and the value of `approximate`.
-_FUNCTIONS = {
-    (torch.ops.aten.gelu_backward.default, "none"): 0,
-    (torch.ops.aten.gelu_backward.default, "tanh"): 1,
-    (torch.ops.aten.silu_backward.default, "none"): 2,
-}
+#: Activations that the CUDA kernels know, and their derivatives, by name and the value of `approximate`
+#: (csrc/codec.h has the numbers).
+FUNCTIONS = {("gelu", "none"): 0, ("gelu", "tanh"): 1, ("silu", "none"): 2}
+_NAMES = {torch.ops.aten.gelu_backward.default: "gelu", torch.ops.aten.silu_backward.default: "silu"}
 
 
 def select_by_mask(x: Tensor, codes: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def activation_backward(function: Any, grad: Tensor, packed: PackedTensor, appro
     Returns:
         Flat; None where there is no such kernel, as on a CPU.
     """
-    number = _FUNCTIONS.get((function, approximate))
+    number = FUNCTIONS.get((_NAMES.get(function, ""), approximate))
     kernels = ops._direct(grad) if grad.is_cuda and packed.patch is None and packed.code == "uniform" else None
     if number is None or kernels is None:
         return None

@@ -26,7 +26,7 @@ from hf_actnn.saving.kept import (
     fills_its_memory,
     is_dense,
 )
-from hf_actnn.saving.recipes import Masked, Recipe, View
+from hf_actnn.saving.recipes import AtOnce, Masked, Recipe, View
 from hf_actnn.saving.replays import STREAMS
 from hf_actnn.saving.rows import coded_row_length, row_length
 from hf_actnn.saving.tape import Item, samples_in_order
@@ -470,6 +470,7 @@ class Call:
         linear: bool = False,
         samples: tuple[bool, ...] = (),
         elementwise: bool = False,
+        at_once: AtOnce | None = None,
         output: Tensor | None = None,
     ) -> None:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
@@ -482,7 +483,7 @@ class Call:
             function = as_now(function, output.device.type)
         known: Sequence[Kept] = parents  # type: ignore[assignment]
         how: dict[str, Any] = {"repeats": repeats, "linear": linear, "samples": samples, "elementwise": elementwise}
-        kept = Recipe(name, function, known, output, writes=writes, **how)
+        kept = Recipe(name, function, known, output, writes=writes, at_once=at_once, **how)
         scope = self.scope
         scope.registry.learn(output, kept)
         for parent in known:

@@ -12,7 +12,22 @@ import torch
 from torch import Tensor
 
 from hf_actnn import codec
-from hf_actnn.saving.kept import Exact, Geometry, Kept, Mask, at_end_of_backward, fills_its_memory, is_dense, probe
+from hf_actnn.codec import rebuild
+from hf_actnn.saving.kept import (
+    Exact,
+    Geometry,
+    Kept,
+    Mask,
+    Quantized,
+    at_end_of_backward,
+    fills_its_memory,
+    is_dense,
+    probe,
+)
+
+#: (packed, values of the other parents, dtype of the result, codes of a mask or None, factor of its set bits) -> flat
+#: in storage order, or None; see `codec.rebuild`.
+AtOnce = Callable[[codec.PackedTensor, list[Tensor], torch.dtype, Tensor | None, float], Tensor | None]
 
 
 class _Form(NamedTuple):
@@ -76,9 +91,21 @@ class Recipe(Kept):
     the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
     that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
     gives a result that is. ``samples``: which parents run along the samples, as the first one does; the function may
-    then be called with some of these. ``elementwise``: it may be called with any run of values of its parents."""
+    then be called with some of these. ``elementwise``: it may be called with any run of values of its parents.
+    ``at_once``: computes the tensor from the codes of the first parent, where a kernel can; see :data:`AtOnce`."""
 
-    __slots__ = ("name", "function", "parents", "geometry", "writes", "repeats", "linear", "samples", "elementwise")
+    __slots__ = (
+        "name",
+        "function",
+        "parents",
+        "geometry",
+        "writes",
+        "repeats",
+        "linear",
+        "samples",
+        "elementwise",
+        "at_once",
+    )
 
     def __init__(
         self,
@@ -92,9 +119,11 @@ class Recipe(Kept):
         linear: bool = False,
         samples: tuple[bool, ...] = (),
         elementwise: bool = False,
+        at_once: AtOnce | None = None,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
         self.repeats, self.linear, self.samples, self.elementwise = repeats, linear, samples, elementwise
+        self.at_once = at_once
         self.geometry = Geometry(like)
 
     def of(self, parents: Sequence[Kept]) -> Recipe:
@@ -116,10 +145,35 @@ class Recipe(Kept):
         return self.repeats and all(parent.same_bits for parent in self.parents)
 
     def get(self) -> Tensor:
+        flat = self._from_codes()
+        if flat is not None:
+            return self.geometry.from_flat(flat)
         values = [parent.get() for parent in self.parents]
         if self.writes and not (self.parents[0].fresh and fills_its_memory(values[0])):
             values[0] = values[0].clone()
         return self.geometry.fit(values[0] if self.function is None else self.function(*values))
+
+    def _from_codes(self) -> Tensor | None:
+        """The values in storage order, in one pass; None where that cannot be."""
+        if self.function is not None:
+            return self.from_codes(self.geometry.dtype)
+        parent = self.parents[0]  # cast: what is made in one pass is stored in this dtype
+        if type(parent) is Recipe and parent.at_once is not None and self.geometry.like(parent.geometry):
+            return parent.from_codes(self.geometry.dtype)
+        return None
+
+    def from_codes(self, dtype: torch.dtype, mask: Mask | None = None, on: float = 1.0) -> Tensor | None:
+        """The values in storage order and in a dtype, made of the first parent's codes in one pass; with a mask, times
+        ``on`` where its bit is set and times 0 elsewhere. None where there is no kernel for it."""
+        source = self.parents[0]
+        # What disturbs a tensor is not in its codes.
+        if self.at_once is None or type(source) is not Quantized or probe.kept is source:
+            return None
+        packed = source.packed
+        if not self.geometry.like(packed) or not rebuild.possible(packed):
+            return None
+        values = [parent.get() for parent in self.parents[1:]]
+        return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on)
 
     @property
     def form(self) -> Geometry:
@@ -183,6 +237,11 @@ class Masked(Kept):
         return f"recipe: {self.name}"
 
     def get(self) -> Tensor:
+        source, geometry = self.source, self.geometry
+        if type(source) is Recipe and geometry.like(source.geometry) and geometry.like(self.mask.geometry):
+            flat = source.from_codes(geometry.dtype, self.mask, self.on)
+            if flat is not None:
+                return geometry.from_flat(flat)
         value = self.source.get()
         if not (self.source.fresh and fills_its_memory(value)):
             value = value.clone()

@@ -15,6 +15,9 @@ enum Kernel : int64_t {
   kQuantize,
   kDequantize,
   kActivation,
+  kByChannel,
+  kByRow,
+  kActivated,
   kSpread,
   kPackMask,
   kUnpackMask,
@@ -24,7 +27,7 @@ enum Kernel : int64_t {
 };
 
 struct Job {
-  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate, function;
+  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate, function, channels, inner, out_dtype;
   int64_t first_block, blocks, order, buffers;
   double lo, hi;
 };
@@ -119,6 +122,18 @@ int main() {
       case kActivation:
         activation_backward(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.function, b[3]->of<void>(),
                             b[4]->of<void>(), target);
+        break;
+      case kByChannel:
+        rebuild_by_channel(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, b[3]->of<float>(), b[4]->of<float>(),
+                           job.channels, job.inner, b[5]->of<uint8_t>(), job.hi, b[6]->of<void>(), target);
+        break;
+      case kByRow:
+        rebuild_by_row(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.out_dtype, b[3]->of<float>(),
+                       b[4]->of<float>(), b[5]->of<float>(), b[6]->of<float>(), job.inner, b[7]->of<void>(), target);
+        break;
+      case kActivated:
+        rebuild_activation(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.function, b[3]->of<void>(),
+                           target);
         break;
       case kSpread:
         sample_spread(b[1]->of<void>(), dtype, cut, b[2]->of<float>(), b[3]->of<double>(), target);

@@ -20,11 +20,14 @@ from torch import Tensor
 from hf_actnn.codec import ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("quantize.cu", "dequantize.cu", "activations.cu", "masks.cu", "samples.cu")
+SOURCES = ("quantize.cu", "dequantize.cu", "activations.cu", "rebuild.cu", "masks.cu", "samples.cu")
 KERNELS = (
     "quantize",
     "dequantize",
     "activation_backward",
+    "rebuild_by_channel",
+    "rebuild_by_row",
+    "rebuild_activation",
     "spread",
     "pack_mask",
     "unpack_mask",
@@ -144,10 +147,13 @@ class Shim:
             "stream",
             "predicate",
             "function",
+            "channels",
+            "inner",
+            "out_dtype",
         )
         numbers = [KERNELS.index(kernel), *(fields.get(name, 0) for name in names)]
         numbers += [*blocks, ORDERS[self.order], len(buffers)]
-        job = struct.pack("<15q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
+        job = struct.pack("<18q2d", *numbers, fields.get("lo", 0.0), fields.get("hi", 0.0))
         results = []
         try:
             self.process.stdin.write(job)
@@ -240,6 +246,75 @@ class Shim:
         ]
         out = self.run("activation_backward", buffers, dtype=ops._CODE[grad.dtype], function=function, **fields)
         return tensor(out[0], grad.dtype)
+
+    def _coded(self, codes: Tensor, meta: Tensor, places: Buffer) -> list[Buffer]:
+        return [places, Buffer(codes.nbytes, bytes_of(codes), self.offset % 16), Buffer(meta.nbytes, bytes_of(meta))]
+
+    def rebuild_by_channel(
+        self,
+        codes: Tensor,
+        meta: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        numel: int,
+        dtype: torch.dtype,
+        scale: Tensor,
+        shift: Tensor,
+        inner: int,
+        mask: Tensor | None = None,
+        on: float = 1.0,
+    ) -> Tensor:
+        places, fields, _ = cut(numel, bits, row_length, group_size)
+        mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask
+        buffers = [
+            *self._coded(codes, meta, places),
+            self._of(scale),
+            self._of(shift),
+            Buffer(mask.nbytes, bytes_of(mask), self.offset % 16),
+            self._out(numel, dtype),
+        ]
+        fields |= {"channels": scale.numel(), "inner": inner}
+        return tensor(self.run("rebuild_by_channel", buffers, dtype=ops._CODE[dtype], hi=on, **fields)[0], dtype)
+
+    def rebuild_by_row(
+        self,
+        codes: Tensor,
+        meta: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        numel: int,
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        mean: Tensor,
+        factor: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        width: int,
+    ) -> Tensor:
+        places, fields, _ = cut(numel, bits, row_length, group_size)
+        parameters = [Buffer(0, b"") if one is None else self._of(one) for one in (weight, bias)]
+        statistics = [Buffer(one.nbytes, bytes_of(one)) for one in (mean, factor)]
+        buffers = [*self._coded(codes, meta, places), *statistics, *parameters, self._out(numel, out_dtype)]
+        numbers = {"dtype": ops._CODE[dtype], "out_dtype": ops._CODE[out_dtype], "inner": width}
+        return tensor(self.run("rebuild_by_row", buffers, **numbers, **fields)[0], out_dtype)
+
+    def rebuild_activation(
+        self,
+        codes: Tensor,
+        meta: Tensor,
+        bits: int | Tensor,
+        row_length: int,
+        group_size: int,
+        numel: int,
+        dtype: torch.dtype,
+        function: int,
+    ) -> Tensor:
+        places, fields, _ = cut(numel, bits, row_length, group_size)
+        buffers = [*self._coded(codes, meta, places), self._out(numel, dtype)]
+        out = self.run("rebuild_activation", buffers, dtype=ops._CODE[dtype], function=function, **fields)
+        return tensor(out[0], dtype)
 
     def sample_spread(self, x: Tensor, samples: int, row_length: int, group_size: int) -> Tensor:
         at = reference.layout(x.numel(), row_length, 1, group_size)

@@ -150,6 +150,84 @@ def test_a_model_has_the_gradients_of_the_cpu_kernels(kernels, monkeypatch):
     assert_same(on_cuda, step())
 
 
+class Tokens(nn.Module):
+    """A transformer's parts: what a linear layer behind a normalisation or an activation reads."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.inner, self.activation, self.outer = (
+            nn.LayerNorm(48),
+            nn.Linear(48, 96),
+            activation,
+            nn.Linear(96, 8),
+        )
+
+    def forward(self, x):
+        return self.outer(self.activation(self.inner(self.norm(x))))
+
+
+class CastTokens(Tokens):
+    """As CUDA's autocast has it: normalised in fp32, and cast for what is next."""
+
+    def forward(self, x):
+        y = self.norm(x).to(torch.bfloat16)
+        return torch.nn.functional.linear(y, self.inner.weight.to(torch.bfloat16)).float().mean(1)
+
+
+def images(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), *layers, nn.Conv2d(8, 8, 3))
+
+
+REBUILT = {
+    "batch norm": (lambda: images(), (4, 3, 16, 16), {"rebuild_by_channel"}),
+    "batch norm, ReLU": (lambda: images(nn.ReLU()), (4, 3, 16, 16), {"rebuild_by_channel"}),
+    "batch norm, ReLU in place": (lambda: images(nn.ReLU(inplace=True)), (4, 3, 16, 16), {"rebuild_by_channel"}),
+    "batch norm, dropout": (lambda: images(nn.Dropout(0.3)), (4, 3, 16, 16), {"rebuild_by_channel"}),
+    "batch norm, SiLU": (lambda: images(nn.SiLU()), (4, 3, 16, 16), {"activation_backward"}),
+    "GELU": (lambda: Tokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
+    "tanh GELU": (lambda: Tokens(nn.GELU("tanh")), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
+    "SiLU": (lambda: Tokens(nn.SiLU()), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
+    "cast": (lambda: CastTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", REBUILT)
+def test_what_recipes_make_in_one_pass(kernels, monkeypatch, name, memory_format, bits):
+    """Gradients are those of decoding and plain operations."""
+    make, shape, wanted = REBUILT[name]
+    if len(shape) < 4 and memory_format is torch.channels_last:
+        pytest.skip("has no such layout")
+    monkeypatch.setattr("hf_actnn.saving.fused.SMALLEST", {"cpu": 2**40})
+
+    def step():
+        torch.manual_seed(0)
+        made = hf_actnn.convert(make(), "L2", bits=bits, min_numel=1).to(memory_format=memory_format)
+        x = torch.randn(shape)
+        x = x.to(memory_format=memory_format) if len(shape) == 4 else x
+        made(x).square().sum().backward()
+        return gradients(made)
+
+    on_cuda = step()
+    if wanted != {"activation_backward"}:  # that a CPU does not get to
+        assert wanted <= kernels.calls.keys()
+        assert kernels.calls.get("unpack_mask", 0) <= 1  # in the backward pass of the ReLU itself
+    monkeypatch.undo()
+    for key, one in step().items():
+        torch.testing.assert_close(on_cuda[key], one, rtol=1e-5, atol=1e-5 * float(one.abs().max()), msg=key)
+
+
+def test_a_disturbed_tensor_is_not_made_of_its_codes(kernels):
+    """A step that measures adds noise to what was decoded."""
+    torch.manual_seed(0)
+    model = hf_actnn.convert(images(nn.ReLU()), "L3")
+    for _ in range(2):
+        model(torch.randn(8, 3, 16, 16)).square().sum().backward()
+        hf_actnn.controller(model).step()
+    assert hf_actnn.controller(model).history
+
+
 @pytest.mark.parametrize("current", [1, 0])
 def test_a_launch_has_its_tensors_device_and_stream(monkeypatch, current):
     """And the device is the current one while it is made, as it is not always before and after."""

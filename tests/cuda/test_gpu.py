@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU: bytes, streams, devices, graphs, no waiting, and what compute-sanitizer says."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 import hf_actnn
-from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, reference, sample_spread
+from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, rebuild, reference, sample_spread
 from hf_actnn.codec import unpack_mask as to_values
 from hf_actnn.codec import unpack_uint as to_integers
 from tests.codec import masks
 from tests.cuda.test_backward_on_cpu import ATEN, check_activations, check_gradient, gradients, selected
 from tests.cuda.test_on_cpu import CUTS, DTYPES, Large, same, sample
+from tests.cuda.test_rebuild_on_cpu import NARROW, check_activation, check_by_channel, check_by_row
 
 pytestmark = pytest.mark.gpu
 WIDTHS = torch.tensor([1, 8, 2, 2, 3, 7, 5, 4, 6, 1], dtype=torch.uint8)
@@ -179,6 +181,119 @@ def test_selection(offset):
         for dtype in DTYPES:
             x, codes = gradients(n, dtype, n), reference.pack_mask(sample(n, dtype, 1), "gt", 0.0, 0.0)
             assert same(Backward(offset).select_by_mask(x, codes), selected(x, codes))
+
+
+class Rebuilding:
+    """The kernels that make tensors of codes in one pass, called as the runner of those on the CPU is."""
+
+    def made(self, name, coded, *arguments):
+        codes, meta, bits, row_length, group_size, numel, dtype = coded
+        codes, meta, kernels = codes.cuda(), meta.cuda(), native.cuda(0)
+        cut = (codes.data_ptr(), meta.data_ptr(), numel, row_length, group_size)
+        widths = (bits, 0, 0, 0)
+        if not isinstance(bits, int):
+            places = torch.empty(len(bits), dtype=torch.int64, device="cuda")
+            widths = (0, bits.data_ptr(), len(bits), places.data_ptr())
+        *arguments, out = arguments
+        there = [one.cuda() if isinstance(one, torch.Tensor) else one for one in arguments]
+        numbers = (one.data_ptr() if isinstance(one, torch.Tensor) else 0 if one is None else one for one in there)
+        ops._launch(getattr(kernels, name), codes, *cut, *widths, ops._CODE[dtype], *numbers, out.data_ptr())
+        return out.cpu()
+
+    def rebuild_by_channel(self, *arguments):
+        *coded, scale, shift, inner = arguments[:10]
+        mask, on = (*arguments[10:], None, 1.0)[:2]
+        out = torch.empty(coded[5], dtype=coded[6], device="cuda")
+        return self.made("rebuild_by_channel", coded, scale, shift, scale.numel(), inner, mask, on, out)
+
+    def rebuild_by_row(self, *arguments):
+        *coded, dtype, mean, factor, weight, bias, width = arguments
+        out = torch.empty(coded[5], dtype=dtype, device="cuda")
+        return self.made("rebuild_by_row", coded, ops._CODE[dtype], mean, factor, weight, bias, width, out)
+
+    def rebuild_activation(self, *arguments):
+        *coded, function = arguments
+        return self.made("rebuild_activation", coded, function, torch.empty(coded[5], dtype=coded[6], device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_tensors_made_of_codes_in_one_pass(name, dtype):
+    row_length, group_size, rows = CUTS[name]
+    for bits in (1, 2, 3, 8):
+        x = sample(rows[-1] * row_length, dtype, bits)
+        for channels, inner in ((5, 3), (3, 16), (64, 1), (7, 49)):
+            check_by_channel(Rebuilding(), x, bits, row_length, group_size, channels, inner)
+        check_by_row(Rebuilding(), x, bits, row_length, group_size, row_length)
+        check_activation(Rebuilding(), x, bits, row_length, group_size)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_tensors_made_of_codes_of_mixed_widths(dtype):
+    for row_length in (256, 192, 250):
+        x = sample(len(WIDTHS) * 12 * row_length, dtype, 1)
+        check_by_channel(Rebuilding(), x, WIDTHS, row_length, 256, 12, row_length)
+        check_by_row(Rebuilding(), x, WIDTHS, row_length, 256, row_length)
+        check_activation(Rebuilding(), x, WIDTHS, row_length)
+
+
+class Both(nn.Module):
+    """Convolutions behind batch normalisation, and linear layers behind a layer normalisation and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.ReLU()),
+            nn.Conv2d(64, 10, 3),
+        )
+        self.tokens = nn.Sequential(
+            *(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
+        )
+
+    def forward(self, x):
+        return self.images(x).mean((2, 3)) + self.tokens(x.reshape(len(x), 27, 64)).mean(1)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("level", ["L2", "L3"])
+def test_gradients_with_and_without_one_pass(level, autocast, memory_format, monkeypatch):
+    """In one pass less is rounded to the narrow dtype in between, and no more."""
+    torch.manual_seed(0)
+    made = Both().cuda().to(memory_format=memory_format)
+    x = torch.randn(16, 3, 24, 24, device="cuda").to(memory_format=memory_format)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    calls = []
+    by_row, by_channel = rebuild.by_row, rebuild.by_channel
+
+    def gradient():
+        model = copy.deepcopy(made)
+        hf_actnn.convert(model, level, seed=1)
+        for _ in range(2):
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            hf_actnn.controller(model).step()
+        return torch.cat([one.grad.flatten() for one in model.parameters()])
+
+    def counting(function):
+        def call(*arguments):
+            out = function(*arguments)
+            calls.append(out is not None)
+            return out
+
+        return call
+
+    monkeypatch.setattr(rebuild, "by_row", counting(by_row))
+    monkeypatch.setattr(rebuild, "by_channel", counting(by_channel))
+    once = gradient()
+    assert len(calls) >= 6 and all(calls)
+    monkeypatch.setattr(rebuild, "possible", lambda packed: False)
+    monkeypatch.setattr(rebuild, "by_row", by_row)
+    monkeypatch.setattr(rebuild, "by_channel", by_channel)
+    twice = gradient()
+    assert float((once - twice).norm() / twice.norm()) < (2e-2 if autocast else 2e-5)
 
 
 def test_sample_spread():
@@ -399,6 +514,17 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         for function in range(3):
             cut = (codes.data_ptr(), meta.data_ptr(), n, row, 256, 3)
             ops._launch(kernels.activation_backward, flat, *cut, code, function, *into)
+        if dtype is torch.float64:
+            continue
+        scale, cut = torch.randn(row, device="cuda"), (*cut[:5], 3, 0, 0, 0, code)
+        for inner, channels in ((1, row), (4, row // 4), (7, 1)):
+            arguments = (scale.data_ptr(), scale.data_ptr(), channels, inner, mask.data_ptr(), 1.5, into[1])
+            ops._launch(kernels.rebuild_by_channel, flat, *cut, *arguments)
+        rows = torch.randn(15, device="cuda")
+        arguments = (rows.data_ptr(), rows.data_ptr(), scale.data_ptr(), scale.data_ptr(), row, into[1])
+        ops._launch(kernels.rebuild_by_row, flat, *cut, code, *arguments)
+        for function in range(3):
+            ops._launch(kernels.rebuild_activation, flat, *cut, function, into[1])
 values = torch.randint(9, (1000,), device="cuda").to(torch.uint8)
 for dtype in (torch.uint8, torch.int32, torch.int64):
     unpack_uint(pack_uint(values, 4), 4, 1000, dtype)

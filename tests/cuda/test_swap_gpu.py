@@ -238,6 +238,7 @@ def test_a_write_is_refused():
 def test_a_capture_is_refused():
     model = hf_actnn.convert(network(), "L2", swap=True)
     x = images(0)
+    ordinary(model, 0)  # a capture as the very first step is refused for that reason
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         graph.capture_begin()

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
@@ -22,6 +21,7 @@ from hf_actnn.errors import ActNNWarning, ConfigError
 from hf_actnn.precision.controller import Controller
 from tests.integrations.small import Pictures, assert_same_weights, make_resnet, make_vit, weights
 
+Dataset = pytest.importorskip("datasets").Dataset
 CONFIG = ActNNConfig(level="L3", update_interval=3, min_numel=64)
 STOP, STEPS = 6, 12
 LOGGED = ("loss", "grad_norm", "learning_rate", "actnn_bits")

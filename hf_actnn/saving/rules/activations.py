@@ -15,14 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_actnn.codec import rebuild
 from hf_actnn.saving.identity import LAST
 from hf_actnn.saving.kept import Exact
 from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
+    from hf_actnn import codec
     from hf_actnn.saving.call import Call, Slot
     from hf_actnn.saving.kept import Kept
+    from hf_actnn.saving.recipes import AtOnce
 
 
 class Sides(NamedTuple):
@@ -54,7 +57,7 @@ def _smooth(
     again: Callable[[Call], Callable[[Tensor], Tensor]],
     bounded: str = "the derivative is bounded and continuous in the input",
     sides: Callable[[Call], Sides | None] = lambda call: None,
-    fused: bool = False,
+    fused: str = "",
 ) -> Rule:
     """A rule for a function that saves its input and whose derivative is bounded in it.
 
@@ -62,7 +65,7 @@ def _smooth(
         again: from the call, the function that computes its output from its input once more, in place: an MLP's hidden
             layer is the largest tensor there is, and a second one beside it would be the peak.
         sides: from the call, what to do where the derivative jumps; None where it does not.
-        fused: whether there is a backward pass that reads codes.
+        fused: the function's name for kernels that read codes, where there are some for both passes.
     """
 
     def keep(call: Call) -> None:
@@ -74,12 +77,26 @@ def _smooth(
             kept = _sided(call, slot, tensor, kept, sides(call))
             if fused:
                 call.fuse(slot, on_cuda=True)
-            call.output_recipe(call.name, again(call), [kept], writes=True, elementwise=True)
+            at_once = _at_once(fused, call.argument(1, "approximate", "none") if fused == "gelu" else "none")
+            call.output_recipe(call.name, again(call), [kept], writes=True, elementwise=True, at_once=at_once)
 
     return register(
         Rule(names[0], keep, bounded=bounded, needs_before=True),
         functions(*names),
     )
+
+
+def _at_once(name: str, approximate: str) -> AtOnce | None:
+    """An activation of what codes stand for, in one pass."""
+    if not name:
+        return None
+
+    def made(
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+    ) -> Tensor | None:
+        return rebuild.activation(packed, name, approximate) if mask is None and dtype == packed.dtype else None
+
+    return made
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[[Call], Callable[[Tensor], Tensor]]:
@@ -101,8 +118,8 @@ def _softplus(call: Call) -> Callable[[Tensor], Tensor]:
     return lambda value: torch.ops.aten.softplus.out(value, beta, threshold, out=value)
 
 
-GELU = _smooth(("gelu",), _gelu, fused=True)
-SILU = _smooth(("silu",), _plain(F.silu), fused=True)
+GELU = _smooth(("gelu",), _gelu, fused="gelu")
+SILU = _smooth(("silu",), _plain(F.silu), fused="silu")
 MISH = _smooth(("mish",), _plain(F.mish))
 
 

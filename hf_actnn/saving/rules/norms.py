@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn import codec
+from hf_actnn.codec import rebuild
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import Kept
@@ -141,17 +142,25 @@ def _keep_batch_norm(call: Call) -> None:
         return
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
-    def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
+    def coefficients(middle: Tensor, scale: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything that is one value per channel is joined first: one pass over the activation."""
         scale = scale if use_batch else torch.rsqrt(scale + eps)
-        # Everything that is one value per channel is joined first: one pass over the activation.
         if has_weight:
             scale = scale * parameters[0]
-        shift = (parameters[-1] if has_bias else 0) - middle * scale
+        return scale, (parameters[-1] if has_bias else 0) - middle * scale
+
+    def again(value: Tensor, *others: Tensor) -> Tensor:
+        scale, shift = coefficients(*others)
         return codec.channel_affine_(_widened(value, scale), scale, shift)
+
+    def at_once(
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+    ) -> Tensor | None:
+        return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
 
     parents = [source, *statistics, *_parameters(call, weight, bias)]
     samples = (True,) + (False,) * (len(parents) - 1)
-    call.output_recipe(call.name, rebuild, parents, writes=True, samples=samples)
+    call.output_recipe(call.name, again, parents, writes=True, samples=samples, at_once=at_once)
 
 
 def _keep_instance_norm(call: Call) -> None:
@@ -184,19 +193,23 @@ def _keep_layer_norm(call: Call) -> None:
         return
     has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
 
-    def rebuild(value: Tensor, middle: Tensor, scale: Tensor, *parameters: Tensor) -> Tensor:
-        return codec.normalize_(
-            _widened(value, scale),
-            middle,
-            scale,
-            parameters[0] if has_weight else None,
-            parameters[-1] if has_bias else None,
-        )
+    def coefficients(
+        middle: Tensor, scale: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return middle, scale, parameters[0] if has_weight else None, parameters[-1] if has_bias else None
+
+    def again(value: Tensor, *others: Tensor) -> Tensor:
+        return codec.normalize_(_widened(value, others[1]), *coefficients(*others))
+
+    def at_once(
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+    ) -> Tensor | None:
+        return rebuild.by_row(packed, *coefficients(*others), dtype) if mask is None else None
 
     parents = [source, *statistics, *_parameters(call, weight, bias)]
     along = data.dim() > len(normalized)  # else all of it is one sample
     samples = (along,) * 3 + (False,) * (len(parents) - 3) if along else ()
-    call.output_recipe(call.name, rebuild, parents, writes=True, samples=samples)
+    call.output_recipe(call.name, again, parents, writes=True, samples=samples, at_once=at_once)
 
 
 def _keep_group_norm(call: Call) -> None:

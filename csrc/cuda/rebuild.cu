@@ -1,0 +1,304 @@
+// What a backward pass reads of a normalised or activated tensor, made of the codes of what went in, in one pass over
+// it: the values of dequantize.cuh go through a map that is affine by channel or by row, or through an activation, and
+// are stored once. Every operation is rounded as it would be in a pass of its own.
+#include <stdexcept>
+
+#include "dequantize.cuh"
+
+namespace hf_actnn {
+namespace {
+
+// Division of numbers below 2^31 by one that the host knows: a multiplication and a shift (Granlund and Montgomery,
+// "Division by invariant integers using multiplication", 1994).
+struct Divider {
+  uint32_t by, magic;
+  int shift;
+
+  explicit Divider(int64_t divisor) : by((uint32_t)divisor), shift(0) {
+    while ((uint64_t{1} << shift) < by) ++shift;
+    magic = (uint32_t)(((((uint64_t{1} << shift) - by) << 32) / by) + 1);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return ((uint32_t)((uint64_t)n * magic >> 32) + n) >> shift;
+  }
+};
+
+// The coefficients of V neighbours that share no more than an address divisible by 16.
+template <int V>
+__device__ __forceinline__ void load_floats(const float* from, uint32_t at, float (&to)[V]) {
+#pragma unroll
+  for (int j = 0; j < V / 4; ++j) {
+    const uint4 four = load_vec(from, (int64_t)(at / 4 + j));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[4 * j + i] = float_of(word_of(four, i));
+  }
+}
+
+struct Nothing {};
+
+// ---------------------------------------------------------------- by channel
+
+// Where a value of a tensor [N, channels, ...] finds its channel: `inner` values of one lie side by side.
+struct Channels {
+  Divider inner, channels;
+
+  __device__ __forceinline__ uint32_t of(uint32_t position, uint32_t& in_run) const {
+    const uint32_t run = inner.quotient(position);
+    in_run = position - run * inner.by;
+    return run - channels.quotient(run) * channels.by;
+  }
+};
+
+// A mask as masks.cu cuts it: bit e / 32 of byte e % 32 of a full group of 256.
+struct Bits {
+  const uint8_t* codes;  // or none
+  uint32_t full;         // elements in full groups
+  int rest;              // bytes of the last group, if it is not full
+
+  __device__ __forceinline__ bool at(uint32_t position) const {
+    const uint32_t e = position % kMaskGroup;
+    const uint8_t* const group = codes + position / kMaskGroup * (kMaskGroup / 8);
+    return position < full ? (group[e % 32] >> (e / 32) & 1) != 0 : (group[e % rest] >> (e / rest) & 1) != 0;
+  }
+};
+
+enum Way : int {
+  kOneByOne,    // the channels of a vector are found one by one
+  kOneChannel,  // a vector lies in one channel
+  kSideBySide,  // channels side by side, and a vector's coefficients are vectors
+};
+
+template <class T>
+struct ByChannel {
+  using Element = T;
+  using Source = T;
+  using OnlyStored = std::false_type;
+  const float *scale, *shift;
+  Channels where;
+  int way;
+  Bits bits;
+  float on;
+  T* out;
+
+  bool aligned() const { return hf_actnn::aligned(out, 16) && hf_actnn::aligned(bits.codes, 8); }
+  __device__ __forceinline__ Nothing ahead(int64_t) const { return {}; }
+
+  template <int V>
+  __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
+    const uint32_t position = (uint32_t)index * V;
+    uint32_t in_run, channel = where.of(position, in_run);
+    round_to<T>(y);
+    if (way == kOneChannel) {
+      const float a = scale[channel], b = shift[channel];
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] = y[i] * a + b;
+    } else if (way == kSideBySide) {
+      float a[V], b[V];
+      load_floats(scale, channel, a);
+      load_floats(shift, channel, b);
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] = y[i] * a[i] + b[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        y[i] = y[i] * scale[channel] + shift[channel];
+        if (++in_run == where.inner.by) {
+          in_run = 0;
+          if (++channel == where.channels.by) channel = 0;
+        }
+      }
+    }
+    if (bits.codes == nullptr) return vec_of_floats<T, false>(y);
+    masked(y, position);
+    return vec_of_floats<T, false>(y);
+  }
+  __device__ __forceinline__ T of(T value, int64_t at) const {
+    const uint32_t position = (uint32_t)at;
+    uint32_t in_run;
+    const uint32_t channel = where.of(position, in_run);
+    const T y = rounded(T{}, to_float(value) * scale[channel] + shift[channel]);
+    if (bits.codes == nullptr) return y;
+    return rounded(T{}, to_float(y) * (bits.at(position) ? factor() : 0.0f));
+  }
+
+ private:
+  __device__ __forceinline__ float factor() const { return to_float(rounded(T{}, on)); }
+  // What is stored without a mask, times `on` or 0.
+  template <int V>
+  __device__ __forceinline__ void masked(float (&y)[V], uint32_t position) const {
+    const float on = factor();
+    const uint4 stored = vec_of_floats<T, false>(y);
+    if (position < bits.full) {
+      const uint32_t e = position % kMaskGroup;
+      const Bytes<V> bytes = load_bytes<V>(bits.codes + position / kMaskGroup * (kMaskGroup / 8) + e % 32);
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        y[i] = element(T{}, stored, i) * ((bytes.w[i / 4] >> (8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i) * (bits.at(position + (uint32_t)i) ? on : 0.0f);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- by row
+
+template <class T, class S>
+struct ByRow {
+  using Element = T;
+  using Source = S;
+  using OnlyStored = std::false_type;
+  const float *mean, *factor, *weight, *bias;
+  Divider width;
+  bool vectors;  // a vector lies in one row, and weights can be read as vectors
+  T* out;
+
+  bool aligned() const { return hf_actnn::aligned(out, 16); }
+  __device__ __forceinline__ Nothing ahead(int64_t) const { return {}; }
+
+  template <int V>
+  __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
+    const uint32_t position = (uint32_t)index * V;
+    uint32_t row = width.quotient(position), column = position - row * width.by;
+    round_to<S>(y);
+    if (vectors) {
+      const float m = mean[row], f = factor[row];
+      float a[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] = (y[i] - m) * f;
+      if (weight != nullptr) {
+        load_floats(weight, column, a);
+#pragma unroll
+        for (int i = 0; i < V; ++i) y[i] *= a[i];
+      }
+      if (bias != nullptr) {
+        load_floats(bias, column, a);
+#pragma unroll
+        for (int i = 0; i < V; ++i) y[i] += a[i];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        y[i] = one(y[i], row, column);
+        if (++column == width.by) {
+          column = 0;
+          ++row;
+        }
+      }
+    }
+    return vec_of_floats<T, false>(y);
+  }
+  __device__ __forceinline__ T of(S value, int64_t at) const {
+    const uint32_t position = (uint32_t)at, row = width.quotient(position);
+    return rounded(T{}, one(to_float(value), row, position - row * width.by));
+  }
+
+ private:
+  __device__ __forceinline__ float one(float x, uint32_t row, uint32_t column) const {
+    float y = (x - mean[row]) * factor[row];
+    if (weight != nullptr) y *= weight[column];
+    if (bias != nullptr) y += bias[column];
+    return y;
+  }
+};
+
+// ---------------------------------------------------------------- activations
+
+// In the operations of torch's kernels.
+template <int F>
+__device__ __forceinline__ float activated(float x) {
+  if constexpr (F == kSilu) {
+    return x / (1.0f + std::exp(-x));
+  } else if constexpr (F == kGelu) {
+    return x * 0.5f * (1.0f + std::erf(x * 0.70710678118654752f));  // sqrt(1/2)
+  } else {
+    const float a = 0.79788456080286536f, b = 0.044715f;  // a: sqrt(2 / pi)
+    return 0.5f * x * (1.0f + std::tanh(a * (x + b * (x * x * x))));
+  }
+}
+
+template <class T, int F>
+struct Activated {
+  using Element = T;
+  using Source = T;
+  using OnlyStored = std::false_type;
+  T* out;
+
+  bool aligned() const { return hf_actnn::aligned(out, 16); }
+  __device__ __forceinline__ Nothing ahead(int64_t) const { return {}; }
+  template <int V>
+  __device__ __forceinline__ uint4 of(float (&y)[V], int64_t, Nothing) const {
+    round_to<T>(y);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = activated<F>(y[i]);
+    return vec_of_floats<T, false>(y);
+  }
+  __device__ __forceinline__ T of(T value, int64_t) const { return rounded(T{}, activated<F>(to_float(value))); }
+};
+
+template <int F>
+void forward_of(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, void* out,
+                const Target& target) {
+  with_narrow(dtype, [&](auto type) {
+    using T = decltype(type);
+    dequantize_for(Activated<T, F>{(T*)out}, codes, meta, groups_of(cut), target);
+  });
+}
+
+void check_size(const Cut& cut) {
+  if (cut.numel >= int64_t{1} << 31) throw std::invalid_argument("rebuilding in one pass: 2^31 elements or more");
+}
+
+}  // namespace
+
+void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, const float* scale,
+                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
+                        const Target& target) {
+  if (cut.numel == 0) return;
+  check_size(cut);
+  const int64_t full = cut.numel / kMaskGroup * kMaskGroup;
+  const Bits bits{mask, (uint32_t)full, (int)ceil_div(cut.numel - full, 8)};
+  with_narrow(dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int V = Vec<T>::kElements;
+    const bool neighbours = inner == 1 && channels % V == 0 && aligned(scale, 16) && aligned(shift, 16);
+    const int way = inner % V == 0 ? kOneChannel : neighbours ? kSideBySide : kOneByOne;
+    const Channels where{Divider(inner), Divider(channels)};
+    dequantize_for(ByChannel<T>{scale, shift, where, way, bits, (float)on, (T*)out}, codes, meta, groups_of(cut),
+                   target);
+  });
+}
+
+void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int out_dtype,
+                    const float* mean, const float* factor, const float* weight, const float* bias, int64_t width,
+                    void* out, const Target& target) {
+  if (cut.numel == 0) return;
+  check_size(cut);
+  if (dtype != out_dtype && dtype != kFloat32)
+    throw std::invalid_argument("rebuilding by row: another dtype than that of the values, which are not fp32");
+  with_narrow(out_dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool vectors = width % Vec<T>::kElements == 0 && aligned(weight, 16) && aligned(bias, 16);
+    if (dtype == out_dtype)
+      dequantize_for(ByRow<T, T>{mean, factor, weight, bias, Divider(width), vectors, (T*)out}, codes, meta,
+                     groups_of(cut), target);
+    else
+      dequantize_for(ByRow<T, float>{mean, factor, weight, bias, Divider(width), vectors, (T*)out}, codes, meta,
+                     groups_of(cut), target);
+  });
+}
+
+void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function, void* out,
+                        const Target& target) {
+  if (cut.numel == 0) return;
+  switch (function) {
+    case kGelu:
+      return forward_of<kGelu>(codes, meta, cut, dtype, out, target);
+    case kGeluTanh:
+      return forward_of<kGeluTanh>(codes, meta, cut, dtype, out, target);
+    default:
+      return forward_of<kSilu>(codes, meta, cut, dtype, out, target);
+  }
+}
+
+}  // namespace hf_actnn
