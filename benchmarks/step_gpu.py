@@ -14,7 +14,8 @@ device's memory, by a straight line through two small ones. The ways to train:
 * ``L3 unfused``: L3 whose backward passes read decoded tensors (``fused_backward=False``).
 
 All of them share one set of weights. Each has its turn in every round, in one order and the reverse in turns; medians.
-``save_on_cpu`` is slow, and takes turns with L4 alone, fewer times, at the end. Peaks are the allocator's in an
+``save_on_cpu`` is slow and pins as much of the host as it keeps: it takes turns with L4 alone, fewer times, at the end
+and at an eighth of the batch. Peaks are the allocator's in an
 ordinary step by itself, with what is always there: weights, gradients, images. What is kept is counted for plain
 training and hf_actnn; checkpoints and save_on_cpu keep theirs where it cannot be seen.
 
@@ -86,7 +87,9 @@ SMALL = (32, 64)
 LEAST_ROUNDS, SLOW_ROUNDS = 3, 2
 #: Shares of a model's time, from its start: until when ways that no aim asks for are still prepared, and until when
 #: rounds go on where save_on_cpu is to follow.
-EXTRAS_UNTIL, ROUNDS_UNTIL = 0.5, 0.65
+EXTRAS_UNTIL, ROUNDS_UNTIL = 0.5, 0.8
+#: By which the batch is divided where save_on_cpu has its turns.
+SLOW_PART = 8
 #: Kept back of a model's time for the last round to end in.
 RESERVE_SECONDS = 1.0
 
@@ -135,7 +138,7 @@ class Way:
         synchronize(device)
         return time.perf_counter() - start
 
-    def peaks(self) -> dict[str, int]:
+    def peaks(self) -> dict[str, Any]:
         """Bytes of the device in a step that has the allocator to itself: ``allocated`` and ``reserved`` at most, and
         ``before``, allocated when it began. Nothing on a CPU."""
         device = self.images.device
@@ -164,7 +167,9 @@ class Way:
     def prepare(self) -> None:
         """All that comes before steps are timed: the first step, after which bits are chosen; what is kept; peaks."""
         self.start()
+        start = time.perf_counter()
         self.found["first_step"] = self.peaks()
+        self.found["first_step"]["seconds"] = round(time.perf_counter() - start, 3)
         if hf_actnn.is_converted(self.model) and hf_actnn.controller(self.model).adaptive:
             history = hf_actnn.controller(self.model).history
             if not history:
@@ -259,7 +264,7 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         torch.cuda.set_device(device)
         row["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     row |= {"environment": facts(device), "image_size": options.image_size, "rounds": options.rounds}
-    row |= {"seconds": {}, "slow": {}, "methods": {}}
+    row |= {"seconds": {}, "slow": {}, "methods": {}, "slow_methods": {}}
     given = max_batch.build(model, "batch", 0, options.image_size).to(device)
 
     def data(batch: int) -> tuple[Tensor, Tensor]:
@@ -283,12 +288,15 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         "buffers": sum(buffer.nbytes for buffer in given.buffers()),
         "images": images.nbytes,
     }
-    print(f"{model}: batch {row['batch']}", flush=True)
+    print(f"{model}: batch {row['batch']}, after {time.time() - began:.0f} s", flush=True)
 
-    def prepared(name: str) -> Way:
-        way = Way(name, given, images, labels)
-        row["methods"][name] = way.found
+    def prepared(name: str, samples: int = row["batch"]) -> Way:
+        way = Way(name, given, images[:samples], labels[:samples])
+        of_all = samples == row["batch"]
+        row["methods" if of_all else "slow_methods"][name] = way.found
+        start = time.time()
         way.tried(way.prepare)
+        way.found["prepared_s"] = round(time.time() - start, 2)
         save()
         return way
 
@@ -304,8 +312,11 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
     rounds_until = began + ROUNDS_UNTIL * (until - began) if slow else until
     take_turns(ways, row["seconds"], options.rounds, rounds_until, save)
     if slow:
-        ways = [*(way for way in ways if way.name == "L4"), prepared("save_on_cpu")]
-        take_turns(ways, row["slow"], SLOW_ROUNDS, until, save)
+        del ways
+        given.zero_grad(set_to_none=True)
+        row["slow_batch"] = max(1, row["batch"] // SLOW_PART)
+        few = [name for name in ("L4", "save_on_cpu") if name in options.methods]
+        take_turns([prepared(name, row["slow_batch"]) for name in few], row["slow"], SLOW_ROUNDS, until, save)
 
 
 def child(model: str, options: argparse.Namespace) -> None:

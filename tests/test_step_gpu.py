@@ -105,7 +105,7 @@ def test_a_failure_is_noted_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setattr(step_gpu.max_batch, "apply", apply)
     row = measured(methods=["plain", "checkpoint", "L2"], rounds=2)
     assert row["methods"]["plain"]["status"] == "ok"
-    assert row["methods"]["L2"] == {"status": "out of memory"}
+    assert row["methods"]["L2"]["status"] == "out of memory"
     assert row["methods"]["checkpoint"]["error"] == "ValueError: what went wrong"
     assert {name: len(one) for name, one in row["seconds"].items()} == {"plain": 2}
     assert "L2: out of memory" in capsys.readouterr().out
@@ -132,6 +132,8 @@ def test_the_slow_one_takes_turns_with_l4_alone(monkeypatch):
     )
     assert row["slow"] == {"L4": [1.0, 1.0], "save_on_cpu": [6.0, 6.0]}
     assert step_gpu.ratios(row)["save_on_cpu / L4"] == 6.0
+    assert set(row["slow_methods"]) == {"L4", "save_on_cpu"} and row["slow_batch"] == 1
+    assert "save_on_cpu" not in row["methods"]
 
 
 def test_peaks_are_those_of_a_step_by_itself(monkeypatch):

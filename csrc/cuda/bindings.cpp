@@ -125,10 +125,33 @@ void rebuild_activation_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64
                      pointer<void>(out), target);
 }
 
+void affine_of(uintptr_t values, int dtype, int64_t numel, int64_t channels, int64_t inner, uintptr_t scale,
+               uintptr_t shift, int device, uintptr_t queue) {
+  affine(pointer<void>(values), dtype, numel, channels, inner, pointer<const float>(scale), pointer<const float>(shift),
+         Target{device, queue});
+}
+
+void normalize_of(uintptr_t values, int64_t numel, int64_t width, uintptr_t mean, uintptr_t factor, uintptr_t weight,
+                  uintptr_t bias, int device, uintptr_t queue) {
+  normalize(pointer<float>(values), numel, width, pointer<const float>(mean), pointer<const float>(factor),
+            pointer<const float>(weight), pointer<const float>(bias), Target{device, queue});
+}
+
+void scale_by_mask_of(uintptr_t values, int dtype, uintptr_t codes, int64_t numel, double on, int device,
+                      uintptr_t queue) {
+  scale_by_mask(pointer<void>(values), dtype, pointer<const uint8_t>(codes), numel, on, Target{device, queue});
+}
+
 void spread(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, int64_t samples,
             uintptr_t ranges, uintptr_t out, int device, uintptr_t queue) {
   sample_spread(pointer<const void>(x), dtype, Cut{numel, row_length, group_size, 1, samples, nullptr},
                 pointer<float>(ranges), pointer<double>(out), Target{device, queue});
+}
+
+void rounding_variance_of(uintptr_t x, int dtype, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
+                          uintptr_t out, int device, uintptr_t queue) {
+  rounding_variance(pointer<const void>(x), dtype, pointer<const uint32_t>(meta),
+                    uniform(numel, row_length, group_size, 1), pointer<double>(out), Target{device, queue});
 }
 
 void pack_mask_of(uintptr_t x, int dtype, int64_t numel, int predicate, double lo, double hi, uintptr_t codes,
@@ -171,7 +194,11 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.def("rebuild_by_channel", &rebuild_by_channel_of);
   m.def("rebuild_by_row", &rebuild_by_row_of);
   m.def("rebuild_activation", &rebuild_activation_of);
+  m.def("affine", &affine_of);
+  m.def("normalize", &normalize_of);
+  m.def("scale_by_mask", &scale_by_mask_of);
   m.def("sample_spread", &spread);
+  m.def("rounding_variance", &rounding_variance_of);
   m.def("pack_mask", &pack_mask_of);
   m.def("unpack_mask", &unpack_mask_of);
   m.def("select_by_mask", &select_by_mask_of);

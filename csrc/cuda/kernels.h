@@ -53,10 +53,19 @@ void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, 
                     void* out, const Target& target);
 void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function, void* out,
                         const Target& target);
+// The same of values, in place: by channel, by row, and times a mask.
+void affine(void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
+            const float* shift, const Target& target);
+void normalize(float* values, int64_t numel, int64_t width, const float* mean, const float* factor, const float* weight,
+               const float* bias, const Target& target);
+void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, const Target& target);
 // Writes places from numbers of the host, which travel as arguments of the launch: no copy that a stream would have to
 // wait for, or a captured graph would repeat from memory that is gone.
 void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target);
 void sample_spread(const void* x, int dtype, const Cut& cut, float* ranges, double* out, const Target& target);
+// The variance that the codes of x have over the dither, summed over the elements of each group: out [groups].
+void rounding_variance(const void* x, int dtype, const uint32_t* meta, const Cut& cut, double* out,
+                       const Target& target);
 void pack_mask(const void* x, int dtype, int64_t numel, int predicate, double lo, double hi, uint8_t* codes,
                const Target& target);
 void unpack_mask(const uint8_t* codes, int64_t numel, int dtype, double on, double off, void* out,

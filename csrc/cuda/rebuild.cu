@@ -1,6 +1,6 @@
-// What a backward pass reads of a normalised or activated tensor, made of the codes of what went in, in one pass over
-// it: the values of dequantize.cuh go through a map that is affine by channel or by row, or through an activation, and
-// are stored once. Every operation is rounded as it would be in a pass of its own.
+// What a backward pass reads of a normalised or activated tensor, made of what went in, in one pass over it. Of codes:
+// the values of dequantize.cuh go through a map that is affine by channel or by row, or through an activation, and are
+// stored once. Of values: in place. Every operation is rounded as it would be in a pass of its own.
 #include <stdexcept>
 
 #include "dequantize.cuh"
@@ -60,6 +60,19 @@ struct Bits {
     const uint8_t* const group = codes + position / kMaskGroup * (kMaskGroup / 8);
     return position < full ? (group[e % 32] >> (e / 32) & 1) != 0 : (group[e % rest] >> (e / rest) & 1) != 0;
   }
+  // Of V neighbours from a multiple of V on.
+  template <int V>
+  __device__ __forceinline__ void scale(float (&y)[V], uint32_t position, float on) const {
+    if (position + V <= full) {
+      const uint32_t e = position % kMaskGroup;
+      const Bytes<V> bytes = load_bytes<V>(codes + position / kMaskGroup * (kMaskGroup / 8) + e % 32);
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] *= (bytes.w[i / 4] >> (8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f;
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] *= at(position + (uint32_t)i) ? on : 0.0f;
+    }
+  }
 };
 
 enum Way : int {
@@ -68,7 +81,8 @@ enum Way : int {
   kSideBySide,  // channels side by side, and a vector's coefficients are vectors
 };
 
-template <class T>
+// Of values that are not rounded to their dtype yet, as those of codes, or that are.
+template <class T, bool Raw>
 struct ByChannel {
   using Element = T;
   using Source = T;
@@ -87,7 +101,7 @@ struct ByChannel {
   __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
     const uint32_t position = (uint32_t)index * V;
     uint32_t in_run, channel = where.of(position, in_run);
-    round_to<T>(y);
+    if constexpr (Raw) round_to<T>(y);
     if (way == kOneChannel) {
       const float a = scale[channel], b = shift[channel];
 #pragma unroll
@@ -109,7 +123,10 @@ struct ByChannel {
       }
     }
     if (bits.codes == nullptr) return vec_of_floats<T, false>(y);
-    masked(y, position);
+    const uint4 stored = vec_of_floats<T, false>(y);  // what is stored without a mask
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i);
+    bits.scale(y, position, factor());
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
@@ -123,22 +140,6 @@ struct ByChannel {
 
  private:
   __device__ __forceinline__ float factor() const { return to_float(rounded(T{}, on)); }
-  // What is stored without a mask, times `on` or 0.
-  template <int V>
-  __device__ __forceinline__ void masked(float (&y)[V], uint32_t position) const {
-    const float on = factor();
-    const uint4 stored = vec_of_floats<T, false>(y);
-    if (position < bits.full) {
-      const uint32_t e = position % kMaskGroup;
-      const Bytes<V> bytes = load_bytes<V>(bits.codes + position / kMaskGroup * (kMaskGroup / 8) + e % 32);
-#pragma unroll
-      for (int i = 0; i < V; ++i)
-        y[i] = element(T{}, stored, i) * ((bytes.w[i / 4] >> (8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i) * (bits.at(position + (uint32_t)i) ? on : 0.0f);
-    }
-  }
 };
 
 // ---------------------------------------------------------------- by row
@@ -245,8 +246,75 @@ void forward_of(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int 
   });
 }
 
-void check_size(const Cut& cut) {
-  if (cut.numel >= int64_t{1} << 31) throw std::invalid_argument("rebuilding in one pass: 2^31 elements or more");
+// ---------------------------------------------------------------- of values, in place
+
+// Times `on` where a mask's bit is set, and times 0 elsewhere.
+template <class T>
+struct ByMask {
+  using Element = T;
+  Bits bits;
+  float on;
+  T* out;
+
+  bool aligned() const { return hf_actnn::aligned(out, 16) && hf_actnn::aligned(bits.codes, 8); }
+  template <int V>
+  __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
+    bits.scale(y, (uint32_t)index * V, to_float(rounded(T{}, on)));
+    return vec_of_floats<T, false>(y);
+  }
+  __device__ __forceinline__ T of(T value, int64_t at) const {
+    return rounded(T{}, to_float(value) * (bits.at((uint32_t)at) ? to_float(rounded(T{}, on)) : 0.0f));
+  }
+};
+
+// A thread makes a vector, or as many elements one by one.
+template <class Use>
+__global__ void __launch_bounds__(kThreads) apply(int64_t numel, bool vectors, Use use) {
+  using T = typename Use::Element;
+  constexpr int V = Vec<T>::kElements;
+  const int64_t index = block_index() * kThreads + thread_index(), first = index * V;
+  if (vectors && first + V <= numel) {
+    const uint4 v = load_vec(use.out, index);
+    float y[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = element(T{}, v, i);
+    store_vec(use.out, index, use.of(y, index, Nothing{}));
+    return;
+  }
+  for (int64_t at = first; at < numel && at < first + V; ++at) use.out[at] = use.of(use.out[at], at);
+}
+
+template <class Use>
+void apply_to(int64_t numel, const Use& use, const Target& target) {
+  const int64_t threads = ceil_div(numel, Vec<typename Use::Element>::kElements);
+  launch(apply<Use>, ceil_div(threads, kThreads), 0, target, numel, use.aligned(), use);
+}
+
+// ----------------------------------------------------------------
+
+void check_size(int64_t numel) {
+  if (numel >= int64_t{1} << 31) throw std::invalid_argument("rebuilding in one pass: 2^31 elements or more");
+}
+
+Bits bits_of_mask(const uint8_t* codes, int64_t numel) {
+  const int64_t full = numel / kMaskGroup * kMaskGroup;
+  return Bits{codes, (uint32_t)full, (int)ceil_div(numel - full, 8)};
+}
+
+template <class T, bool Raw>
+ByChannel<T, Raw> by_channel(const float* scale, const float* shift, int64_t channels, int64_t inner, const Bits& bits,
+                             double on, void* out) {
+  constexpr int V = Vec<T>::kElements;
+  const bool neighbours = inner == 1 && channels % V == 0 && aligned(scale, 16) && aligned(shift, 16);
+  const int way = inner % V == 0 ? kOneChannel : neighbours ? kSideBySide : kOneByOne;
+  return ByChannel<T, Raw>{scale, shift, Channels{Divider(inner), Divider(channels)}, way, bits, (float)on, (T*)out};
+}
+
+template <class T, class S>
+ByRow<T, S> by_row(const float* mean, const float* factor, const float* weight, const float* bias, int64_t width,
+                   void* out) {
+  const bool vectors = width % Vec<T>::kElements == 0 && aligned(weight, 16) && aligned(bias, 16);
+  return ByRow<T, S>{mean, factor, weight, bias, Divider(width), vectors, (T*)out};
 }
 
 }  // namespace
@@ -255,17 +323,11 @@ void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& c
                         const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
                         const Target& target) {
   if (cut.numel == 0) return;
-  check_size(cut);
-  const int64_t full = cut.numel / kMaskGroup * kMaskGroup;
-  const Bits bits{mask, (uint32_t)full, (int)ceil_div(cut.numel - full, 8)};
+  check_size(cut.numel);
   with_narrow(dtype, [&](auto type) {
-    using T = decltype(type);
-    constexpr int V = Vec<T>::kElements;
-    const bool neighbours = inner == 1 && channels % V == 0 && aligned(scale, 16) && aligned(shift, 16);
-    const int way = inner % V == 0 ? kOneChannel : neighbours ? kSideBySide : kOneByOne;
-    const Channels where{Divider(inner), Divider(channels)};
-    dequantize_for(ByChannel<T>{scale, shift, where, way, bits, (float)on, (T*)out}, codes, meta, groups_of(cut),
-                   target);
+    const auto use =
+        by_channel<decltype(type), true>(scale, shift, channels, inner, bits_of_mask(mask, cut.numel), on, out);
+    dequantize_for(use, codes, meta, groups_of(cut), target);
   });
 }
 
@@ -273,18 +335,16 @@ void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, 
                     const float* mean, const float* factor, const float* weight, const float* bias, int64_t width,
                     void* out, const Target& target) {
   if (cut.numel == 0) return;
-  check_size(cut);
+  check_size(cut.numel);
   if (dtype != out_dtype && dtype != kFloat32)
     throw std::invalid_argument("rebuilding by row: another dtype than that of the values, which are not fp32");
   with_narrow(out_dtype, [&](auto type) {
     using T = decltype(type);
-    const bool vectors = width % Vec<T>::kElements == 0 && aligned(weight, 16) && aligned(bias, 16);
+    const Groups groups = groups_of(cut);
     if (dtype == out_dtype)
-      dequantize_for(ByRow<T, T>{mean, factor, weight, bias, Divider(width), vectors, (T*)out}, codes, meta,
-                     groups_of(cut), target);
+      dequantize_for(by_row<T, T>(mean, factor, weight, bias, width, out), codes, meta, groups, target);
     else
-      dequantize_for(ByRow<T, float>{mean, factor, weight, bias, Divider(width), vectors, (T*)out}, codes, meta,
-                     groups_of(cut), target);
+      dequantize_for(by_row<T, float>(mean, factor, weight, bias, width, out), codes, meta, groups, target);
   });
 }
 
@@ -299,6 +359,32 @@ void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& c
     default:
       return forward_of<kSilu>(codes, meta, cut, dtype, out, target);
   }
+}
+
+void affine(void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
+            const float* shift, const Target& target) {
+  if (numel == 0) return;
+  check_size(numel);
+  with_narrow(dtype, [&](auto type) {
+    const Bits none{nullptr, 0, 1};
+    apply_to(numel, by_channel<decltype(type), false>(scale, shift, channels, inner, none, 1.0, values), target);
+  });
+}
+
+void normalize(float* values, int64_t numel, int64_t width, const float* mean, const float* factor, const float* weight,
+               const float* bias, const Target& target) {
+  if (numel == 0) return;
+  check_size(numel);
+  apply_to(numel, by_row<float, float>(mean, factor, weight, bias, width, values), target);
+}
+
+void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, const Target& target) {
+  if (numel == 0) return;
+  check_size(numel);
+  with_narrow(dtype, [&](auto type) {
+    using T = decltype(type);
+    apply_to(numel, ByMask<T>{bits_of_mask(codes, numel), (float)on, (T*)values}, target);
+  });
 }
 
 }  // namespace hf_actnn

@@ -1,5 +1,5 @@
 // What concerns whole samples: where their codes begin, and how far the values of their groups spread.
-#include "groups.cuh"
+#include "dequantize.cuh"
 
 namespace hf_actnn {
 namespace {
@@ -47,7 +47,41 @@ __global__ void __launch_bounds__(kThreads) sum_ranges(const float* ranges, Grou
   if (thread_index() == 0) out[block_index()] = sums[0];
 }
 
+// An element at the fraction f of a step is rounded up with probability f: its variance is step^2 f (1 - f).
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    group_variances(const T* x, const uint32_t* meta, Groups groups, int lanes, double* out) {
+  const int64_t group = block_index() * (kThreads / lanes) + thread_index() / lanes;
+  const Spot spot = spot_of(groups, group);
+  const Level level = spot.size == 0 ? Level{0.0f, 0.0f} : level_of(meta[group]);
+  double sum = 0;
+  if (level.step > 0.0f) {  // not 0, nan, or the mark of an exact group
+    const double minimum = (double)level.minimum, step = (double)level.step;
+#pragma unroll 4
+    for (int e = thread_index() % lanes; e < spot.size; e += lanes) {
+      double f = ((double)to_float(x[spot.position + e]) - minimum) / step;
+      f -= std::trunc(f);
+      sum += f - f * f;
+    }
+  }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  if (spot.size != 0 && thread_index() % lanes == 0)
+    out[group] = level.step > 0.0f ? sum * (double)level.step * (double)level.step : 0.0;
+}
+
 }  // namespace
+
+void rounding_variance(const void* x, int dtype, const uint32_t* meta, const Cut& cut, double* out,
+                       const Target& target) {
+  if (cut.numel == 0) return;
+  const Groups groups = groups_of(cut);
+  const int lanes = lanes_for(groups.at.group);
+  with_float(dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(group_variances<T>, ceil_div(groups.at.n_groups, kThreads / lanes), 0, target, (const T*)x, meta, groups,
+           lanes, out);
+  });
+}
 
 void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target) {
   for (int64_t done = 0; done < samples; done += kPlacesAtOnce) {

@@ -14,16 +14,23 @@ from torch import Tensor
 
 from hf_actnn.codec import mixed, ops
 from hf_actnn.codec.backward import FUNCTIONS
+from hf_actnn.codec.inplace import NARROW, TOO_MANY
 from hf_actnn.codec.packed import PackedTensor
 
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-#: Positions are numbers of 32 bits in the kernels.
-_TOO_MANY = 2**31
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of these sizes lies in memory as it is written, without gaps."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def possible(packed: PackedTensor) -> bool:
     """Whether there are kernels for this tensor."""
-    plain = packed.patch is None and packed.code == "uniform" and packed.dtype in _NARROW and packed.numel < _TOO_MANY
+    plain = packed.patch is None and packed.code == "uniform" and packed.dtype in NARROW and packed.numel < TOO_MANY
     return plain and not ops._on_cpu(packed.codes) and ops._direct(packed.codes) is not None
 
 
@@ -66,8 +73,8 @@ def by_row(
         Flat, in storage order.
     """
     rows = mean.numel()
-    narrower = packed.dtype == torch.float32 and dtype in _NARROW
-    if not rows or not (narrower or dtype == packed.dtype) or not _is_contiguous(packed.shape, packed.stride):
+    narrower = packed.dtype == torch.float32 and dtype in NARROW
+    if not rows or not (narrower or dtype == packed.dtype) or not is_contiguous(packed.shape, packed.stride):
         return None
     kernels = _kernels(packed, *(one for one in (mean, factor, weight, bias) if one is not None))
     if kernels is None:
@@ -94,24 +101,15 @@ def _kernels(packed: PackedTensor, *others: Tensor) -> Any:
     return ops._direct(codes) if possible(packed) else None
 
 
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _inner(packed: PackedTensor) -> int:
     """How many values of a channel lie side by side, after them those of the next; 0 where there is no such order."""
     shape, stride = packed.shape, packed.stride
     if len(shape) < 2 or packed.numel == 0:
         return 0
-    if _is_contiguous(shape, stride):
+    if is_contiguous(shape, stride):
         return math.prod(shape[2:])
     last = (0, *range(2, len(shape)), 1)
-    return 1 if _is_contiguous(tuple(shape[i] for i in last), tuple(stride[i] for i in last)) else 0
+    return 1 if is_contiguous(tuple(shape[i] for i in last), tuple(stride[i] for i in last)) else 0
 
 
 def _made(kernel: Any, packed: PackedTensor, dtype: torch.dtype, *arguments: Any) -> Tensor:

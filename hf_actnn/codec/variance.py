@@ -11,6 +11,8 @@ from hf_actnn.errors import CodecError, message
 
 #: Elements whose rounding is worked out at a time: a few temporaries of float64, which stay in a cache.
 _CHUNK = 1 << 18
+#: Where each operation is a launch of its own.
+_CHUNK_ELSEWHERE = 1 << 22
 
 
 def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_size: int = 256) -> Tensor:
@@ -89,6 +91,13 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
         flat = torch.empty_strided(packed.shape, packed.stride, dtype=x.dtype, device=x.device).copy_(x)
         flat = flat.as_strided((numel,), (1,))
     at = reference.layout(numel, length, 1, packed.group_size)
+    kernels = None if ops._on_cpu(flat) else ops._direct(flat)
+    if kernels is not None:
+        sums = torch.empty(at.n_groups, dtype=torch.float64, device=x.device)
+        cut = (packed.meta.data_ptr(), numel, length, packed.group_size)
+        ops._launch(kernels.rounding_variance, flat, flat.data_ptr(), ops._CODE[flat.dtype], *cut, sums.data_ptr())
+        return sums.view(samples, -1).sum(1)
+    chunk = _CHUNK if ops._on_cpu(flat) else _CHUNK_ELSEWHERE
     rows, k = at.n_rows // samples, at.groups_per_row
     meta = packed.meta.view(samples, rows, k, 2)
     base = flat.storage_offset()
@@ -99,8 +108,8 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
             (samples, rows, count, size), (rows * length, length, at.group, 1), base + first * at.group
         )
         # Whole samples at a time, or whole rows of one, or groups of one row: whichever fits.
-        by_sample = max(1, _CHUNK // (rows * length))
-        by_row, by_group = max(1, _CHUNK // length), max(1, _CHUNK // size)
+        by_sample = max(1, chunk // (rows * length))
+        by_row, by_group = max(1, chunk // length), max(1, chunk // size)
         for s in range(0, samples, by_sample):
             for r in range(0, rows, by_row):
                 for g in range(0, count, by_group):

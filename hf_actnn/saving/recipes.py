@@ -37,6 +37,15 @@ class _Form(NamedTuple):
     device: torch.device
 
 
+def _in_order(a: Any, b: Any) -> bool:
+    """Whether two forms have the same values in storage order, whatever their shapes."""
+    if tuple(a.shape) == tuple(b.shape):
+        return tuple(a.stride) == tuple(b.stride)
+    return math.prod(a.shape) == math.prod(b.shape) and all(
+        rebuild.is_contiguous(tuple(one.shape), tuple(one.stride)) for one in (a, b)
+    )
+
+
 class View(Kept):
     """Another view of a tensor that is kept."""
 
@@ -157,8 +166,10 @@ class Recipe(Kept):
         """The values in storage order, in one pass; None where that cannot be."""
         if self.function is not None:
             return self.from_codes(self.geometry.dtype)
-        parent = self.parents[0]  # cast: what is made in one pass is stored in this dtype
-        if type(parent) is Recipe and parent.at_once is not None and self.geometry.like(parent.geometry):
+        parent, form = self.parents[0], self.geometry  # cast: what is made in one pass is stored in this dtype
+        if type(parent) is View and parent.form is not None and _in_order(form, parent.form):
+            parent, form = parent.parent, parent.form
+        if type(parent) is Recipe and parent.at_once is not None and _in_order(form, parent.geometry):
             return parent.from_codes(self.geometry.dtype)
         return None
 

@@ -18,7 +18,11 @@ enum Kernel : int64_t {
   kByChannel,
   kByRow,
   kActivated,
+  kRounding,
   kSpread,
+  kAffine,
+  kNormalize,
+  kScaleByMask,
   kPackMask,
   kUnpackMask,
   kSelect,
@@ -27,7 +31,8 @@ enum Kernel : int64_t {
 };
 
 struct Job {
-  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate, function, channels, inner, out_dtype;
+  int64_t kernel, dtype, numel, row_length, group_size, bits, samples, seed, stream, predicate, function, channels,
+      inner, out_dtype;
   int64_t first_block, blocks, order, buffers;
   double lo, hi;
 };
@@ -66,7 +71,7 @@ class Buffer {
       memset(base_, 0xA5, (size_t)(is_.size + is_.offset));
     }
     if (is_.is_zero != 0) memset(address(), 0, (size_t)is_.size);
-    if (is_.is_output == 0) read_all(address() + is_.window, (size_t)is_.length);
+    if (is_.is_output != 1) read_all(address() + is_.window, (size_t)is_.length);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -135,8 +140,22 @@ int main() {
         rebuild_activation(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.function, b[3]->of<void>(),
                            target);
         break;
+      case kRounding:
+        rounding_variance(b[1]->of<void>(), dtype, b[2]->of<uint32_t>(), cut, b[3]->of<double>(), target);
+        break;
       case kSpread:
         sample_spread(b[1]->of<void>(), dtype, cut, b[2]->of<float>(), b[3]->of<double>(), target);
+        break;
+      case kAffine:
+        affine(b[2]->of<void>(), dtype, job.numel, job.channels, job.inner, b[0]->of<float>(), b[1]->of<float>(),
+               target);
+        break;
+      case kNormalize:
+        normalize(b[4]->of<float>(), job.numel, job.inner, b[0]->of<float>(), b[1]->of<float>(), b[2]->of<float>(),
+                  b[3]->of<float>(), target);
+        break;
+      case kScaleByMask:
+        scale_by_mask(b[1]->of<void>(), dtype, b[0]->of<uint8_t>(), job.numel, job.hi, target);
         break;
       case kPackMask:
         pack_mask(b[0]->of<void>(), dtype, job.numel, (int)job.predicate, job.lo, job.hi, b[1]->of<uint8_t>(), target);

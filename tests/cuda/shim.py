@@ -28,7 +28,11 @@ KERNELS = (
     "rebuild_by_channel",
     "rebuild_by_row",
     "rebuild_activation",
+    "rounding_variance",
     "spread",
+    "affine",
+    "normalize",
+    "scale_by_mask",
     "pack_mask",
     "unpack_mask",
     "select_by_mask",
@@ -101,12 +105,14 @@ class Buffer(NamedTuple):
     window: int = 0
     length: int | None = None  #: of an output's window, where it is not all of it
     zero: bool = False  #: an output that the kernel adds to
+    changed: bool = False  #: what a kernel changes in place: contents that come back
 
     def describe(self) -> bytes:
         length = self.size if self.length is None else self.length
         if self.contents is not None:
             length = len(self.contents)
-        return struct.pack("<6q", self.size, self.offset, self.window, length, self.contents is None, self.zero)
+        output = 2 if self.changed else self.contents is None
+        return struct.pack("<6q", self.size, self.offset, self.window, length, output, self.zero)
 
 
 def bytes_of(x: Tensor) -> bytes:
@@ -161,7 +167,7 @@ class Shim:
                 self.process.stdin.write(buffer.describe() + (buffer.contents or b""))
             self.process.stdin.flush()
             for buffer in buffers:
-                if buffer.contents is None:
+                if buffer.contents is None or buffer.changed:
                     n = buffer.size if buffer.length is None else buffer.length
                     data = self.process.stdout.read(n)
                     if len(data) != n:
@@ -315,6 +321,32 @@ class Shim:
         buffers = [*self._coded(codes, meta, places), self._out(numel, dtype)]
         out = self.run("rebuild_activation", buffers, dtype=ops._CODE[dtype], function=function, **fields)
         return tensor(out[0], dtype)
+
+    def _changed(self, kernel: str, buffers: list[Buffer], values: Tensor, **fields) -> Tensor:
+        buffers = [*buffers, self._of(values)._replace(changed=True)]
+        return tensor(
+            self.run(kernel, buffers, dtype=ops._CODE[values.dtype], numel=values.numel(), **fields)[0], values.dtype
+        )
+
+    def affine(self, values: Tensor, scale: Tensor, shift: Tensor, inner: int) -> Tensor:
+        buffers = [self._of(scale), self._of(shift)]
+        return self._changed("affine", buffers, values, channels=scale.numel(), inner=inner)
+
+    def normalize(
+        self, values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        parameters = [Buffer(0, b"") if one is None else self._of(one) for one in (weight, bias)]
+        statistics = [Buffer(one.nbytes, bytes_of(one)) for one in (mean, factor)]
+        return self._changed("normalize", [*statistics, *parameters], values, inner=values.numel() // mean.numel())
+
+    def scale_by_mask(self, values: Tensor, codes: Tensor, on: float) -> Tensor:
+        mask = Buffer(codes.nbytes, bytes_of(codes), self.offset % 16)
+        return self._changed("scale_by_mask", [mask], values, hi=on)
+
+    def rounding_variance(self, x: Tensor, meta: Tensor, row_length: int, group_size: int) -> Tensor:
+        fields = {"numel": x.numel(), "row_length": row_length, "group_size": group_size, "bits": 1}
+        buffers = [Buffer(0, b""), self._of(x), Buffer(meta.nbytes, bytes_of(meta)), Buffer(8 * len(meta))]
+        return tensor(self.run("rounding_variance", buffers, dtype=ops._CODE[x.dtype], **fields)[0], torch.float64)
 
     def sample_spread(self, x: Tensor, samples: int, row_length: int, group_size: int) -> Tensor:
         at = reference.layout(x.numel(), row_length, 1, group_size)

@@ -174,6 +174,20 @@ class CastTokens(Tokens):
         return torch.nn.functional.linear(y, self.inner.weight.to(torch.bfloat16)).float().mean(1)
 
 
+class TransposedTokens(Tokens):
+    """What is cast is in another order than what was normalised."""
+
+    def forward(self, x):
+        y = self.norm(x).transpose(1, 2).to(torch.bfloat16, memory_format=torch.contiguous_format)
+        return torch.nn.functional.linear(y, self.outer.weight[:, :30].to(torch.bfloat16)).float().mean(1)
+
+
+class FlatTokens(Tokens):
+    def forward(self, x):
+        y = self.norm(x).view(-1, 48).to(torch.bfloat16)
+        return torch.nn.functional.linear(y, self.inner.weight.to(torch.bfloat16)).float()
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), *layers, nn.Conv2d(8, 8, 3))
 
@@ -188,6 +202,8 @@ REBUILT = {
     "tanh GELU": (lambda: Tokens(nn.GELU("tanh")), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
     "SiLU": (lambda: Tokens(nn.SiLU()), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
     "cast": (lambda: CastTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
+    "cast in another shape": (lambda: FlatTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
+    "cast in another order": (lambda: TransposedTokens(nn.GELU()), (4, 30, 48), set()),
 }
 
 

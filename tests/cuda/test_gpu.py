@@ -11,13 +11,25 @@ import torch
 from torch import nn
 
 import hf_actnn
-from hf_actnn.codec import mixed, native, ops, pack_mask, pack_uint, quantize, rebuild, reference, sample_spread
+from hf_actnn.codec import (
+    inplace,
+    mixed,
+    native,
+    ops,
+    pack_mask,
+    pack_uint,
+    quantize,
+    rebuild,
+    reference,
+    rounding_variance,
+    sample_spread,
+)
 from hf_actnn.codec import unpack_mask as to_values
 from hf_actnn.codec import unpack_uint as to_integers
 from tests.codec import masks
 from tests.cuda.test_backward_on_cpu import ATEN, check_activations, check_gradient, gradients, selected
 from tests.cuda.test_on_cpu import CUTS, DTYPES, Large, same, sample
-from tests.cuda.test_rebuild_on_cpu import NARROW, check_activation, check_by_channel, check_by_row
+from tests.cuda.test_rebuild_on_cpu import NARROW, check_activation, check_by_channel, check_by_row, check_in_place
 
 pytestmark = pytest.mark.gpu
 WIDTHS = torch.tensor([1, 8, 2, 2, 3, 7, 5, 4, 6, 1], dtype=torch.uint8)
@@ -226,6 +238,42 @@ def test_tensors_made_of_codes_in_one_pass(name, dtype):
             check_by_channel(Rebuilding(), x, bits, row_length, group_size, channels, inner)
         check_by_row(Rebuilding(), x, bits, row_length, group_size, row_length)
         check_activation(Rebuilding(), x, bits, row_length, group_size)
+
+
+class InPlace:
+    """What changes tensors in place, through its functions in Python."""
+
+    def affine(self, values, scale, shift, inner):
+        channels, n = scale.numel(), values.numel()
+        rows = -(-n // (channels * inner))  # the last sample may be a part of one in the tests
+        there = torch.zeros(rows * channels * inner, dtype=values.dtype, device="cuda")
+        there[:n] = values.cuda()
+        out = inplace.channel_affine_(there.view(rows, channels, inner), scale.cuda(), shift.cuda())
+        return out.view(-1)[:n].cpu()
+
+    def scale_by_mask(self, values, codes, on):
+        return inplace.scale_by_mask_(values.cuda(), codes.cuda(), on).cpu()
+
+    def normalize(self, values, mean, factor, weight, bias):
+        there = [None if one is None else one.cuda() for one in (mean[:, None], factor[:, None], weight, bias)]
+        return inplace.normalize_(values.cuda().view(len(mean), -1), *there).view(-1).cpu()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_in_place(dtype):
+    for n in (1, 257, 1000, 8000, 100_096):
+        check_in_place(InPlace(), n, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_variance_of_rounding(dtype):
+    for row_length in (256, 192, 250, 7, 3000):
+        x = sample(40 * row_length, dtype, 1)
+        packed = quantize(x, 3, row_length=row_length, seed=1)
+        expected = rounding_variance(x, packed, samples=20)
+        there = packed.holding(packed.codes.cuda(), packed.meta.cuda())
+        got = rounding_variance(x.cuda(), there, samples=20).cpu()
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -497,6 +545,7 @@ def test_a_training_step_does_not_wait_for_the_device(fields):
 SMALL_CASE = """
 import torch
 from hf_actnn.codec import native, ops, pack_mask, pack_uint, quantize, sample_spread, unpack_mask, unpack_uint
+from hf_actnn.codec import inplace, rounding_variance
 kernels = native.cuda(0)
 widths = torch.tensor([1, 2, 3, 8, 5], dtype=torch.uint8)
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -525,6 +574,11 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         ops._launch(kernels.rebuild_by_row, flat, *cut, code, *arguments)
         for function in range(3):
             ops._launch(kernels.rebuild_activation, flat, *cut, function, into[1])
+        inplace.scale_by_mask_(flat, mask, 1.5)
+        inplace.channel_affine_(x.view(15, row, 1), scale, scale)
+        if dtype is torch.float32:
+            inplace.normalize_(x, rows[:, None], rows[:, None], scale, scale)
+        rounding_variance(x, quantize(x, 2, row_length=row))
 values = torch.randint(9, (1000,), device="cuda").to(torch.uint8)
 for dtype in (torch.uint8, torch.int32, torch.int64):
     unpack_uint(pack_uint(values, 4), 4, 1000, dtype)

@@ -7,7 +7,8 @@ rubbish.
 import pytest
 import torch
 
-from hf_actnn.codec import ops, reference
+from hf_actnn.codec import ops, reference, rounding_variance
+from hf_actnn.codec.packed import PackedTensor
 from tests.codec import masks
 from tests.cuda import shim
 
@@ -308,3 +309,26 @@ def test_small_integers(kernels, bits, offset):
         assert same(kernels.pack_uint(values, bits), codes)
         for dtype in ops.INTS:
             assert same(kernels.unpack_uint(codes, bits, n, dtype), reference.unpack_uint(codes, bits, n, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_variance_of_rounding(kernels, name, dtype):
+    """Summed over each group, as the specification has it for its samples."""
+    row_length, group_size, rows = CUTS[name]
+    for bits in (1, 3, 8):
+        x = sample(rows[-1] * row_length, dtype, bits)
+        codes, meta, _ = reference.quantize(x, bits, row_length, group_size, 1, 2)
+        packed = PackedTensor(
+            codes,
+            meta,
+            bits=bits,
+            group_size=group_size,
+            row_length=row_length,
+            shape=(x.numel(),),
+            stride=(1,),
+            dtype=dtype,
+        )
+        expected = rounding_variance(x, packed, samples=rows[-1])
+        got = kernels.rounding_variance(x, meta, row_length, group_size)
+        torch.testing.assert_close(got.view(rows[-1], -1).sum(1), expected, rtol=1e-9, atol=0.0)

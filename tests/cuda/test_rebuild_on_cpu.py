@@ -88,6 +88,37 @@ def check_activation(kernels, x, bits, row_length: int, group_size: int = 256) -
         assert not wrong.any(), (number, values[wrong][:5], got[wrong][:5], exact[wrong][:5])
 
 
+def check_in_place(kernels, n: int, dtype: torch.dtype) -> None:
+    values = sample(n, dtype, n)
+    for channels, inner in ((5, 3), (3, 16), (8, 1), (64, 1), (1, 1), (7, 49)):
+        scale, shift = coefficients(channels, 1), coefficients(channels, 2)
+        assert alike(kernels.affine(values, scale, shift, inner), mapped(values, scale, shift, inner))
+    mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
+    for on in (1.0, 1 / 0.9):
+        expected = values * reference.unpack_mask(mask, n, on, 0.0, dtype)
+        assert alike(kernels.scale_by_mask(values, mask, on), expected)
+    if dtype != torch.float32:
+        return
+    for width in (width for width in (1, 5, 16, 100, 256) if n % width == 0):
+        mean, factor = coefficients(n // width, 1), coefficients(n // width, 2).abs()
+        for weight in (None, coefficients(width, 3)):
+            for bias in (None, coefficients(width, 4)):
+                expected = values.view(-1, width).sub(mean[:, None]).mul_(factor[:, None])
+                expected = expected if weight is None else expected.mul_(weight)
+                expected = expected if bias is None else expected.add_(bias)
+                assert alike(kernels.normalize(values, mean, factor, weight, bias), expected.flatten())
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_in_place(kernels, dtype, offset):
+    kernels.offset = offset
+    for n in (1, 3, 255, 256, 257, 1000, 8000, 2560):
+        for order in shim.ORDERS:
+            kernels.order = order
+            check_in_place(kernels, n, dtype)
+
+
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts(kernels, name, dtype):
