@@ -55,14 +55,15 @@ def _config(**fields: Any) -> list[str]:
     return ["--from_scratch", "--config_overrides", json.dumps(fields)]
 
 
-def _every(batch: int, rate: float, epochs: float) -> list[str]:
+def every(batch: int, rate: float, epochs: float) -> list[str]:
     return [
         *("--per_device_train_batch_size", str(batch), "--per_device_eval_batch_size", "16"),
         *("--learning_rate", str(rate), "--num_train_epochs", str(epochs), "--warmup_steps", "50"),
     ]
 
 
-_STREET = ["--ignored_class", "11", "--height", "120", "--width", "160", *_every(8, 1e-3, 12)]
+SMALL_VIT = _config(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, patch_size=4)
+_STREET = ["--ignored_class", "11", "--height", "120", "--width", "160", *every(8, 1e-3, 12)]
 _CELLS = ["--height", "160", "--width", "224", "--weight_decay", "1e-4"]
 _CIFAR = ["--image_size", "32", "--max_train_samples", "10000", "--max_eval_samples", "5000"]
 TASKS = {
@@ -72,8 +73,8 @@ TASKS = {
         "accuracy",
         0.1,
         [
-            *("--model", "vit", *_CIFAR, *_every(64, 1e-3, 3)),
-            *_config(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, patch_size=4),
+            *("--model", "vit", *_CIFAR, *every(64, 1e-3, 3)),
+            *SMALL_VIT,
         ],
     ),
     "resnet": Task(
@@ -81,7 +82,7 @@ TASKS = {
         "cifar10",
         "accuracy",
         0.1,
-        ["--model", "resnet10t", "--from_scratch", *_CIFAR, *_every(64, 2e-3, 3)],
+        ["--model", "resnet10t", "--from_scratch", *_CIFAR, *every(64, 2e-3, 3)],
     ),
     "segformer": Task(
         "semantic_segmentation",
@@ -123,7 +124,7 @@ TASKS = {
         "map_50",
         0.0,
         [
-            *("--model", "rt_detr", *_CELLS, *_every(8, 1e-3, 30)),
+            *("--model", "rt_detr", *_CELLS, *every(8, 1e-3, 30)),
             *_config(
                 backbone_config={
                     "model_type": "rt_detr_resnet",

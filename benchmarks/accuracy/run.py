@@ -12,6 +12,7 @@ done again without --again. Rows of one's own are printed beside the published o
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import math
@@ -35,13 +36,20 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 PLAIN = "uncompressed"
 #: Steps between two updates of adaptive bits: of some hundred steps, the default of 200 would see two.
 INTERVAL = 20
+_IMAGES = ["--image_size", "32", "--max_train_samples", "20000", "--max_eval_samples", "5000"]
 TASKS = {
-    "cifar10-resnet": "resnet",
-    "cifar10-vit": "vit",
-    "camvid-segformer": "segformer",
-    "camvid-upernet": "upernet",
-    "bccd-rtdetr": "rt_detr",
+    "cifar10-resnet": examples.TASKS["resnet"]._replace(
+        arguments=["--model", "resnet20", "--from_scratch", *_IMAGES, *examples.every(64, 2e-3, 4)]
+    ),
+    "cifar10-vit": examples.TASKS["vit"]._replace(
+        arguments=["--model", "vit", *_IMAGES, *examples.every(64, 1e-3, 2), *examples.SMALL_VIT]
+    ),
+    "camvid-segformer": examples.TASKS["segformer"],
+    "camvid-upernet": examples.TASKS["upernet"],
+    "bccd-rtdetr": examples.TASKS["rt_detr"],
 }
+#: Scripts that train.py is run by, in front of the scheme's own.
+LAUNCHERS: dict[str, Path] = {"cifar10-resnet": Path(__file__).parent / "small.py"}
 CONVOLUTIONAL = ("cifar10-resnet", "camvid-upernet")
 #: No worse than this, or than two standard errors.
 POINT = 0.01
@@ -115,12 +123,12 @@ def grid() -> Iterator[Key]:
 
 def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
     """Do one run."""
-    task, scheme = examples.TASKS[TASKS[key.task]], SCHEMES[key.scheme]
+    task, scheme = TASKS[key.task], SCHEMES[key.scheme]
     if short:
         task = task._replace(arguments=[*task.arguments, "--max_steps", "60"])
-    launcher: list[str | Path] = []
+    launcher: list[str | Path] = [LAUNCHERS[key.task]] if key.task in LAUNCHERS else []
     if scheme.original is not None:
-        launcher = [Path(__file__).parent / "original.py", *scheme.original]
+        launcher += [Path(__file__).parent / "original.py", *scheme.original]
     if scheme.fields is None:
         return examples.run(task, key.seed, data, launcher=launcher)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -167,9 +175,13 @@ def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def keep(key: Key, found: dict[str, Any]) -> None:
-    """Write a finished run down, beside those that other processes may have written."""
-    runs = {**known(), str(key): found}
-    timing.write("accuracy", {"compared": comparisons(runs), "runs": dict(sorted(runs.items()))})
+    """Write a finished run down, beside those that others may be writing."""
+    machine = timing.environment()
+    found = {**found, "machine": {name: machine[name] for name in ("date", "cpu", "torch")}}
+    with open(RESULTS.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = {**known(), str(key): found}
+        timing.write("accuracy", {"compared": comparisons(runs), "runs": dict(sorted(runs.items()))})
 
 
 def line(runs: dict[str, Any], task: str, scheme: str) -> str:
@@ -196,7 +208,7 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
 def table(runs: dict[str, Any], task: str, schemes: Iterable[str] = SCHEMES) -> list[str]:
     """Of one task."""
     rows = [line(runs, task, scheme) for scheme in schemes if scores(runs, task, scheme)]
-    score = examples.TASKS[TASKS[task]].score
+    score = TASKS[task].score
     head = f"| {task} | seeds | {score}, mean ± deviation | to uncompressed, 95 % interval | fewer bytes |"
     return [head, "|---|---|---|---|---|", *rows]
 
