@@ -104,7 +104,7 @@ def test_make_gpu_takes_nine_minutes_at_most(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
-    assert logs == {"build", "test", "sanitizer", "codec_gpu", "step_gpu"}
+    assert logs == {"build", "test", "compiled", "sanitizer", "codec_gpu", "step_gpu"}
     limits = [re.fullmatch(r"--kill-after=(\d+) (\d+)", line) for line in notes.read_text().splitlines()]
     assert all(limits), notes.read_text()
     assert sum(int(seconds) for limit in limits for seconds in limit.groups()) <= 9 * 60

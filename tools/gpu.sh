@@ -67,8 +67,11 @@ if within 10 "$python" -c 'import pytest' 2>/dev/null; then
   # Most of a test's time is the host's.
   workers=$(within 5 "$python" -c 'import os, xdist; print("-n", min(4, os.cpu_count() or 1))' 2>/dev/null) || workers=
   # shellcheck disable=SC2086
-  step test 100 "$python" -m pytest -m gpu -q tests -k "not compute_sanitizer" $workers || failed=1
-  step sanitizer 75 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
+  step test 70 "$python" -m pytest -m gpu -v tests --ignore tests/compiled -k "not compute_sanitizer" $workers || failed=1
+  # Those that compile take the longest, a minute for what the others do in a second.
+  # shellcheck disable=SC2086
+  step compiled 60 "$python" -m pytest -m gpu -v tests/compiled $workers || failed=1
+  step sanitizer 45 "$python" -m pytest -m gpu -q tests/cuda/test_gpu.py -k compute_sanitizer || failed=1
 else
   echo "== test: left out, this Python has no pytest."
 fi
