@@ -470,6 +470,7 @@ class Call:
         linear: bool = False,
         samples: tuple[bool, ...] = (),
         elementwise: bool = False,
+        moves: bool = False,
         at_once: AtOnce | None = None,
         output: Tensor | None = None,
     ) -> None:
@@ -483,7 +484,7 @@ class Call:
             function = as_now(function, output.device.type)
         known: Sequence[Kept] = parents  # type: ignore[assignment]
         how: dict[str, Any] = {"repeats": repeats, "linear": linear, "samples": samples, "elementwise": elementwise}
-        kept = Recipe(name, function, known, output, writes=writes, at_once=at_once, **how)
+        kept = Recipe(name, function, known, output, writes=writes, moves=moves, at_once=at_once, **how)
         scope = self.scope
         scope.registry.learn(output, kept)
         for parent in known:

@@ -93,6 +93,11 @@ class Kept:
     def get(self) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say how it gives its tensor back")
 
+    def get_as(self, dtype: torch.dtype) -> Tensor:
+        """What :meth:`get` gives, cast to a narrower dtype. Where moves come in between, they have less to move after
+        the cast than before."""
+        return self.get().to(dtype)
+
     def leaves(self) -> Iterator[Kept]:
         yield self
 
@@ -274,6 +279,11 @@ class Quantized(Leaf):
             value += probe.noise.whole()
         return value
 
+    def get_as(self, dtype: torch.dtype) -> Tensor:
+        if probe.kept is self or self.form.dtype != torch.float32:
+            return self.get().to(dtype)
+        return self.packed.dequantize(dtype)
+
     @property
     def nbytes(self) -> int:
         return self.form.nbytes
@@ -297,15 +307,16 @@ class Geometry:
         """Whether values in storage order are the same elements of both."""
         return tuple(self.shape) == tuple(form.shape) and tuple(self.stride) == tuple(form.stride)
 
-    def empty(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype or self.dtype, device=self.device)
 
-    def fit(self, value: Tensor) -> Tensor:
-        """``value`` with exactly these strides; copied only where they differ."""
+    def fit(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``value`` with exactly these strides, in this or another dtype; copied only where they differ."""
+        dtype = dtype or self.dtype
         if value.shape != self.shape:
             value = value.reshape(self.shape)
-        if value.stride() != self.stride or value.dtype != self.dtype:
-            value = self.empty().copy_(value)
+        if value.stride() != self.stride or value.dtype != dtype:
+            value = self.empty(dtype).copy_(value)
         return value
 
     def from_flat(self, flat: Tensor) -> Tensor:

@@ -37,13 +37,11 @@ class _Form(NamedTuple):
     device: torch.device
 
 
-def _in_order(a: Any, b: Any) -> bool:
-    """Whether two forms have the same values in storage order, whatever their shapes."""
-    if tuple(a.shape) == tuple(b.shape):
-        return tuple(a.stride) == tuple(b.stride)
-    return math.prod(a.shape) == math.prod(b.shape) and all(
-        rebuild.is_contiguous(tuple(one.shape), tuple(one.stride)) for one in (a, b)
-    )
+def _dtype_of(kept: Kept) -> torch.dtype | None:
+    """Of what gives itself back from codes; None where it is not known."""
+    while type(kept) is View:
+        kept = kept.parent
+    return kept.form.dtype if type(kept) in (Recipe, Quantized) else None
 
 
 class View(Kept):
@@ -68,6 +66,9 @@ class View(Kept):
 
     def get(self) -> Tensor:
         return self.of(self.parent.get())
+
+    def get_as(self, dtype: torch.dtype) -> Tensor:
+        return self.of(self.parent.get_as(dtype))
 
     @property
     def form(self) -> Any:
@@ -101,7 +102,8 @@ class Recipe(Kept):
     that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
     gives a result that is. ``samples``: which parents run along the samples, as the first one does; the function may
     then be called with some of these. ``elementwise``: it may be called with any run of values of its parents.
-    ``at_once``: computes the tensor from the codes of the first parent, where a kernel can; see :data:`AtOnce`."""
+    ``moves``: it only moves values, whatever their dtype. ``at_once``: computes the tensor from the codes of the first
+    parent, where a kernel can; see :data:`AtOnce`."""
 
     __slots__ = (
         "name",
@@ -113,6 +115,7 @@ class Recipe(Kept):
         "linear",
         "samples",
         "elementwise",
+        "moves",
         "at_once",
     )
 
@@ -128,11 +131,12 @@ class Recipe(Kept):
         linear: bool = False,
         samples: tuple[bool, ...] = (),
         elementwise: bool = False,
+        moves: bool = False,
         at_once: AtOnce | None = None,
     ) -> None:
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
         self.repeats, self.linear, self.samples, self.elementwise = repeats, linear, samples, elementwise
-        self.at_once = at_once
+        self.moves, self.at_once = moves, at_once
         self.geometry = Geometry(like)
 
     def of(self, parents: Sequence[Kept]) -> Recipe:
@@ -154,31 +158,38 @@ class Recipe(Kept):
         return self.repeats and all(parent.same_bits for parent in self.parents)
 
     def get(self) -> Tensor:
-        flat = self._from_codes()
+        geometry = self.geometry
+        if self.function is None:
+            source = self.parents[0]
+            casts = geometry.dtype.itemsize == 2 and _dtype_of(source) == torch.float32
+            return geometry.fit(source.get_as(geometry.dtype) if casts else source.get())
+        flat = self.from_codes(geometry.dtype)
         if flat is not None:
-            return self.geometry.from_flat(flat)
+            return geometry.from_flat(flat)
         values = [parent.get() for parent in self.parents]
         if self.writes and not (self.parents[0].fresh and fills_its_memory(values[0])):
             values[0] = values[0].clone()
-        return self.geometry.fit(values[0] if self.function is None else self.function(*values))
+        return geometry.fit(self.function(*values))
 
-    def _from_codes(self) -> Tensor | None:
-        """The values in storage order, in one pass; None where that cannot be."""
-        if self.function is not None:
-            return self.from_codes(self.geometry.dtype)
-        parent, form = self.parents[0], self.geometry  # cast: what is made in one pass is stored in this dtype
-        if type(parent) is View and parent.form is not None and _in_order(form, parent.form):
-            parent, form = parent.parent, parent.form
-        if type(parent) is Recipe and parent.at_once is not None and _in_order(form, parent.geometry):
-            return parent.from_codes(self.geometry.dtype)
-        return None
+    def get_as(self, dtype: torch.dtype) -> Tensor:
+        geometry = self.geometry
+        if geometry.dtype == torch.float32:  # what is rounded in between is rounded to no less
+            if self.function is None:
+                return geometry.fit(self.parents[0].get_as(dtype), dtype)
+            if self.moves:
+                return geometry.fit(self.function(*(parent.get_as(dtype) for parent in self.parents)), dtype)
+            flat = self.from_codes(dtype)
+            if flat is not None:
+                return geometry.from_flat(flat)
+        return self.get().to(dtype)
 
     def from_codes(self, dtype: torch.dtype, mask: Mask | None = None, on: float = 1.0) -> Tensor | None:
         """The values in storage order and in a dtype, made of the first parent's codes in one pass; with a mask, times
         ``on`` where its bit is set and times 0 elsewhere. None where there is no kernel for it."""
+        if self.at_once is None:
+            return None
         source = self.parents[0]
-        # What disturbs a tensor is not in its codes.
-        if self.at_once is None or type(source) is not Quantized or probe.kept is source:
+        if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes
             return None
         packed = source.packed
         if not self.geometry.like(packed) or not rebuild.possible(packed):

@@ -182,6 +182,15 @@ class TransposedTokens(Tokens):
         return torch.nn.functional.linear(y, self.outer.weight[:, :30].to(torch.bfloat16)).float().mean(1)
 
 
+class MovedTokens(Tokens):
+    """As windows are cut: rolled, permuted, joined, padded, and cast at the end."""
+
+    def forward(self, x):
+        y = self.norm(x).roll(3, 1).view(4, 5, 6, 48).permute(0, 2, 1, 3).contiguous().view(-1, 48)
+        y = torch.nn.functional.pad(torch.cat([y, y.flip(0)]), (0, 0, 1, 2)).to(torch.bfloat16)
+        return torch.nn.functional.linear(y, self.inner.weight.to(torch.bfloat16)).float()
+
+
 class FlatTokens(Tokens):
     def forward(self, x):
         y = self.norm(x).view(-1, 48).to(torch.bfloat16)
@@ -203,6 +212,7 @@ REBUILT = {
     "SiLU": (lambda: Tokens(nn.SiLU()), (4, 30, 48), {"rebuild_by_row", "rebuild_activation"}),
     "cast": (lambda: CastTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
     "cast in another shape": (lambda: FlatTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
+    "moved and cast": (lambda: MovedTokens(nn.GELU()), (4, 30, 48), {"rebuild_by_row"}),
     "cast in another order": (lambda: TransposedTokens(nn.GELU()), (4, 30, 48), set()),
 }
 

@@ -29,7 +29,7 @@ def _keep_move(call: Call) -> None:
         return
     again = call.again_on_first()
     if again is not None:
-        call.output_recipe(call.name, again, [source], repeats=True)
+        call.output_recipe(call.name, again, [source], repeats=True, moves=True)
 
 
 MOVE = register(

@@ -170,15 +170,15 @@ AVERAGE_POOL = register(
 
 def _keep_pad(call: Call) -> None:
     _keep_shape(call)
-    _repeat(call, call.before)
+    _repeat(call, call.before, moves=True)
 
 
-def _repeat(call: Call, source: Kept | None, linear: bool = False) -> None:
+def _repeat(call: Call, source: Kept | None, linear: bool = False, moves: bool = False) -> None:
     """The output is made again from what gives the input back."""
     if source is not None and isinstance(call.out, Tensor) and not call.in_place:
         again = call.again_on_first()
         if again is not None:
-            call.output_recipe(call.name, again, [source], repeats=True, linear=linear)
+            call.output_recipe(call.name, again, [source], repeats=True, linear=linear, moves=moves)
 
 
 #: Where its resized form is so many times larger, an input that is not kept may be kept exactly in its stead.
@@ -231,7 +231,7 @@ def _keep_joined(call: Call) -> None:
         return
     again = call.again_on_first() if call.args else None
     if again is not None:
-        call.output_recipe(call.name, lambda *values: again(values), sources, repeats=True)
+        call.output_recipe(call.name, lambda *values: again(values), sources, repeats=True, moves=True)
 
 
 JOIN = register(
