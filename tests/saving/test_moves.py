@@ -26,7 +26,6 @@ FIRST = {
     "a normalisation": lambda: nn.LayerNorm(48),
     "an activation": lambda: nn.GELU(),
     "dropout": lambda: nn.Sequential(nn.LayerNorm(48), nn.Dropout(0.3)),
-    "a linear layer": lambda: nn.Linear(48, 48),
 }
 
 
