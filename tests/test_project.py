@@ -13,6 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_the_pages_of_results_show_what_was_measured():
+    done = subprocess.run([sys.executable, "tools/results.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_readme_shows_what_was_measured():
     done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run tools/readme.py"
