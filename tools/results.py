@@ -235,7 +235,7 @@ def beaten(steps: dict[str, Any] | None) -> list[str]:
                 found.append(f"{other} on {model}, against {', '.join(better)}")
     if not found:
         return [
-            "On the GPU measured, neither plain training nor checkpointing lies at both less memory and less time than a "
+            "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than a "
             "level of ours.",
             "",
         ]
