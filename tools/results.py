@@ -235,8 +235,8 @@ def beaten(steps: dict[str, Any] | None) -> list[str]:
                 found.append(f"{other} on {model}, against {', '.join(better)}")
     if not found:
         return [
-            "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than a "
-            "level of ours.",
+            "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than "
+            "a level of ours.",
             "",
         ]
     return [
