@@ -1,0 +1,130 @@
+"""The gradient's variance over a training: what drawing the batch gives it, and what quantisation adds in which layers.
+
+    python benchmarks/accuracy/variance.py --data path/to/cifar10 [--models resnet20 vit] [--draws 8]
+
+`--data` is a folder with CIFAR-10's train.parquet (default: $HF_ACTNN_DATA/cifar10). A model is trained uncompressed;
+at some of its steps the weights are taken as they are then, and a copy is converted: with 2 bits everywhere, and at L3,
+which chooses bits of 2 on average in two measured steps. For both, what `variance_report` predicts from one backward
+pass stands beside Monte Carlo over draws of the rounding, for all kept tensors together and for each by itself. The
+mini-batch's variance is measured between batches, beside what the report tells from one.
+
+Everything is relative to the squared gradient of the batch. Writes benchmarks/results/variance.json as it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fidelity
+import timing
+from small import resnet20
+
+import hf_actnn
+
+#: Steps after which gradients are looked at.
+AT = (0, 50, 200, 600)
+BATCH, COUNT = 32, 16
+MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "resnet20": (lambda: resnet20(num_classes=10), 2e-3),
+    "vit": (lambda: fidelity.vit(128, 4, 4), 1e-3),
+}
+WAYS: dict[str, dict[str, Any]] = {"2 bits": {"bits": 2}, "L3": {"level": "L3", "update_interval": 1}}
+
+
+def minibatch(model: nn.Module, batches: fidelity.Batches) -> tuple[float, float]:
+    """Variance of one batch's gradient and the squared mean gradient, unbiased both, of :data:`COUNT` batches."""
+    grads = []
+    for _ in range(COUNT):
+        values, labels = batches(BATCH)
+        grads.append(fidelity.gradient(model, values, labels).double())
+    stacked = torch.stack(grads)
+    variance = float(stacked.var(0).sum())
+    return variance, float(stacked.mean(0).square().sum()) - variance / COUNT
+
+
+def look(model: nn.Module, batches: fidelity.Batches, draws: int) -> dict[str, Any]:
+    """Both ways at these weights."""
+    model = copy.deepcopy(model).train()
+    values, labels = batches(BATCH)
+    squared = float(fidelity.gradient(model, values, labels).double().square().sum())
+    variance, _ = minibatch(model, batches)
+    found: dict[str, Any] = {"minibatch": variance / squared}
+    for way, fields in WAYS.items():
+        hf_actnn.convert(model, **fields)
+        controller = hf_actnn.controller(model)
+
+        def step() -> None:
+            F.cross_entropy(model(values), labels).backward()
+
+        for _ in range(2):
+            step()
+            controller.step()
+        model.zero_grad()
+        report = hf_actnn.variance_report(model, step, draws=draws)
+        found[way] = {
+            "predicted": report.predicted,
+            "measured": report.measured,
+            "standard_error": report.standard_error,
+            "minibatch_predicted": report.minibatch,
+            "average_bits": sum(8 * row.nbytes for row in report.rows)
+            / sum(8 * row.nbytes / row.bits for row in report.rows),
+            "tensors": [row._asdict() for row in report.rows],
+        }
+        hf_actnn.revert(model)
+    return found
+
+
+def study(name: str, images: Tensor, labels: Tensor, draws: int, save: Callable[[dict[str, Any]], None]) -> None:
+    """Train, and look."""
+    build, rate = MODELS[name]
+    torch.manual_seed(0)
+    model, batches = build().train(), fidelity.Batches(images, labels, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    steps: dict[str, Any] = {}
+    for step in range(max(AT) + 1):
+        values, wanted = batches(BATCH)
+        loss = F.cross_entropy(model(values), wanted)
+        if step in AT:
+            steps[str(step)] = {"loss": loss.item(), **look(model, fidelity.Batches(images, labels, 2 + step), draws)}
+            save(steps)
+            both = {way: round(steps[str(step)][way]["measured"], 4) for way in WAYS}
+            print(
+                f"{name}, step {step}: loss {loss.item():.3f}, mini-batch {steps[str(step)]['minibatch']:.3f}, {both}",
+                flush=True,
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HF_ACTNN_DATA", "data")) / "cifar10")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--draws", type=int, default=8)
+    options = parser.parse_args()
+    images, labels = fidelity.read(options.data, "train", 10_000)
+    models: dict[str, Any] = {}
+    for name in options.models:
+
+        def save(steps: dict[str, Any], name: str = name) -> None:
+            models[name] = steps
+            timing.write("variance", {"batch": BATCH, "draws": options.draws, "batches": COUNT, "models": models})
+
+        study(name, images, labels, options.draws, save)
+
+
+if __name__ == "__main__":
+    main()
