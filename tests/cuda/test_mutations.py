@@ -8,6 +8,7 @@ import torch
 from tests.cuda import shim
 from tests.cuda.test_backward_on_cpu import check_activations
 from tests.cuda.test_on_cpu import check, sample
+from tests.cuda.test_rebuild_on_cpu import check_by_channel, check_by_row
 
 
 def values(row_length: int) -> torch.Tensor:
@@ -67,6 +68,27 @@ MUTATIONS = {
         "next = use.ahead(first + m * Lanes);",
         False,
         lambda kernels: check_activations(kernels, values(256), 2, 256),
+    ),
+    "a channel": (
+        "rebuild.cu",
+        "if (++in_run == where.inner.by) {",
+        "if (++in_run > where.inner.by) {",
+        False,
+        lambda kernels: check_by_channel(kernels, values(256), 2, 256, 256, 5, 3),
+    ),
+    "a quotient": (
+        "rebuild.cu",
+        "* magic >> 32) + n) >> shift",
+        "* magic >> 32)) >> shift",
+        False,
+        lambda kernels: check_by_row(kernels, values(96), 2, 96, 256, 96),
+    ),
+    "a bit of a mask": (
+        "rebuild.cu",
+        "(8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f",
+        "(8 * (i % 4) + e / 64) & 1u) != 0 ? on : 0.0f",
+        False,
+        lambda kernels: check_by_channel(kernels, values(256), 2, 256, 256, 4, 16),
     ),
     "a derivative": (
         "activations.cu",
