@@ -290,10 +290,9 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
     }
     print(f"{model}: batch {row['batch']}, after {time.time() - began:.0f} s", flush=True)
 
-    def prepared(name: str, samples: int = row["batch"]) -> Way:
+    def prepared(name: str, samples: int = row["batch"], where: str = "methods") -> Way:
         way = Way(name, given, images[:samples], labels[:samples])
-        of_all = samples == row["batch"]
-        row["methods" if of_all else "slow_methods"][name] = way.found
+        row[where][name] = way.found
         start = time.time()
         way.tried(way.prepare)
         way.found["prepared_s"] = round(time.time() - start, 2)
@@ -312,11 +311,12 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
     rounds_until = began + ROUNDS_UNTIL * (until - began) if slow else until
     take_turns(ways, row["seconds"], options.rounds, rounds_until, save)
     if slow:
-        del ways
+        ways.clear()
         given.zero_grad(set_to_none=True)
         row["slow_batch"] = max(1, row["batch"] // SLOW_PART)
         few = [name for name in ("L4", "save_on_cpu") if name in options.methods]
-        take_turns([prepared(name, row["slow_batch"]) for name in few], row["slow"], SLOW_ROUNDS, until, save)
+        ways = [prepared(name, row["slow_batch"], "slow_methods") for name in few]
+        take_turns(ways, row["slow"], SLOW_ROUNDS, until, save)
 
 
 def child(model: str, options: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
             if other == run.PLAIN:
                 said = "yes" if found["as_good"] else "**no**"
             else:
-                said = "yes" if mean > 0 else "**no**"
+                said = "yes" if low > 0 else "**no**" if mean <= 0 else "yes, within the noise"
             rows.append([task, claim, str(found["pairs"]), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", said])
     return table(["task", "claim", "pairs", "difference, 95 % interval", "held"], rows) if rows else []
 
@@ -73,8 +73,8 @@ def accuracy(pictures: bool) -> list[str] | None:
     import run
 
     runs = results["runs"]
-    machines = sorted({json.dumps(one["machine"], sort_keys=True) for one in runs.values() if "machine" in one})
-    latest = json.loads(machines[-1])
+    machines = sorted({json.dumps(one["machine"], sort_keys=True) for one in runs.values()})
+    latest = max(map(json.loads, machines), key=lambda machine: machine["date"])
     lines = [
         "# Accuracy against bits",
         "",
@@ -104,6 +104,11 @@ def accuracy(pictures: bool) -> list[str] | None:
     missing = [str(key) for key in run.grid() if str(key) not in runs]
     lines += ["## Where it comes from", ""]
     lines += source("accuracy", "python benchmarks/accuracy/run.py --data DATA", latest, " One thread a run.")
+    if len(machines) > 1:
+        lines += [
+            f"Runs are of {len(machines)} machines and days, each of which is with its run; this is the last.",
+            "",
+        ]
     if missing:
         lines += [
             f"Of the grid's {len(missing) + len([k for k in run.grid() if str(k) in runs])} runs {len(missing)} are "
@@ -233,6 +238,11 @@ def beaten(steps: dict[str, Any] | None) -> list[str]:
                 found.append(f"{other} on {model}")
             elif better:
                 found.append(f"{other} on {model}, against {', '.join(better)}")
+        slow = {way: statistics.median(values) for way, values in row.get("slow", {}).items()}
+        of = {way: row["slow_methods"][way].get("allocated") for way in slow}
+        if {"L4", "save_on_cpu"} <= slow.keys() and None not in of.values():
+            if slow["save_on_cpu"] < slow["L4"] and of["save_on_cpu"] < of["L4"]:
+                found.append(f"save_on_cpu on {model} at a batch of {row['slow_batch']}, against L4")
     if not found:
         return [
             "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than "

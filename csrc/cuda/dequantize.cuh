@@ -6,9 +6,8 @@
 //   OnlyStored  std::true_type if they are stored as they are
 //   aligned   whether 16 bytes can be read and written at a time
 //   ahead     what it reads itself for a vector, a run before it is needed
-//   of        what is stored for a vector of values that are not rounded yet, its place and what was read for it; or
-//   for
-//             a single value and its position
+//   of        what is stored for a vector of values that are not rounded yet, its place and what was read for it;
+//             or for a single value and its position
 #pragma once
 
 #include "groups.cuh"

@@ -39,10 +39,11 @@ void dequantize(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int 
 void activation_backward(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function,
                          const void* grad, void* out, const Target& target);
 // What a normalisation or an activation makes of the values that dequantize gives in the dtype, each of its operations
-// rounded to fp32 and the result to the dtype. Fewer than 2^31 elements of fp32, fp16 or bf16.
+// rounded to fp32 and the result to the dtype, which is fp32, fp16 or bf16. By channel and by row: fewer than 2^31
+// elements.
 //
 // value * scale[c] + shift[c], c the channel: `inner` values of one lie side by side, after them those of the next.
-// With a mask of as many bits what is stored is times `on`, in the dtype, where a bit is set, and times 0 elsewhere.
+// With a mask of as many bits what is stored is times `on`, an fp32 number, where a bit is set, and times 0 elsewhere.
 void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, const float* scale,
                         const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
                         const Target& target);

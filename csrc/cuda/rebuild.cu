@@ -126,7 +126,7 @@ struct ByChannel {
     const uint4 stored = vec_of_floats<T, false>(y);  // what is stored without a mask
 #pragma unroll
     for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i);
-    bits.scale(y, position, factor());
+    bits.scale(y, position, on);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
@@ -135,11 +135,8 @@ struct ByChannel {
     const uint32_t channel = where.of(position, in_run);
     const T y = rounded(T{}, to_float(value) * scale[channel] + shift[channel]);
     if (bits.codes == nullptr) return y;
-    return rounded(T{}, to_float(y) * (bits.at(position) ? factor() : 0.0f));
+    return rounded(T{}, to_float(y) * (bits.at(position) ? on : 0.0f));
   }
-
- private:
-  __device__ __forceinline__ float factor() const { return to_float(rounded(T{}, on)); }
 };
 
 // ---------------------------------------------------------------- by row
@@ -259,11 +256,11 @@ struct ByMask {
   bool aligned() const { return hf_actnn::aligned(out, 16) && hf_actnn::aligned(bits.codes, 8); }
   template <int V>
   __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
-    bits.scale(y, (uint32_t)index * V, to_float(rounded(T{}, on)));
+    bits.scale(y, (uint32_t)index * V, on);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
-    return rounded(T{}, to_float(value) * (bits.at((uint32_t)at) ? to_float(rounded(T{}, on)) : 0.0f));
+    return rounded(T{}, to_float(value) * (bits.at((uint32_t)at) ? on : 0.0f));
   }
 };
 

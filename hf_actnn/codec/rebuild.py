@@ -28,10 +28,15 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
+def may_be(packed: PackedTensor) -> bool:
+    """Whether there can be kernels for this tensor, whose codes need not be at hand."""
+    plain = packed.patch is None and packed.code == "uniform" and packed.dtype in NARROW and packed.numel < TOO_MANY
+    return plain and not ops._on_cpu(packed.codes)
+
+
 def possible(packed: PackedTensor) -> bool:
     """Whether there are kernels for this tensor."""
-    plain = packed.patch is None and packed.code == "uniform" and packed.dtype in NARROW and packed.numel < TOO_MANY
-    return plain and not ops._on_cpu(packed.codes) and ops._direct(packed.codes) is not None
+    return may_be(packed) and ops._direct(packed.codes) is not None
 
 
 def by_channel(

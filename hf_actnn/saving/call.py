@@ -480,7 +480,7 @@ class Call:
             return
         if type(parents[0]) is Exact and all(type(one) is Exact and one.parameter for one in parents):
             return
-        if repeats and function is not None:
+        if repeats and function is not None and not moves:
             function = as_now(function, output.device.type)
         known: Sequence[Kept] = parents  # type: ignore[assignment]
         how: dict[str, Any] = {"repeats": repeats, "linear": linear, "samples": samples, "elementwise": elementwise}

@@ -280,7 +280,8 @@ class Quantized(Leaf):
         return value
 
     def get_as(self, dtype: torch.dtype) -> Tensor:
-        if probe.kept is self or self.form.dtype != torch.float32:
+        # Decoded to fp16, what is beyond its range would be its largest value, where a cast gives inf.
+        if probe.kept is self or self.form.dtype != torch.float32 or dtype != torch.bfloat16:
             return self.get().to(dtype)
         return self.packed.dequantize(dtype)
 
@@ -315,7 +316,7 @@ class Geometry:
         dtype = dtype or self.dtype
         if value.shape != self.shape:
             value = value.reshape(self.shape)
-        if value.stride() != self.stride or value.dtype != dtype:
+        if value.stride() != self.stride or value.dtype != dtype or value.device != self.device:
             value = self.empty(dtype).copy_(value)
         return value
 

@@ -169,7 +169,15 @@ class Recipe(Kept):
         values = [parent.get() for parent in self.parents]
         if self.writes and not (self.parents[0].fresh and fills_its_memory(values[0])):
             values[0] = values[0].clone()
-        return geometry.fit(self.function(*values))
+        return geometry.fit(self._moved(values) if self.moves else self.function(*values))
+
+    def _moved(self, values: list[Tensor]) -> Tensor:
+        """Moved as they are: autocast would have a say in the dtype of what is joined."""
+        assert self.function is not None
+        if not torch._C._is_any_autocast_enabled():
+            return self.function(*values)
+        with torch.autocast(self.geometry.device.type, enabled=False):
+            return self.function(*values)
 
     def get_as(self, dtype: torch.dtype) -> Tensor:
         geometry = self.geometry
@@ -177,7 +185,7 @@ class Recipe(Kept):
             if self.function is None:
                 return geometry.fit(self.parents[0].get_as(dtype), dtype)
             if self.moves:
-                return geometry.fit(self.function(*(parent.get_as(dtype) for parent in self.parents)), dtype)
+                return geometry.fit(self._moved([parent.get_as(dtype) for parent in self.parents]), dtype)
             flat = self.from_codes(dtype)
             if flat is not None:
                 return geometry.from_flat(flat)
@@ -191,9 +199,9 @@ class Recipe(Kept):
         source = self.parents[0]
         if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes
             return None
-        packed = source.packed
-        if not self.geometry.like(packed) or not rebuild.possible(packed):
+        if not self.geometry.like(source.form) or not rebuild.may_be(source.form):
             return None
+        packed = source.packed
         values = [parent.get() for parent in self.parents[1:]]
         return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on)
 

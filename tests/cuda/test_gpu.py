@@ -306,7 +306,7 @@ class Both(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("level", ["L2", "L3"])
 def test_gradients_with_and_without_one_pass(level, autocast, memory_format, monkeypatch):
-    """In one pass less is rounded to the narrow dtype in between, and no more."""
+    """In one pass the bits are those of several, but for activations."""
     torch.manual_seed(0)
     made = Both().cuda().to(memory_format=memory_format)
     x = torch.randn(16, 3, 24, 24, device="cuda").to(memory_format=memory_format)
@@ -341,7 +341,7 @@ def test_gradients_with_and_without_one_pass(level, autocast, memory_format, mon
     monkeypatch.setattr(rebuild, "by_row", by_row)
     monkeypatch.setattr(rebuild, "by_channel", by_channel)
     twice = gradient()
-    assert float((once - twice).norm() / twice.norm()) < (2e-2 if autocast else 2e-5)
+    assert float((once - twice).norm() / twice.norm()) < (5e-3 if autocast else 2e-5)
 
 
 def test_sample_spread():

@@ -51,7 +51,7 @@ def check_by_channel(kernels, x, bits, row_length: int, group_size: int, channel
     assert alike(kernels.rebuild_by_channel(*cut, scale, shift, inner), expected), (channels, inner)
     mask = reference.pack_mask(expected, "not_le", 0.0, 0.0)
     for on in (1.0, 1 / 0.9):
-        masked = expected * reference.unpack_mask(mask, x.numel(), on, 0.0, x.dtype)
+        masked = (expected.float() * reference.unpack_mask(mask, x.numel(), on, 0.0, torch.float32)).to(x.dtype)
         assert alike(kernels.rebuild_by_channel(*cut, scale, shift, inner, mask, on), masked), (channels, inner, on)
 
 
@@ -95,7 +95,7 @@ def check_in_place(kernels, n: int, dtype: torch.dtype) -> None:
         assert alike(kernels.affine(values, scale, shift, inner), mapped(values, scale, shift, inner))
     mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
     for on in (1.0, 1 / 0.9):
-        expected = values * reference.unpack_mask(mask, n, on, 0.0, dtype)
+        expected = (values.float() * reference.unpack_mask(mask, n, on, 0.0, torch.float32)).to(dtype)
         assert alike(kernels.scale_by_mask(values, mask, on), expected)
     if dtype != torch.float32:
         return
@@ -166,6 +166,37 @@ def test_one_tensor_that_is_not_aligned(kernels, dtype, buffer, monkeypatch):
     for channels, inner in ((16, 1), (4, 16)):
         check_by_channel(kernels, x, 3, 256, 256, channels, inner)
     check_by_row(kernels, x, 3, 256, 256, 256)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_mask_that_is_not_aligned(kernels, dtype):
+    """It alone: it is read as words."""
+    x = sample(256 * 8, dtype, 1)
+    cut, values = coded(x, 3, 256, 256)
+    scale, shift = coefficients(4, 1), coefficients(4, 2)
+    plain = mapped(values, scale, shift, 16)
+    mask = reference.pack_mask(plain, "gt", 0.0, 0.0)
+    expected = (plain.float() * reference.unpack_mask(mask, x.numel(), 1.0, 0.0, torch.float32)).to(dtype)
+    run = kernels.run
+
+    def shifted(kernel, buffers, **fields):
+        buffers[5] = buffers[5]._replace(offset=1)
+        return run(kernel, buffers, **fields)
+
+    kernels.run = shifted
+    assert alike(kernels.rebuild_by_channel(*cut, scale, shift, 16, mask, 1.0), expected)
+
+
+def test_what_is_too_large_is_infinite(kernels):
+    """As it would be without a mask: what a bit selects is not cut off at the largest value of the dtype."""
+    x = torch.full((512,), 60000.0, dtype=torch.float16)
+    x[::2] = 1.0
+    cut, values = coded(x, 8, 256, 256)
+    scale, shift = torch.full((4,), 3.0), torch.zeros(4)
+    plain = mapped(values, scale, shift, 16)
+    assert plain.isinf().any()
+    mask = reference.pack_mask(torch.ones(512), "gt", 0.0, 0.0)
+    assert alike(kernels.rebuild_by_channel(*cut, scale, shift, 16, mask, 1.0), plain)
 
 
 @pytest.mark.parametrize("order", shim.ORDERS)

@@ -170,7 +170,9 @@ AVERAGE_POOL = register(
 
 def _keep_pad(call: Call) -> None:
     _keep_shape(call)
-    _repeat(call, call.before, moves=True)
+    # Other values may be none of a narrower dtype.
+    moves = call.argument(2, "mode", "constant") != "constant" or call.argument(3, "value") in (None, 0, 1)
+    _repeat(call, call.before, moves=moves)
 
 
 def _repeat(call: Call, source: Kept | None, linear: bool = False, moves: bool = False) -> None:
