@@ -240,9 +240,9 @@ def beaten(steps: dict[str, Any] | None) -> list[str]:
                 found.append(f"{other} on {model}, against {', '.join(better)}")
         slow = {way: statistics.median(values) for way, values in row.get("slow", {}).items()}
         of = {way: row["slow_methods"][way].get("allocated") for way in slow}
-        if {"L4", "save_on_cpu"} <= slow.keys() and None not in of.values():
-            if slow["save_on_cpu"] < slow["L4"] and of["save_on_cpu"] < of["L4"]:
-                found.append(f"save_on_cpu on {model} at a batch of {row['slow_batch']}, against L4")
+        both = {"L4", "save_on_cpu"} <= slow.keys() and None not in of.values()
+        if both and slow["save_on_cpu"] < slow["L4"] and of["save_on_cpu"] < of["L4"]:
+            found.append(f"save_on_cpu on {model} at a batch of {row['slow_batch']}, against L4")
     if not found:
         return [
             "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than "
