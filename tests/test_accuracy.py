@@ -125,3 +125,20 @@ def test_pairs_are_compared_by_seed():
     assert found["interval"] == pytest.approx([-0.02 - 0.04303 / 3**0.5, -0.02 + 0.04303 / 3**0.5])
     assert not found["as_good"]
     assert "| L3 | 3 | 58.0 ± 9.0 | -2.0 (-4.5 to +0.5) |" in run.line(runs, "cifar10-vit", "L3")
+
+
+def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):
+    """Whatever else runs train.py: the model of the ResNet's task is known to timm by that alone."""
+    calls = []
+
+    def run_one(task, seed, data, words=(), launcher=()):
+        calls.append([*map(str, launcher)])
+        return {"score": 0.0, "losses": []}
+
+    monkeypatch.setattr(run.examples, "run", run_one)
+    for scheme in run.SCHEMES:
+        run.trained(run.Key("cifar10-resnet", scheme, 0), Path("data"))
+        run.trained(run.Key("camvid-segformer", scheme, 0), Path("data"))
+    assert all(one[0].endswith("small.py") for one in calls[::2])
+    assert not any("small.py" in part for one in calls[1::2] for part in one)
+    assert sum(any("original.py" in part for part in one) for one in calls[::2]) == 4

@@ -134,7 +134,7 @@ def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(scheme.fields, file)
         file.flush()
-        return examples.run(task, key.seed, data, ["--actnn_config", file.name])
+        return examples.run(task, key.seed, data, ["--actnn_config", file.name], launcher)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -240,13 +240,18 @@ def main() -> None:
         todo = [key for key in todo if options.again or str(key) not in published]
     kept = not options.short and (options.keep or not own)
     found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     with Progress(len(todo)) as progress, ThreadPoolExecutor(options.jobs) as pool:
 
         def one(key: Key) -> None:
             progress.say(str(key))
-            found[str(key)] = run = trained(key, Path(options.data), options.short)
-            if kept:
-                keep(key, run)
+            try:
+                found[str(key)] = run = trained(key, Path(options.data), options.short)
+            except RuntimeError as error:
+                failed[str(key)] = str(error)
+            else:
+                if kept:
+                    keep(key, run)
             progress.advance()
 
         list(pool.map(one, todo))
@@ -256,6 +261,9 @@ def main() -> None:
             print("\n".join(["", "now:", *table(of_task, task)]))
         if any(key.startswith(f"{task}/") for key in published):
             print("\n".join(["", "published:", *table(published, task, options.level or SCHEMES)]))
+    for name, error in failed.items():
+        print(f"\n{name} failed:\n{error}", file=sys.stderr)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
