@@ -237,8 +237,9 @@ def main() -> None:
     else:
         todo = [key for key in grid() if not options.task or key.task in options.task]
         todo = [key for key in todo if options.seeds is None or key.seed < options.seeds]
-        todo = [key for key in todo if options.again or str(key) not in published]
     kept = not options.short and (options.keep or not own)
+    if kept and not options.again:
+        todo = [key for key in todo if str(key) not in published]
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
     with Progress(len(todo)) as progress, ThreadPoolExecutor(options.jobs) as pool:
