@@ -11,7 +11,7 @@ from torch import nn
 from hf_actnn import nn as _counterparts  # noqa: F401  the registry is filled by importing it
 from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ConversionError, message
-from hf_actnn.nn.mixin import Member, join, leave, membership
+from hf_actnn.nn.mixin import Member, check_forward, join, leave, membership
 from hf_actnn.nn.registry import KINDS, kind_of
 from hf_actnn.precision.controller import Controller
 from hf_actnn.saving.policy import policies
@@ -149,6 +149,7 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(_not_a_module(model))
     for path, module in model.named_modules():
+        check_forward(module, path or type(model).__name__)
         if (
             isinstance(module, torch._dynamo.OptimizedModule)
             or getattr(module, "_compiled_call_impl", None) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import types
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hf_actnn.config import ActNNConfig
+from hf_actnn.errors import ConversionError, message
 from hf_actnn.saving import compiled, scope
 from hf_actnn.saving.policy import Policy, policies
 from hf_actnn.saving.session import Session
@@ -62,6 +64,8 @@ class Compressed:
                 return forward(*args, **kwargs)
             finally:
                 current.places.pop()
+        if "forward" in self.__dict__:
+            check_forward(self, type(self).__name__)
         if not self.training or scope.leaves_alone(member.session) or compiled.is_running_for_compiler():  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
         scope.check_can_open()
@@ -71,7 +75,8 @@ class Compressed:
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As in :class:`torch.nn.Module`; the graph begins with this module's mark."""
-        self._compiled_call_impl = torch.compile(self._marked_call, *args, **kwargs)
+        marked = types.MethodType(_marked_call_of(type(self)), self)
+        self._compiled_call_impl = torch.compile(marked, *args, **kwargs)
 
     def _marked_call(self, *args: Any, **kwargs: Any) -> Any:
         return _traced(self, self.__dict__.get(ATTRIBUTE), self._call_impl, args, kwargs)  # type: ignore[attr-defined]
@@ -87,6 +92,20 @@ class Compressed:
             return reduced
         # The made class has no importable name of its own: name the original, and make the counterpart when loading.
         return (_new, (made, *reduced[1][1:]), *reduced[2:])
+
+
+def check_forward(module: Any, where: str) -> None:
+    """Raise where a module's forward was compiled by itself: the tracer would follow our own code from within."""
+    if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+        raise ConversionError(
+            message(
+                "the forward method of a converted model is compiled by itself",
+                where=where,
+                expected="model.compile(), or torch.compile(model)",
+                received="model.forward = torch.compile(model.forward)",
+                next_step="Convert the model as it was, and compile it as a whole or block by block",
+            )
+        )
 
 
 @lru_cache(maxsize=256)
@@ -117,6 +136,8 @@ def _new(original: type, *args: Any) -> Any:
 
 
 _numbers = itertools.count(1)
+_numbers_of_code = itertools.count(1)
+_marked: dict[type, Any] = {}
 _made: dict[type, type] = {}  # for good: a counterpart refers to its original, so a weak key would never die
 
 
@@ -134,10 +155,28 @@ def counterpart(original: type[nn.Module]) -> Any:
             "__doc__": original.__doc__,
             "_actnn_original": original,
             "__init__": _make_init(original),
+            "__call__": _with_code_of_its_own(Compressed.__call__, original),
         }
         metaclass: Any = type(original)
         made = _made[original] = metaclass(original.__name__, (Compressed, original), names)
     return made
+
+
+def _with_code_of_its_own(function: Any, cls: type) -> Any:
+    """A copy of a function for a class. Torch counts the graphs of one code object, and compiles no more beyond some:
+    classes that shared one would use up each other's."""
+    code = function.__code__
+    own = code.replace(co_consts=(*code.co_consts, f"for {cls.__qualname__} {next(_numbers_of_code)}"))
+    made = types.FunctionType(own, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__, made.__doc__ = function.__kwdefaults__, function.__doc__
+    made.__qualname__ = function.__qualname__
+    return made
+
+
+def _marked_call_of(cls: type) -> Any:
+    if cls not in _marked:
+        _marked[cls] = _with_code_of_its_own(Compressed._marked_call, cls)
+    return _marked[cls]
 
 
 def _make_init(original: type[nn.Module]) -> Any:
@@ -159,7 +198,7 @@ def join(module: nn.Module, member: Member) -> None:
             _join_beneath_parametrization(module)
         else:
             module.__class__ = counterpart(original)
-    module.__dict__[ATTRIBUTE] = member._replace(label=compiled.label(member.policy))
+    module.__dict__[ATTRIBUTE] = member._replace(label=compiled.label(member.policy, member.session))
 
 
 def _join_beneath_parametrization(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_actnn.saving.call import Call, exact, extra_nbytes
 from hf_actnn.saving.kept import Kept, Quantized, fills_its_memory
@@ -59,6 +60,13 @@ def hooks() -> tuple[Callable, Callable] | None:
     return (
         found if found is not None and getattr(found[0], "__module__", "") == torch.utils.checkpoint.__name__ else None
     )
+
+
+def is_selective() -> bool:
+    """Whether a checkpoint keeps the results of some operations, and counts all of them: the codec's would be among
+    them, in one of the two runs."""
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
+    return any(type(mode).__module__ == torch.utils.checkpoint.__name__ for mode in modes)
 
 
 def receiver() -> Callable[[Tensor], Any] | None:

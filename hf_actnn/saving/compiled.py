@@ -24,16 +24,25 @@ _library = torch.library.Library("hf_actnn", "FRAGMENT")
 _warned: set[str] = set()
 
 
-def label(policy: Policy) -> str:
-    """What a mark says of its module. The same for all modules of one policy, so that they share compiled code."""
+def label(policy: Policy, session: Session) -> str:
+    """What a mark says of its module. The same for all modules of one policy, so that they share compiled code; and
+    another for another seed, which is a constant of the code that is compiled, and may be kept on disk."""
     return json.dumps(
         {
+            "seed": [session.config.seed, session.number],
             "bits": None if policy.bits is None else policy.uniform,
             "exact_norms": policy.exact_norms,
             "group_size": policy.group_size,
             "min_numel": policy.min_numel,
         }
     )
+
+
+def of(text: str) -> Policy:
+    """The policy that a label speaks of."""
+    fields = json.loads(text)
+    del fields["seed"]
+    return Policy(**fields)
 
 
 def run_marked(session: str, policy: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -77,8 +86,9 @@ def _enter(session: str, policy: str) -> None:
             "a compiled graph keeps its activations uncompressed",
             where="torch.compile",
             expected='backend="inductor", and something to train in the graph',
-            received="a graph that was not divided into a forward and a backward one by inductor",
-            next_step="Leave `backend` out; where the graph is of frozen layers, nothing is lost",
+            received="a graph that was not divided into a forward and a backward one by inductor, or a module that a "
+            "graph break cuts in two",
+            next_step="Leave `backend` out, and look for graph breaks inside modules; of frozen layers nothing is lost",
         ),
     )
 

@@ -7,7 +7,6 @@ said which operations may run again, and then puts an operator of the codec on e
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from hf_actnn.codec import graphs, ops
 from hf_actnn.errors import message
-from hf_actnn.saving.compiled import ENTER, LEAVE, warn_of_checkpoint, warn_once
+from hf_actnn.saving.compiled import ENTER, LEAVE, of, warn_of_checkpoint, warn_once
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import fills_its_memory
 from hf_actnn.saving.policy import Policy
@@ -42,7 +41,9 @@ _PRODUCTS = "mm addmm bmm baddbmm linear matmul convolution mul add sub neg rsub
 _NORMS = """native_layer_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
  _native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional batch_norm
  cudnn_batch_norm native_group_norm _fused_rms_norm"""
-_SMOOTH = "gelu silu mish hardswish sigmoid tanh hardsigmoid elu softplus"
+#: Not elu and hardswish: taken apart, one formula is chosen where the bit is set, and it is bounded there alone. A code
+#: may lie on the other side.
+_SMOOTH = "gelu silu mish sigmoid tanh hardsigmoid softplus"
 _BRANCHES = "relu leaky_relu hardtanh threshold"
 _ATTENTION = """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
  _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"""
@@ -58,6 +59,9 @@ def _with_backward(*names: str) -> frozenset[str]:
 #: What may read codes: linear in them, or of a bounded derivative (see the rules of eager mode).
 CODABLE = _with_backward(_VIEWS, _PRODUCTS, _NORMS, _SMOOTH, _BRANCHES, _ATTENTION, _OTHER)
 _OF_NORMS, _OF_ATTENTION = _with_backward(_NORMS), _with_backward(_ATTENTION)
+#: What attention adds to its scores, by the names of the argument: exponentiated, and often as good as minus infinity.
+_ADDED = ("attn_mask", "attn_bias")
+_MAKERS = frozenset(["mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution"]) | _OF_NORMS | _OF_ATTENTION
 #: Among samples of images, groups may straddle pixels.
 _OF_IMAGES = _with_backward(
     "convolution max_pool2d_with_indices native_batch_norm _native_batch_norm_legit cudnn_batch_norm"
@@ -118,7 +122,7 @@ def read_marks(graph: fx.Graph) -> dict[fx.Node, Place]:
     for node in list(graph.nodes):
         if node.target is ENTER:
             session, policy = node.args
-            stack.append(Place(session, Policy(**json.loads(policy))))
+            stack.append(Place(session, of(policy)))
         elif node.target is LEAVE:
             del stack[-1:]  # its other end may lie in the graph before a break
         else:
@@ -192,7 +196,7 @@ class _Division:
         self.gradients = _descendants(gm.graph, _tangents(gm.graph))
         self.places = self._places_of_users(places)
         self.weights = self._from_weights_alone()
-        self.statistics = self._statistics()
+        self.exact = self._statistics() | self._added_to_scores()
         self.index = 0
 
     def run(self, divide: Any, joint_inputs: Sequence[object]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -238,9 +242,24 @@ class _Division:
                 found.setdefault((node.meta.get("seq_nr"), name_of(node)), {})[node.name] = value.numel()
         return {name for sizes in found.values() for name, size in sizes.items() if 2 * size <= max(sizes.values())}
 
+    def _added_to_scores(self) -> set[str]:
+        """Names of what attention adds to its scores, and of what that is made of, up to what a layer gives."""
+        found: set[fx.Node] = set()
+        waiting: list[fx.Node] = []
+        for node in self.graph.nodes:
+            if name_of(node) in _OF_ATTENTION:
+                waiting += [value for value in _arguments(node, _ADDED) if isinstance(value, fx.Node)]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                if name_of(node) not in _MAKERS:
+                    waiting += node.all_input_nodes
+        return {node.name for node in found}
+
     def _is_large(self, node: fx.Node) -> bool:
         place, value = self.places.get(node.name), _value(node)
-        if place is None or place.policy.bits is None or value is None or node.name in self.weights | self.statistics:
+        if place is None or place.policy.bits is None or value is None or node.name in self.weights | self.exact:
             return False
         return _has_sizes(value) and value.numel() >= max(place.policy.min_numel, 1)
 
@@ -410,13 +429,17 @@ def _is_received(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" not in str(node.target)
 
 
+def _arguments(node: fx.Node, wanted: Sequence[str]) -> list[Any]:
+    """What an operation is given under these names."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return [given[name] for name in wanted if name in given]
+
+
 def _statistics(node: fx.Node) -> list[fx.Node]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return [
-        value
-        for name, value in zip(names, node.args, strict=False)
-        if name in ("out", "logsumexp") and isinstance(value, fx.Node)
-    ]
+    return [value for value in _arguments(node, ("out", "logsumexp")) if isinstance(value, fx.Node)]
 
 
 def _row_length(value: Tensor, readers: list[fx.Node], policy: Policy) -> int:

@@ -138,12 +138,21 @@ class Scope:
                 if self.adaptation is not None and self.advance is None:
                     return self._adapting(self.adaptation, forward, args, kwargs)
                 with self._hooks, self._mode:
-                    return forward(*args, **kwargs)
+                    return self._called(forward, args, kwargs)
         finally:
             _thread.scope = None
             self.places.pop()
             self.session.observed(self._notes, self._again)
             self._close()
+
+    def _called(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            # Of a part that was interrupted no hook runs behind it.
+            while _thread.pauses and _thread.scope is not self:
+                _thread.pauses.pop().__exit__(None, None, None)
+            raise
 
     def _adapting(self, adaptation: Adaptation, forward: Callable, args: tuple, kwargs: dict) -> Any:
         self.samples = batch_size(args, kwargs, getattr(self.root, "main_input_name", ""))
@@ -152,7 +161,7 @@ class Scope:
             self.tape = tape or Tape(seed_of(self.seed, adaptation.steps))
         try:
             with self._hooks, self._mode:
-                out = forward(*args, **kwargs)
+                out = self._called(forward, args, kwargs)
         except BaseException:
             adaptation.failed()
             raise
@@ -576,7 +585,8 @@ def _suspend(module: torch.nn.Module, args: Any) -> None:
 
 
 def _resume(module: torch.nn.Module, args: Any, output: Any) -> None:
-    _thread.pauses.pop().__exit__(None, None, None)
+    if _thread.pauses:  # there is none where a hook before ours has raised
+        _thread.pauses.pop().__exit__(None, None, None)
 
 
 def check_can_open() -> None:
@@ -595,6 +605,6 @@ def check_can_open() -> None:
 def leaves_alone(session: Session) -> bool:
     """Whether a checkpoint is what sees saved tensors here: while it runs its function for the first time nothing is
     held, and when it does so again nothing is coded unless it was asked for."""
-    if session.config.effective_recompute_bits is None:
+    if session.config.effective_recompute_bits is None or boundaries.is_selective():
         return boundaries.hooks() is not None or boundaries.is_recomputing()
     return boundaries.hooks() is not None and boundaries.receiver() is None

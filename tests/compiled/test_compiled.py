@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 import hf_actnn
 from hf_actnn.codec import graphs
-from hf_actnn.saving import compiled
+from hf_actnn.errors import ConversionError
+from hf_actnn.saving import compiled, scope
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
@@ -284,3 +285,107 @@ def test_checkpoints_in_a_graph_are_said_not_to_be_followed_and_gradients_stay_r
         torch.compile(model)(x).square().mean().backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+class Masked(nn.Module):
+    """Attention with something added to its scores, or left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x, mask):
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(n, tokens, 64))
+
+
+def test_what_attention_adds_to_its_scores_is_exact():
+    """It is exponentiated: coded, minus infinity makes a gradient nan, and -10,000 a finite and wrong one."""
+    torch.manual_seed(0)
+    plain, x = Masked(), torch.randn(8, 32, 64)
+    on = (torch.rand(8, 1, 32, 32) < 0.7) | torch.eye(32, dtype=torch.bool)
+    masks = [on, *(torch.zeros(on.shape).masked_fill(~on, low) for low in (-torch.inf, -1e4))]
+    masks.append(3 * torch.randn(on.shape))
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=1)
+    run = torch.compile(model)
+    for mask in masks:
+        found = []
+        for call, one in ((plain, plain), (run, model)):
+            one.zero_grad()
+            call(x, mask).square().mean().backward()
+            found.append(torch.cat([parameter.grad.flatten() for parameter in one.parameters()]))
+        exact, coded = found
+        assert 0 < float((coded - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("activation", [nn.ELU, nn.SELU, lambda: nn.CELU(0.5), nn.Hardswish], ids=str)
+def test_no_formula_is_read_on_the_wrong_side(activation):
+    """An exponential of a code on the other side of zero is bounded by nothing."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 128), activation(), nn.Linear(128, 8))
+    x = 20 * torch.randn(128, 64)
+    plain(x).mean().backward()
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=2, min_numel=1)
+    model.zero_grad()
+    torch.compile(model)(x).mean().backward()
+    exact, coded = (torch.cat([one.grad.flatten() for one in each.parameters()]) for each in (plain, model))
+    assert 0 < float((coded - exact).norm() / exact.norm()) < 1
+
+
+def test_another_seed_is_another_graph():
+    """Compiled code is kept on disk, and the seed is a constant in it."""
+    labels = set()
+    for seed in (0, 1):
+        model = hf_actnn.convert(nn.Sequential(nn.Linear(4, 4)), bits=2, seed=seed)
+        labels.add(model._actnn.label)
+        assert compiled.of(model._actnn.label).bits == 2
+    assert len(labels) == 2
+
+
+def test_every_class_has_code_of_its_own():
+    """Torch compiles a code object some times and no more: blocks of other classes must not use them up."""
+    calls = []
+    for kind in (nn.Linear, nn.Conv2d, Block, Tokens):
+        made = hf_actnn.convert(
+            nn.Sequential(kind(4, 4, 1) if kind is nn.Conv2d else kind(*[8] * (kind is nn.Linear) * 2))
+        )
+        calls.append(type(made[0]).__call__.__code__)
+        made[0].compile()
+        calls.append(made[0]._compiled_call_impl._torchdynamo_orig_callable.__func__.__code__)
+    assert len({id(code) for code in calls}) == len(set(calls)) == 8
+
+
+def test_a_forward_that_is_compiled_by_itself_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ConversionError, match="compiled by itself"):
+        hf_actnn.convert(model)
+    model = hf_actnn.convert(nn.Sequential(nn.Linear(8, 8)), bits=2)
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ConversionError, match="compiled by itself"):
+        model(torch.randn(4, 8, requires_grad=True))
+
+
+def test_a_compiled_part_that_is_interrupted_leaves_nothing_behind():
+    class Interrupted(nn.Module):
+        stop = True
+
+        def forward(self, x):
+            if self.stop:
+                raise KeyboardInterrupt
+            return 2 * x
+
+    part = Interrupted()
+    model = hf_actnn.convert(nn.Sequential(nn.Linear(64, 64), part, nn.GELU()), bits=4, min_numel=1)
+    model[1] = torch.compile(part, backend="eager")
+    x = torch.randn(64, 64)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert scope._thread.scope is None and not scope._thread.pauses
+    part.stop = False
+    torch._dynamo.reset()
+    with hf_actnn.track_memory(model) as memory:
+        model(x).sum().backward()
+    assert 0 < memory.saved_bytes < x.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -440,3 +441,30 @@ def test_switches_of_the_libraries(name, reentrant):
     # Of random weights: what flips the sign under a ReLU counts for more than in a trained model.
     assert cosine(results[1][1], results[0][1]) > (0.99 if "resnet" in name else 0.999)
     assert results[1][2] < 0.4 * results[0][2]
+
+
+@pytest.mark.parametrize("recompute_bits", ["exact", 8])
+def test_selective_checkpoints_are_left_alone(recompute_bits):
+    """They count the operations of both runs: a codec's would be in one of them alone."""
+    policy = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+
+    class Selective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(
+                lambda value: self.outer(nn.functional.gelu(self.inner(value))),
+                1.5 * x,
+                use_reentrant=False,
+                context_fn=functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy),
+            )
+
+    torch.manual_seed(0)
+    plain, x = Selective(), torch.randn(64, 64)
+    model = hf_actnn.convert(copy.deepcopy(plain), bits=8, min_numel=1, recompute_bits=recompute_bits)
+    for one in (plain, model):
+        one(x).square().mean().backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert float((a.grad - b.grad).norm() / b.grad.norm()) < 0.02
