@@ -320,7 +320,7 @@ def test_what_attention_adds_to_its_scores_is_exact():
         assert 0 < float((coded - exact).norm() / exact.norm()) < 0.02
 
 
-@pytest.mark.parametrize("activation", [nn.ELU, nn.SELU, lambda: nn.CELU(0.5), nn.Hardswish], ids=str)
+@pytest.mark.parametrize("activation", [nn.ELU, nn.SELU, nn.CELU, nn.Hardswish])
 def test_no_formula_is_read_on_the_wrong_side(activation):
     """An exponential of a code on the other side of zero is bounded by nothing."""
     torch.manual_seed(0)
