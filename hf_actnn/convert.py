@@ -149,7 +149,6 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(_not_a_module(model))
     for path, module in model.named_modules():
-        check_forward(module, path or type(model).__name__)
         if (
             isinstance(module, torch._dynamo.OptimizedModule)
             or getattr(module, "_compiled_call_impl", None) is not None
@@ -164,6 +163,7 @@ def _check_model(model: Any) -> None:
                     "original is model._orig_mod",
                 )
             )
+        check_forward(module, path or type(model).__name__)
     if not any(any(cls in KINDS for cls in type(module).__mro__) for module in model.modules()) and (
         not any(True for _ in model.parameters())
     ):

@@ -58,7 +58,7 @@ def test_the_first_page_names_all_others_and_makes_the_navigation():
     text = (ROOT / "docs" / "index.md").read_text()
     entries = docs_site.navigation(text)
     sections = {title: pages for entry in entries for title, pages in entry.items() if isinstance(pages, list)}
-    assert list(sections) == ["Tutorials", "How to", "Reference", "Explanation"]
+    assert list(sections) == ["Tutorials", "How to", "Reference", "Results", "Explanation"]
     named = [page for pages in sections.values() for entry in pages for page in entry.values()]
     named += [page for entry in entries for page in entry.values() if isinstance(page, str)]
     there = [path for ending in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(ending)]
