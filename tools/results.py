@@ -58,7 +58,8 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
                 continue
             mean, low, high = (100 * value for value in (found["difference"], *found["interval"]))
             if other == run.PLAIN:
-                said = "yes" if found["as_good"] else "**no**"
+                shown = low >= -100 * run.POINT
+                said = ("yes" if shown else "yes, within the noise") if found["as_good"] else "**no**"
             else:
                 said = "yes" if low > 0 else "**no**" if mean <= 0 else "yes, within the noise"
             rows.append([task, claim, str(found["pairs"]), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", said])
