@@ -142,3 +142,26 @@ def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):
     assert all(one[0].endswith("small.py") for one in calls[::2])
     assert not any("small.py" in part for one in calls[1::2] for part in one)
     assert sum(any("original.py" in part for part in one) for one in calls[::2]) == 4
+
+
+def test_variance_over_a_training(monkeypatch):
+    """Both ways are looked at on the same weights, and choosing bits costs no more of them."""
+    import fidelity
+    import variance
+
+    monkeypatch.setattr(variance, "COUNT", 2)
+    monkeypatch.setattr(variance, "BATCH", 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    found = variance.look(model, fidelity.Batches(images, torch.randint(0, 10, (32,)), 1), draws=4)
+    assert found["minibatch"] > 0
+    for way in variance.WAYS:
+        row = found[way]
+        assert row["average_bits"] <= 2.01
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.5)
+        assert sum(one["predicted"] for one in row["tensors"]) == pytest.approx(row["predicted"])
+    assert found["L3"]["predicted"] < found["2 bits"]["predicted"]

@@ -42,24 +42,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
 WAYS: dict[str, dict[str, Any]] = {"2 bits": {"bits": 2}, "L3": {"level": "L3", "update_interval": 1}}
 
 
-def minibatch(model: nn.Module, batches: fidelity.Batches) -> tuple[float, float]:
-    """Variance of one batch's gradient and the squared mean gradient, unbiased both, of :data:`COUNT` batches."""
-    grads = []
-    for _ in range(COUNT):
-        values, labels = batches(BATCH)
-        grads.append(fidelity.gradient(model, values, labels).double())
-    stacked = torch.stack(grads)
-    variance = float(stacked.var(0).sum())
-    return variance, float(stacked.mean(0).square().sum()) - variance / COUNT
-
-
 def look(model: nn.Module, batches: fidelity.Batches, draws: int) -> dict[str, Any]:
     """Both ways at these weights."""
     model = copy.deepcopy(model).train()
     values, labels = batches(BATCH)
-    squared = float(fidelity.gradient(model, values, labels).double().square().sum())
-    variance, _ = minibatch(model, batches)
-    found: dict[str, Any] = {"minibatch": variance / squared}
+    exact = fidelity.gradient(model, values, labels)
+    found: dict[str, Any] = {"minibatch": fidelity.minibatch_variance(model, batches, exact, BATCH, COUNT)}
     for way, fields in WAYS.items():
         hf_actnn.convert(model, **fields)
         controller = hf_actnn.controller(model)

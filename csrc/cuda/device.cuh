@@ -234,22 +234,7 @@ __device__ __forceinline__ uint4 vec_of_floats(const float (&y)[Vec<T>::kElement
   return make_uint4(word(0), word(V / 4), word(V / 2), word(3 * V / 4));
 }
 
-// Calls body with a value of the type that a floating dtype names.
-template <class Body>
-void with_float(int dtype, const Body& body) {
-  switch (dtype) {
-    case kFloat32:
-      return body(float());
-    case kFloat16:
-      return body(Half());
-    case kBFloat16:
-      return body(BFloat16());
-    default:
-      return body(double());
-  }
-}
-
-// The same for those of 32 bits or fewer.
+// Calls body with a value of the type that a floating dtype of 32 bits or fewer names.
 template <class Body>
 void with_narrow(int dtype, const Body& body) {
   switch (dtype) {
@@ -262,6 +247,13 @@ void with_narrow(int dtype, const Body& body) {
     default:
       throw std::invalid_argument("dtype " + std::to_string(dtype) + " where fp32, fp16 or bf16 is expected");
   }
+}
+
+// The same for all of them.
+template <class Body>
+void with_float(int dtype, const Body& body) {
+  if (dtype == kFloat64) return body(double());
+  with_narrow(dtype, body);
 }
 
 inline bool aligned(const void* p, int bytes) { return (uintptr_t)p % (uintptr_t)bytes == 0; }

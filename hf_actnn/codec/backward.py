@@ -65,7 +65,7 @@ def activation_backward(function: Any, grad: Tensor, packed: PackedTensor, appro
         Flat; None where there is no such kernel, as on a CPU.
     """
     number = FUNCTIONS.get((_NAMES.get(function, ""), approximate))
-    kernels = ops._direct(grad) if grad.is_cuda and packed.patch is None and packed.code == "uniform" else None
+    kernels = ops._direct(grad) if grad.is_cuda and packed.is_uniform else None
     if number is None or kernels is None:
         return None
     out = torch.empty_like(grad)

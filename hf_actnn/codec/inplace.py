@@ -6,6 +6,7 @@ costs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,12 +65,12 @@ def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     Returns:
         ``values``, changed in place.
     """
-    channels, inner = values.shape[1], _inner(values)
-    kernels = _kernels(values, scale, shift) if inner else None
+    channels, side_by_side = values.shape[1], inner(values.shape, values.stride())
+    kernels = _kernels(values, scale, shift) if side_by_side else None
     if kernels is None:
         view = (1, channels) + (1,) * (values.dim() - 2)
         return values.mul_(scale.view(view)).add_(shift.view(view))
-    cut = (values.numel(), channels, inner, scale.data_ptr(), shift.data_ptr())
+    cut = (values.numel(), channels, side_by_side, scale.data_ptr(), shift.data_ptr())
     if ops._on_cpu(values):
         kernels.affine(values.data_ptr(), *cut, torch.get_num_threads())
     else:
@@ -108,12 +109,22 @@ def normalize_(values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | No
     return values
 
 
-def _inner(values: Tensor) -> int:
-    """How many values of a channel lie side by side; 0 where storage has no such order, or nothing in it."""
-    if values.numel() == 0:
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of these sizes lies in memory as it is written, without gaps."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def inner(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many values of a channel, the second dimension, lie side by side, after them those of the next; 0 where there
+    is no such order, or nothing."""
+    if len(shape) < 2 or 0 in shape:
         return 0
-    if values.is_contiguous():
-        return values[0, 0].numel()
-    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
-        return 1
-    return 0
+    if is_contiguous(shape, stride):
+        return math.prod(shape[2:])
+    last = (0, *range(2, len(shape)), 1)
+    return 1 if is_contiguous(tuple(shape[i] for i in last), tuple(stride[i] for i in last)) else 0

@@ -131,10 +131,15 @@ class PackedTensor:
         return ops.plan(self.numel, self.row_length, 1, self.group_size)
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether all of it is in codes of equal steps, and no group is kept exact."""
+        return self.patch is None and self.code == "uniform"
+
+    @property
     def unit(self) -> int:
         """Elements of which :meth:`part` gives any number in a row: a row, or a sample where widths differ. 0 where
         there are only the values of the whole."""
-        if self.patch is not None or self.code != "uniform":
+        if not self.is_uniform:
             return 0
         return self.row_length if self.widths is None else self.numel // self.widths.numel()
 

@@ -6,7 +6,6 @@ torch's, compiled by another compiler. All return None where there is no such ke
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,23 +13,13 @@ from torch import Tensor
 
 from hf_actnn.codec import mixed, ops
 from hf_actnn.codec.backward import FUNCTIONS
-from hf_actnn.codec.inplace import NARROW, TOO_MANY
+from hf_actnn.codec.inplace import NARROW, TOO_MANY, inner, is_contiguous
 from hf_actnn.codec.packed import PackedTensor
-
-
-def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether a tensor of these sizes lies in memory as it is written, without gaps."""
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
 
 
 def may_be(packed: PackedTensor) -> bool:
     """Whether there can be kernels for this tensor, whose codes need not be at hand."""
-    plain = packed.patch is None and packed.code == "uniform" and packed.dtype in NARROW and packed.numel < TOO_MANY
+    plain = packed.is_uniform and packed.dtype in NARROW and packed.numel < TOO_MANY
     return plain and not ops._on_cpu(packed.codes)
 
 
@@ -54,10 +43,17 @@ def by_channel(
     Returns:
         Flat, in storage order.
     """
-    kernels, inner = _kernels(packed, scale, shift), _inner(packed)
-    if kernels is None or not inner:
+    kernels, side_by_side = _kernels(packed, scale, shift), inner(packed.shape, packed.stride)
+    if kernels is None or not side_by_side:
         return None
-    arguments = (scale.data_ptr(), shift.data_ptr(), scale.numel(), inner, 0 if mask is None else mask.data_ptr(), on)
+    arguments = (
+        scale.data_ptr(),
+        shift.data_ptr(),
+        scale.numel(),
+        side_by_side,
+        0 if mask is None else mask.data_ptr(),
+        on,
+    )
     return _made(kernels.rebuild_by_channel, packed, packed.dtype, *arguments)
 
 
@@ -104,17 +100,6 @@ def _kernels(packed: PackedTensor, *others: Tensor) -> Any:
         if one.dtype != torch.float32 or one.device != codes.device or not one.is_contiguous():
             return None
     return ops._direct(codes) if possible(packed) else None
-
-
-def _inner(packed: PackedTensor) -> int:
-    """How many values of a channel lie side by side, after them those of the next; 0 where there is no such order."""
-    shape, stride = packed.shape, packed.stride
-    if len(shape) < 2 or packed.numel == 0:
-        return 0
-    if is_contiguous(shape, stride):
-        return math.prod(shape[2:])
-    last = (0, *range(2, len(shape)), 1)
-    return 1 if is_contiguous(tuple(shape[i] for i in last), tuple(stride[i] for i in last)) else 0
 
 
 def _made(kernel: Any, packed: PackedTensor, dtype: torch.dtype, *arguments: Any) -> Tensor:

@@ -52,6 +52,8 @@ class Compressed:
             return _traced(self, member, forward, args, kwargs)
         if member is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if "forward" in self.__dict__:
+            check_forward(self, member.path or type(self).__name__)
         current = scope.current()
         if self._compiled_call_impl is not None:  # type: ignore[attr-defined]
             with scope.suspended(current):
@@ -64,8 +66,6 @@ class Compressed:
                 return forward(*args, **kwargs)
             finally:
                 current.places.pop()
-        if "forward" in self.__dict__:
-            check_forward(self, type(self).__name__)
         if not self.training or scope.leaves_alone(member.session) or compiled.is_running_for_compiler():  # type: ignore[attr-defined]
             return forward(*args, **kwargs)
         scope.check_can_open()

@@ -224,12 +224,7 @@ class Shim:
         dtype: torch.dtype,
     ) -> Tensor:
         places, fields, _ = cut(numel, bits, row_length, group_size)
-        buffers = [
-            places,
-            Buffer(codes.nbytes, bytes_of(codes), self.offset % 16),
-            Buffer(meta.nbytes, bytes_of(meta)),
-            self._out(numel, dtype),
-        ]
+        buffers = [*self._coded(codes, meta, places), self._out(numel, dtype)]
         return tensor(self.run("dequantize", buffers, dtype=ops._CODE[dtype], **fields)[0], dtype)
 
     def activation_backward(
@@ -243,13 +238,7 @@ class Shim:
         grad: Tensor,
     ) -> Tensor:
         places, fields, _ = cut(grad.numel(), bits, row_length, group_size)
-        buffers = [
-            places,
-            Buffer(codes.nbytes, bytes_of(codes), self.offset % 16),
-            Buffer(meta.nbytes, bytes_of(meta)),
-            self._of(grad),
-            self._out(grad.numel(), grad.dtype),
-        ]
+        buffers = [*self._coded(codes, meta, places), self._of(grad), self._out(grad.numel(), grad.dtype)]
         out = self.run("activation_backward", buffers, dtype=ops._CODE[grad.dtype], function=function, **fields)
         return tensor(out[0], grad.dtype)
 
