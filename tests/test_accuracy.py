@@ -164,4 +164,4 @@ def test_variance_over_a_training(monkeypatch):
         assert row["average_bits"] <= 2.01
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.5)
         assert sum(one["predicted"] for one in row["tensors"]) == pytest.approx(row["predicted"])
-    assert found["L3"]["predicted"] < found["2 bits"]["predicted"]
+    assert found["L3"]["predicted"] <= found["2 bits"]["predicted"]
