@@ -18,14 +18,16 @@ from hf_actnn.saving.kept import Quantized
 LABELS = 8
 
 
-def net() -> nn.Sequential:
-    """Five kept tensors of very different sensitivity, in groups whose codes fill whole bytes at any width."""
+def net(deeper: int = 0) -> nn.Sequential:
+    """Five kept tensors and ``deeper`` more, in groups whose codes fill whole bytes at any width."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()),
-        *(nn.Linear(512, 64), nn.GELU(), nn.Linear(64, LABELS)),
+        *(nn.Linear(512, 64), nn.GELU()),
+        *(layer for _ in range(deeper) for layer in (nn.Linear(64, 64), nn.GELU())),
+        nn.Linear(64, LABELS),
     ).train()
 
 
