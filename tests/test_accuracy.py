@@ -85,6 +85,7 @@ def test_every_save_is_coded_for_itself(net):
     groups = [-(-n // 256) for n in (3 * 144, 16 * 144, 16 * 144, 8)]
     codes = 16 * (3 * 144 + 2 * 16 * 144 + 8) * 2 // 8
     assert scheme.nbytes == codes + 4 * 16 * sum(groups) + 16 * 8 * 100 // 8
+    assert scheme.bytes_per_sample == scheme.nbytes / 16
 
 
 def test_bits_are_chosen_within_the_average_and_lower_the_error(net):
@@ -116,7 +117,7 @@ def test_the_grid_has_every_cell_once():
 def test_pairs_are_compared_by_seed():
     """Differences of 1, 2 and 3 points: mean 2, standard error 1/sqrt(3); Student's 4.303 of them on either side."""
     runs = {
-        f"cifar10-vit/{scheme}/{seed}": {"score": score}
+        f"cifar10-vit/{scheme}/{seed}": {"score": score, "losses": [9.0] * 3 + [1 + 10 * (0.7 - score)]}
         for scheme, values in {run.PLAIN: (0.5, 0.6, 0.7), "L3": (0.49, 0.58, 0.67)}.items()
         for seed, score in enumerate(values)
     }
@@ -124,7 +125,27 @@ def test_pairs_are_compared_by_seed():
     assert found["difference"] == pytest.approx(-0.02)
     assert found["interval"] == pytest.approx([-0.02 - 0.04303 / 3**0.5, -0.02 + 0.04303 / 3**0.5])
     assert not found["as_good"]
-    assert "| L3 | 3 | 58.0 ± 9.0 | -2.0 (-4.5 to +0.5) |" in run.line(runs, "cifar10-vit", "L3")
+    assert run.line(runs, "cifar10-vit", "L3").startswith("| L3 | 3 | 58.0 ± 9.0 | -2.0 (-4.5 to +0.5) | +")
+
+
+def test_losses_and_bytes_are_those_of_the_same_task():
+    """A tenth more at the end of one seed, three tenths at that of the other: a fifth, and a tenth of error."""
+
+    def one(last, **more):
+        return {"score": 0.5, "losses": [9.0] * 6 + [last - 0.1, last + 0.1], **more}
+
+    runs = {
+        **{f"cifar10-vit/{run.PLAIN}/{seed}": one(1.0) for seed in range(3)},
+        "cifar10-vit/L3/0": one(1.1, actnn_ratio=10.0, actnn_bytes_per_sample=50.0),
+        "cifar10-vit/L3/1": one(1.3, actnn_ratio=10.0, actnn_bytes_per_sample=50.0),
+        "cifar10-vit/original-2/1": one(2.0, actnn_bytes_per_sample=125.0),
+        "cifar10-resnet/original-2/0": one(2.0, actnn_bytes_per_sample=125.0),
+    }
+    assert run.loss(runs, "cifar10-vit", "L3") == pytest.approx((0.2, 0.1))
+    assert run.loss(runs, "cifar10-resnet", "original-2") is None
+    assert run.ratio(runs, "cifar10-vit", "original-2") == 4.0
+    assert run.ratio(runs, "cifar10-resnet", "original-2") is None
+    assert run.line(runs, "cifar10-vit", "L3").endswith("| +20.0 % ± 10.0 | 10.0x |")
 
 
 def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every python block in the README and the docs runs; every command in a bash block exists and takes its arguments."""
+"""Every python block in the README and the docs runs, and every command, as far as this machine can: `ELSEWHERE`."""
 
 from __future__ import annotations
 
@@ -196,6 +196,65 @@ def test_commands_run_the_scripts_that_a_page_writes(page, tmp_path, monkeypatch
             assert "hf_actnn" not in " ".join(command) or "times fewer bytes" in done.stderr, done.stderr
             ran += 1
     assert ran
+
+
+#: Commands that are not run by these tests, each with the reason.
+ELSEWHERE = {
+    r"make \w+": "the targets are what runs these tests, or do the same",
+    r"pip install .*": "tests/test_release.py installs, into an environment of its own",
+    r"python benchmarks/step_gpu.py( --models .*)?": "needs a GPU",
+    r"python benchmarks/max_batch.py --precision .*": "needs a GPU",
+    r"python benchmarks/max_batch.py --device cpu .*": "takes an hour; tests/test_max_batch.py runs it small",
+}
+#: The commands of the README and of docs/ that no other test runs.
+OTHERS = [
+    (page, words)
+    for page, words in COMMANDS
+    if (page == ROOT / "README.md" or ROOT / "docs" in page.parents)
+    and page not in PATHS
+    and not set(words) & set(written(page))
+    and not any(re.fullmatch(one, " ".join(words)) for one in ELSEWHERE)
+]
+
+
+def test_each_reason_not_to_run_a_command_is_one_of_a_command():
+    assert all(any(re.fullmatch(one, " ".join(words)) for _, words in COMMANDS) for one in ELSEWHERE)
+
+
+def pictures(folder: Path) -> None:
+    """CIFAR-10's files, with a few random pictures in them."""
+    datasets = pytest.importorskip("datasets")
+    numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    draw = numpy.random.default_rng(0)
+    rows = {
+        "image": [image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype="uint8")) for _ in range(40)],
+        "label": [number % 10 for number in range(40)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "words"), OTHERS, ids=[f"{name(page)}: {' '.join(w)[:60]}" for page, w in OTHERS])
+def test_commands_run(page, words, tmp_path):
+    """As they are written, in a folder with what the page says is there."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    for folder in ("examples", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for code, file in re.findall(
+        r"```python\n((?:(?!```).)*)```\n\nIn a file `(\w+\.py)`", page.read_text(), re.DOTALL
+    ):
+        (tmp_path / file).write_text(code)
+    if "DATA" in words:
+        pictures(tmp_path / "DATA" / "cifar10")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *STARTERS.get(words[0], []), *words[1 if words[0] in {*STARTERS, "python"} else 0 :]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize(

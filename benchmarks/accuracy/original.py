@@ -78,6 +78,7 @@ class Original:
 
     Attributes:
         nbytes: kept in the last forward pass, of what was coded.
+        bytes_per_sample: the same, of one sample, in the first forward pass.
     """
 
     def __init__(self, model: nn.Module, bits: float, adaptive: bool = False, seed: int = 0) -> None:
@@ -91,6 +92,7 @@ class Original:
         self._count = self._inside = 0
         self._now: tuple[str, float | None] = ("", None)
         self.nbytes = 0
+        self.bytes_per_sample: float | None = None
         for module in model.children():
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, always_call=True)
@@ -107,10 +109,12 @@ class Original:
         if self._adaptive and self._steps % INTERVAL == 1:
             self._choose()
         self._steps += 1
-        self._count, self.nbytes, self._saves = 0, 0, {}
+        self._count, self.nbytes, self._saves, self._samples = 0, 0, {}, 0
         own = {tensor.untyped_storage()._cdata for tensor in [*self._model.parameters(), *self._model.buffers()]}
         with _Watch(self), torch.autograd.graph.saved_tensors_hooks(lambda x: self._pack(x, own), _unpack):
             yield
+        if self.bytes_per_sample is None and self._samples:
+            self.bytes_per_sample = self.nbytes / self._samples
 
     # -- one tensor -----------------------------------------------------------------------------------------------
 
@@ -131,6 +135,7 @@ class Original:
             return _Mask(mask, torch.empty_like(x, device="meta"))
         index, self._count = self._count, self._count + 1
         samples, x = len(x), x.detach().contiguous()
+        self._samples = self._samples or samples
         row = x.numel() // max(samples, 1)
         if not row:
             return x
@@ -219,8 +224,8 @@ def _unpack(kept: Any) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.dequantize()
 
 
-def install(bits: float, adaptive: bool) -> None:
-    """Have transformers' Trainer compute losses of models in training under the scheme."""
+def install(bits: float, adaptive: bool) -> dict[int, Original]:
+    """Have transformers' Trainer compute losses of models in training under the scheme: that of each model."""
     from transformers import Trainer
 
     plain = Trainer.compute_loss
@@ -235,6 +240,7 @@ def install(bits: float, adaptive: bool) -> None:
             return plain(self, model, *args, **kwargs)
 
     Trainer.compute_loss = compute_loss
+    return schemes
 
 
 def main() -> None:
@@ -244,10 +250,12 @@ def main() -> None:
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    install(options.bits, options.adaptive)
+    schemes = install(options.bits, options.adaptive)
     sys.argv = [str(options.script), *options.arguments]
     sys.path.insert(0, str(options.script.parent.resolve()))
     runpy.run_path(str(options.script), run_name="__main__")
+    for scheme in schemes.values():
+        print({"actnn_bytes_per_sample": scheme.bytes_per_sample})
 
 
 if __name__ == "__main__":

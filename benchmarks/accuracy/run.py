@@ -184,13 +184,42 @@ def keep(key: Key, found: dict[str, Any]) -> None:
         timing.write("accuracy", {"compared": comparisons(runs), "runs": dict(sorted(runs.items()))})
 
 
+def ratio(runs: dict[str, Any], task: str, scheme: str) -> float | None:
+    """How many times fewer bytes a scheme keeps than plain training, on average over its runs that say."""
+    of_task = {key: run for key, run in runs.items() if key.startswith(f"{task}/")}
+    plain = [run["actnn_ratio"] * run["actnn_bytes_per_sample"] for run in of_task.values() if "actnn_ratio" in run]
+    kept = [
+        run["actnn_bytes_per_sample"]
+        for key, run in of_task.items()
+        if key.startswith(f"{task}/{scheme}/") and "actnn_bytes_per_sample" in run
+    ]
+    return statistics.median(plain) / statistics.mean(kept) if plain and kept else None
+
+
+def loss(runs: dict[str, Any], task: str, scheme: str) -> tuple[float, float] | None:
+    """The training loss of the last quarter over that of uncompressed runs of the same seeds, less one: mean, standard
+    error. Both see the same batches, so it scatters far less than the score."""
+    pairs = [
+        (run, runs[other])
+        for key, run in runs.items()
+        if key.startswith(f"{task}/{scheme}/") and (other := str(Key(task, PLAIN, int(key.split("/")[-1])))) in runs
+    ]
+    over = [_last(run["losses"]) / _last(other["losses"]) - 1 for run, other in pairs]
+    if not over:
+        return None
+    return statistics.mean(over), statistics.stdev(over) / math.sqrt(len(over)) if len(over) > 1 else math.nan
+
+
+def _last(losses: list[float]) -> float:
+    return statistics.mean(losses[-max(1, len(losses) // 4) :])
+
+
 def line(runs: dict[str, Any], task: str, scheme: str) -> str:
     """A row of a table in Markdown, per cent."""
     values = scores(runs, task, scheme)
     spread = f" ± {100 * statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
     found = compared(runs, task, scheme) if scheme != PLAIN else None
-    of_scheme = [run for key, run in runs.items() if key.startswith(f"{task}/{scheme}/")]
-    less = [run["actnn_ratio"] for run in of_scheme if "actnn_ratio" in run]
+    less, more = ratio(runs, task, scheme), loss(runs, task, scheme) if scheme != PLAIN else None
     cells = [
         SCHEMES[scheme].title,
         str(len(values)),
@@ -200,7 +229,8 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
         else "{:+.1f} ({:+.1f} to {:+.1f})".format(
             *(100 * value for value in (found["difference"], *found["interval"]))
         ),
-        f"{statistics.mean(less):.1f}x" if less else "",
+        "" if more is None else f"{100 * more[0]:+.1f} %" + (f" ± {100 * more[1]:.1f}" if more[1] == more[1] else ""),
+        f"{less:.1f}x" if less else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -209,8 +239,10 @@ def table(runs: dict[str, Any], task: str, schemes: Iterable[str] = SCHEMES) -> 
     """Of one task."""
     rows = [line(runs, task, scheme) for scheme in schemes if scores(runs, task, scheme)]
     score = TASKS[task].score
-    head = f"| {task} | seeds | {score}, mean ± deviation | to uncompressed, 95 % interval | fewer bytes |"
-    return [head, "|---|---|---|---|---|", *rows]
+    head = (
+        f"| {task} | seeds | {score}, mean ± deviation | to uncompressed, 95 % interval | training loss | fewer bytes |"
+    )
+    return [head, "|---|---|---|---|---|---|", *rows]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
