@@ -66,11 +66,11 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
-	for file in benchmarks/*.py; do \
+	failed=; for file in benchmarks/*.py; do \
 	  grep -q '__main__' $$file || continue; \
 	  if grep -q '"--device"' $$file; then echo "== $$file: left out, docs/gpu.md says how to run it"; continue; fi; \
-	  echo "== $$file"; $(PYTHON) $$file; \
-	done
+	  echo "== $$file"; $(PYTHON) $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "== did not end well:$$failed"; exit 1; }
 
 versions: constraints.txt  ## tests of the integrations with the oldest transformers, accelerate and timm that are allowed
 	test -x $(LOWEST)/bin/python || $(SYSTEM_PYTHON) -m venv $(LOWEST)

@@ -1,0 +1,49 @@
+"""The benchmark of all ways to train on a CPU, tried on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+pytest.importorskip("timm")
+import front
+import timing
+
+if not Path("/proc/self/statm").exists():
+    pytest.skip("reads resident sets from /proc", allow_module_level=True)
+
+
+def test_points_are_measured_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(front, "MODELS", {"tiny": front.Model("test_resnet", 12)})
+    monkeypatch.setattr(front, "RESULTS", tmp_path / "results" / "front.json")
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    monkeypatch.setattr(sys, "argv", ["front.py", "--models", "tiny", "--ways", "plain", "L2", "--rounds", "1"])
+    front.main()
+    found = json.loads(front.RESULTS.read_text())["models"]["tiny"]["ways"]
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert found["L2"]["peak_per_image"] < found["plain"]["peak_per_image"]
+    assert 5 * found["L2"]["kept_per_image"] < found["plain"]["kept_per_image"]
+    assert found["L2"]["seconds_per_image"] > 0
+    before = front.RESULTS.read_text()
+    front.main()  # nothing is missing
+    assert front.RESULTS.read_text() == before
+    monkeypatch.setattr(sys, "argv", ["front.py", "--models", "tiny", "--ways", "L3", "--rounds", "1"])
+    front.main()
+    ways = json.loads(front.RESULTS.read_text())["models"]["tiny"]["ways"]
+    assert ways["plain"] == found["plain"] and ways["L3"]["status"] == "ok"
+
+
+def test_a_way_that_cannot_be_is_written_down():
+    found = front.child("test_resnet", "no level", 2)
+    assert found["status"] in ("refused", "error") and "no level" in found["error"]
+
+
+@pytest.mark.parametrize(("name", "millions"), [("segformer", 3.8), ("detr", 41.5)])
+def test_models_of_hugging_face_are_the_published_ones(name, millions):
+    pytest.importorskip("transformers")
+    count = sum(parameter.numel() for parameter in getattr(front, name)().parameters())
+    assert count == pytest.approx(millions * 1e6, rel=0.02)
