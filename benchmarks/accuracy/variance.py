@@ -3,12 +3,17 @@
     python benchmarks/accuracy/variance.py --data path/to/cifar10 [--models resnet20 vit] [--draws 8]
 
 `--data` is a folder with CIFAR-10's train.parquet (default: $HF_ACTNN_DATA/cifar10). A model is trained uncompressed;
-at some of its steps the weights are taken as they are then, and a copy is converted: with 2 bits everywhere, and at L3,
-which chooses bits of 2 on average in two measured steps. For both, what `variance_report` predicts from one backward
-pass stands beside Monte Carlo over draws of the rounding, for all kept tensors together and for each by itself. The
-mini-batch's variance is measured between batches, beside what the report tells from one.
+at some of its steps the weights are taken as they are then, and a copy is converted: with 2 bits everywhere; at L3,
+which chooses 2 bits on average; and with `bits="auto"`. Bits are chosen at these weights, over batches of their own.
+What `variance_report` predicts from one backward pass stands beside Monte Carlo over draws of the rounding, for all
+kept tensors together and for each by itself, relative to the squared gradient of the batch. The mini-batch's variance
+is measured between batches, beside what the report tells from one.
 
-Everything is relative to the squared gradient of the batch. Writes benchmarks/results/variance.json as it goes on.
+`shares` are by parameter, over some batches: the variance that quantisation adds over the variance that the drawing of
+the batch gives the exact gradient; their mean, the largest, and all added variance over all of the mini-batch's.
+Parameters whose gradient is nothing but rounding errors are left out of the first two.
+
+Writes benchmarks/results/variance.json as it goes on.
 """
 
 from __future__ import annotations
@@ -39,25 +44,57 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "resnet20": (lambda: resnet20(num_classes=10), 2e-3),
     "vit": (lambda: fidelity.vit(128, 4, 4), 1e-3),
 }
-WAYS: dict[str, dict[str, Any]] = {"2 bits": {"bits": 2}, "L3": {"level": "L3", "update_interval": 1}}
+#: Of the steps at the same weights in which bits are chosen, the last being one that does.
+INTERVAL, CHOOSING = 10, 21
+WAYS: dict[str, dict[str, Any]] = {
+    "2 bits": {"bits": 2},
+    "L3": {"level": "L3", "update_interval": INTERVAL},
+    "auto": {"bits": "auto", "update_interval": INTERVAL},
+}
+#: A parameter's variance per value is above this share of the median, or it is rounding errors.
+ALIVE = 1e-6
+
+
+def shares(exact: nn.Module, compressed: nn.Module, batches: fidelity.Batches) -> dict[str, Any]:
+    """By parameter: see above."""
+    drawn = [batches(BATCH) for _ in range(COUNT)]
+    true = torch.stack([fidelity.gradient(exact, *batch) for batch in drawn]).double()
+    found = torch.stack([fidelity.gradient(compressed, *batch) for batch in drawn]).double()
+    sizes = [parameter.numel() for parameter in exact.parameters()]
+    names = [name for name, _ in exact.named_parameters()]
+    own = torch.stack([part.sum() for part in true.var(0).split(sizes)])
+    added = torch.stack([part.sum() for part in (found - true).square().mean(0).split(sizes)])
+    per_value = own / torch.tensor(sizes)
+    alive = per_value > ALIVE * per_value.median()
+    share = added[alive] / own[alive]
+    kept = [name for name, one in zip(names, alive.tolist(), strict=True) if one]
+    return {
+        "mean": share.mean().item(),
+        "largest": share.max().item(),
+        "parameter": kept[int(share.argmax())],
+        "of_sum": (added.sum() / own.sum()).item(),
+    }
 
 
 def look(model: nn.Module, batches: fidelity.Batches, draws: int) -> dict[str, Any]:
-    """Both ways at these weights."""
+    """All ways at these weights."""
     model = copy.deepcopy(model).train()
     values, labels = batches(BATCH)
     exact = fidelity.gradient(model, values, labels)
     found: dict[str, Any] = {"minibatch": fidelity.minibatch_variance(model, batches, exact, BATCH, COUNT)}
+    untouched = copy.deepcopy(model)
     for way, fields in WAYS.items():
         hf_actnn.convert(model, **fields)
         controller = hf_actnn.controller(model)
+        for _ in range(CHOOSING if controller.adaptive else 0):
+            fidelity.gradient(model, *batches(BATCH))
+            controller.step()
+        controller.active = False
+        by_parameter = shares(untouched, model, batches)
 
         def step() -> None:
             F.cross_entropy(model(values), labels).backward()
 
-        for _ in range(2):
-            step()
-            controller.step()
         model.zero_grad()
         report = hf_actnn.variance_report(model, step, draws=draws)
         found[way] = {
@@ -65,6 +102,7 @@ def look(model: nn.Module, batches: fidelity.Batches, draws: int) -> dict[str, A
             "measured": report.measured,
             "standard_error": report.standard_error,
             "minibatch_predicted": report.minibatch,
+            "shares": by_parameter,
             "average_bits": sum(8 * row.nbytes for row in report.rows)
             / sum(8 * row.nbytes / row.bits for row in report.rows),
             "tensors": [row._asdict() for row in report.rows],
@@ -86,11 +124,8 @@ def study(name: str, images: Tensor, labels: Tensor, draws: int, save: Callable[
         if step in AT:
             steps[str(step)] = {"loss": loss.item(), **look(model, fidelity.Batches(images, labels, 2 + step), draws)}
             save(steps)
-            both = {way: round(steps[str(step)][way]["measured"], 4) for way in WAYS}
-            print(
-                f"{name}, step {step}: loss {loss.item():.3f}, mini-batch {steps[str(step)]['minibatch']:.3f}, {both}",
-                flush=True,
-            )
+            mean = {way: round(steps[str(step)][way]["shares"]["mean"], 4) for way in WAYS}
+            print(f"{name}, step {step}: loss {loss.item():.3f}, mean shares {mean}", flush=True)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
