@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -226,48 +226,99 @@ def gpu_steps(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), *source("step_gpu", "python benchmarks/step_gpu.py", machine, more)]
 
 
-def beaten(steps: dict[str, Any] | None) -> list[str]:
-    """Where something else lies at both less memory and less time than each of our levels: said first."""
-    if steps is None:
-        return []
+def over(points: dict[str, tuple[float, float]], others: Iterable[str], model: str) -> list[str]:
+    """Which of other people's ways lie at both less memory and less time than a level of ours, in words.
+
+    Args:
+        points: way -> memory and time.
+    """
+    theirs = [way for way in others if way in points]
+    ours = [way for way in points if way not in theirs]
     found = []
-    for model, row in steps["models"].items():
-        seconds = {way: statistics.median(values) for way, values in row["seconds"].items()}
-        peaks = {way: row["methods"][way]["allocated"] for way in seconds}
-        ours = [way for way in seconds if way not in ("plain", "checkpoint")]
-        for other in ("plain", "checkpoint"):
-            better = [way for way in ours if seconds[other] < seconds[way] and peaks[other] < peaks[way]]
-            if ours and len(better) == len(ours):
-                found.append(f"{other} on {model}")
-            elif better:
-                found.append(f"{other} on {model}, against {', '.join(better)}")
-        slow = {way: statistics.median(values) for way, values in row.get("slow", {}).items()}
-        of = {way: row["slow_methods"][way].get("allocated") for way in slow}
-        both = {"L4", "save_on_cpu"} <= slow.keys() and None not in of.values()
-        if both and slow["save_on_cpu"] < slow["L4"] and of["save_on_cpu"] < of["L4"]:
-            found.append(f"save_on_cpu on {model} at a batch of {row['slow_batch']}, against L4")
-    if not found:
-        return [
-            "On the GPU measured neither plain training nor checkpointing lies at both less memory and less time than "
-            "a level of ours.",
-            "",
+    for other in theirs:
+        better = [
+            way for way in ours if all(mine > their for mine, their in zip(points[way], points[other], strict=True))
         ]
-    return [
-        f"**At both less memory and less time than a level of ours, on the GPU measured:** {'; '.join(found)}.",
-        "",
-    ]
+        if better:
+            all_of_them = len(better) == len(ours)
+            found.append(f"{other} on {model}" + ("" if all_of_them else f", against {', '.join(better)}"))
+    return found
+
+
+def beaten(steps: dict[str, Any] | None, cpu: dict[str, Any] | None) -> list[str]:
+    """Where something else lies at both less memory and less time than levels of ours: said first."""
+    lines = []
+    if steps is not None:
+        found = []
+        for model, row in steps["models"].items():
+            seconds = {way: statistics.median(values) for way, values in row["seconds"].items()}
+            points = {way: (row["methods"][way]["allocated"], seconds[way]) for way in seconds}
+            found += over(points, ("plain", "checkpoint"), model)
+            slow = {way: statistics.median(values) for way, values in row.get("slow", {}).items()}
+            slow_points = {way: (row["slow_methods"][way].get("allocated"), slow[way]) for way in slow}
+            if {"L4", "save_on_cpu"} <= slow.keys() and all(memory for memory, _ in slow_points.values()):
+                worse = over(slow_points, ("save_on_cpu",), f"{model} at a batch of {row['slow_batch']}")
+                found += [f"{one}, against L4" for one in worse]  # the only level that took turns with it
+        lines += sentence("GPU", "neither plain training nor checkpointing", found)
+    if cpu is not None:
+        import front
+
+        found = [text for model, row in cpu["models"].items() for text in over(cpu_points(row), front.OTHERS, model)]
+        lines += sentence("CPU", "nothing", found)
+    return lines
+
+
+def sentence(where: str, nothing: str, found: list[str]) -> list[str]:
+    """A paragraph of what was found."""
+    if not found:
+        return [f"On the {where} measured {nothing} lies at both less memory and less time than a level of ours.", ""]
+    said = "; ".join(found)
+    return [f"**At both less memory and less time than a level of ours, on the {where} measured:** {said}.", ""]
+
+
+def cpu_points(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Way -> bytes of the peak per image, and seconds, of those that could be."""
+    found = {way: one for way, one in row["ways"].items() if one["status"] == "ok"}
+    return {way: (one["peak_per_image"], one["seconds_per_image"]) for way, one in found.items()}
+
+
+def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
+    """Every way to train a model on a CPU."""
+    lines = []
+    for model, row in results["models"].items():
+        rows, points = [], cpu_points(row)
+        for way, one in row["ways"].items():
+            if way not in points:
+                reason = " ".join(one.get("error", "").split())[:90]
+                rows.append([way, f"{one['status']}: {reason}", "", ""])
+                continue
+            memory, seconds = points[way]
+            time = f"{seconds / points['plain'][1]:.2f}"
+            rows.append([way, megabytes(one.get("kept_per_image")), megabytes(memory), time])
+        lines += [f"### {model}, batches to {row['batch']}", ""]
+        lines += [*table(["way", "kept, MB per image", "peak, MB per image", "time / plain"], rows), ""]
+    lines += source("front", "python benchmarks/front.py", next(iter(results["models"].values()))["environment"])
+    if pictures:
+        import front
+
+        draw({model: cpu_points(row) for model, row in results["models"].items()}, front.OTHERS, "MB", "front-cpu.svg")
+    if (PAGES / "front-cpu.svg").exists():
+        lines += ["![Time against peak memory of each way, a panel for each model](front-cpu.svg)", ""]
+    return lines
 
 
 def speed(pictures: bool) -> list[str]:
     """The page of memory and time."""
-    memory, step, steps = load("memory"), load("step"), load("step_gpu")
-    lines = ["# Memory and speed", "", *beaten(steps)]
+    memory, step, steps, cpu = load("memory"), load("step"), load("step_gpu"), load("front")
+    lines = ["# Memory and speed", "", *beaten(steps, cpu)]
     lines += [
         "What each table counts is said in the file that made it. Peaks are of the whole process, or of the device.",
         "",
     ]
     if memory and step:
         lines += ["## On a CPU", "", *cpu_models(memory, step)]
+    if cpu:
+        lines += ["## Every way to train, on a CPU", "", *cpu_front(cpu, pictures)]
     for title, name, made in (
         ("Gradient checkpointing, on a CPU", "checkpointing", cpu_checkpointing),
         ("torch.compile, on a CPU", "compiled", cpu_compiled),
@@ -277,42 +328,124 @@ def speed(pictures: bool) -> list[str]:
         if results is not None:
             lines += [f"## {title}", "", *made(results)]
     if pictures and steps is not None:
-        draw_front(steps, PAGES / "front.svg")
+        seconds = {
+            model: {way: statistics.median(values) for way, values in row["seconds"].items()}
+            for model, row in steps["models"].items()
+        }
+        points = {
+            model: {way: (row["methods"][way]["allocated"], seconds[model][way]) for way in seconds[model]}
+            for model, row in steps["models"].items()
+        }
+        draw(points, ("plain", "checkpoint"), "GiB", "front.svg")
     if (PAGES / "front.svg").exists():
         lines += ["![Time against peak memory of each way, a panel for each model](front.svg)"]
     return lines
 
 
-def draw_front(results: dict[str, Any], path: Path) -> None:
-    """Time against peak memory, and the ways that nothing beats in both."""
+def draw(models: dict[str, dict[str, tuple[float, float]]], others: Iterable[str], unit: str, name: str) -> None:
+    """Time against peak memory, a panel for each model, and the ways that nothing beats in both.
+
+    Args:
+        models: model -> way -> bytes and seconds.
+        unit: MB or GiB.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "hf_actnn"
     import matplotlib.pyplot as plt
 
-    models = results["models"]
-    figure, panels = plt.subplots(1, len(models), figsize=(3.2 * len(models), 3), squeeze=False)
-    for axes, (model, row) in zip(panels[0], models.items(), strict=True):
-        seconds = {way: statistics.median(values) for way, values in row["seconds"].items()}
-        at = {way: (row["methods"][way]["allocated"] / 2**30, seconds[way] / seconds["plain"]) for way in seconds}
+    columns = min(4, len(models))
+    rows = -(-len(models) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
+    size = {"MB": 1e6, "GiB": 2**30}[unit]
+    for axes in panels.flat[len(models) :]:
+        axes.set_visible(False)
+    for axes, (model, points) in zip(panels.flat, models.items(), strict=False):
+        at = {way: (memory / size, seconds / points["plain"][1]) for way, (memory, seconds) in points.items()}
         front = sorted(p for p in at.values() if not any(q[0] < p[0] and q[1] < p[1] for q in at.values()))
         axes.plot(*zip(*front, strict=True), color="0.7", linewidth=1)
         for way, (x, y) in at.items():
-            axes.plot(
-                [x], [y], "o", markersize=4, color="tab:blue" if way not in ("plain", "checkpoint") else "tab:orange"
-            )
+            axes.plot([x], [y], "o", markersize=4, color="tab:orange" if way in others else "tab:blue")
             axes.annotate(way, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axes.set_title(model.split("_patch")[0], fontsize=9)
-        axes.set_xlabel("peak allocated, GiB", fontsize=8)
+        axes.set_xlabel(f"peak, {unit}" + (" per image" if unit == "MB" else ""), fontsize=8)
         axes.margins(0.15)
-    panels[0][0].set_ylabel("time of a step, of plain", fontsize=8)
+    for row in panels:
+        row[0].set_ylabel("time of a step, of plain", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PAGES / name, metadata={"Date": None})
+    plt.close(figure)
+
+
+# -- variance ----------------------------------------------------------------------------------------------------------
+
+
+def variance(pictures: bool) -> list[str] | None:
+    """The page of the gradient's variance over a training."""
+    results = load("variance")
+    if results is None:
+        return None
+    lines = [
+        "# Variance over a training",
+        "",
+        "What drawing the batch gives the gradient, and what quantisation adds, at some steps of an uncompressed "
+        'training: with 2 bits everywhere, with L3, which chooses 2 bits on average, and with `bits="auto"`, which '
+        f"bounds the mean share. Batches of {results['batch']}. *Added* is the variance of the whole gradient over the "
+        "squared gradient of one batch, as one backward pass predicts it, and by Monte Carlo with its standard error. "
+        "*Shares* are by parameter: the variance added over the mini-batch's own, mean and largest over parameters; "
+        "*of the sum* is all variance added over all of the mini-batch's.",
+        "",
+    ]
+    for model, steps in results["models"].items():
+        rows = []
+        for step, found in steps.items():
+            for way, one in ((way, one) for way, one in found.items() if isinstance(one, dict)):
+                share = one["shares"]
+                measured = f"{one['measured']:.4f} ± {one['standard_error']:.4f}"
+                cells = [f"{one['average_bits']:.2f}", f"{one['predicted']:.4f}", measured, f"{share['of_sum']:.1%}"]
+                cells += [f"{share['mean']:.3f}", f"{share['largest']:.2f} (`{share['parameter']}`)"]
+                rows.append([step, f"{found['minibatch']:.2f}", way, *cells])
+        head = ["step", "mini-batch", "way", "bits", "added, predicted", "added, measured", "of the sum"]
+        lines += [f"## {model}", "", *table([*head, "mean share", "largest share"], rows), ""]
+    if pictures:
+        draw_variance(results, PAGES / "variance.svg")
+    if (PAGES / "variance.svg").exists():
+        lines += ["![Variance of each kept tensor, predicted and by Monte Carlo, at each step](variance.svg)", ""]
+    lines += source("variance", "python benchmarks/accuracy/variance.py --data DATA/cifar10", results["environment"])
+    return lines
+
+
+def draw_variance(results: dict[str, Any], path: Path) -> None:
+    """What each kept tensor adds at 2 bits: predicted against Monte Carlo, a colour for each step."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "hf_actnn"
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(results["models"]), figsize=(4 * len(results["models"]), 4), squeeze=False)
+    for axes, (model, steps) in zip(panels[0], results["models"].items(), strict=True):
+        for step, found in steps.items():
+            tensors = [one for one in found["2 bits"]["tensors"] if one["measured"]]
+            x, y = ([one[key] for one in tensors] for key in ("measured", "predicted"))
+            axes.loglog(x, y, "o", markersize=3, label=f"step {step}")
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color="0.7", linewidth=1)
+        axes.set_title(model, fontsize=9)
+        axes.set_xlabel("added by a tensor, Monte Carlo", fontsize=8)
+        axes.set_ylabel("predicted", fontsize=8)
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-MADE: dict[str, Callable[[bool], list[str] | None]] = {"accuracy.md": accuracy, "speed.md": speed}
+MADE: dict[str, Callable[[bool], list[str] | None]] = {
+    "accuracy.md": accuracy,
+    "speed.md": speed,
+    "variance.md": variance,
+}
 
 
 def main() -> int:
