@@ -18,6 +18,16 @@ def test_the_pages_of_results_show_what_was_measured():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_beats_a_level_in_memory_and_time_is_said():
+    import results  # in tools/, on the path by pyproject.toml
+
+    points = {"plain": (10, 1.0), "checkpoint": (3, 1.05), "L2": (4, 1.1), "L3": (2, 1.2)}
+    others = ("plain", "checkpoint", "not measured")
+    assert results.over(points, others, "a model") == ["checkpoint on a model, against L2"]
+    assert results.over({**points, "checkpoint": (1, 1.0)}, others, "it") == ["checkpoint on it"]
+    assert results.over({**points, "checkpoint": (3, 1.15)}, others, "it") == []
+
+
 def test_the_readme_shows_what_was_measured():
     done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run tools/readme.py"
