@@ -179,12 +179,37 @@ def _add_figures_first(handler: type[CallbackHandler]) -> None:
     handler.on_log = on_log  # type: ignore[method-assign]
 
 
+def _refuse_unread_flag(handler: type[CallbackHandler]) -> None:
+    """Have a training stopped whose arguments carry the flag and whose Trainer does not read it."""
+    tell = handler.on_train_begin
+
+    @functools.wraps(tell)
+    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if isinstance(args, ActNNTrainingArguments) and config_of(args) is not None:
+            if not any(isinstance(callback, ActNNCallback) for callback in self.callbacks):
+                raise ConfigError(
+                    message(
+                        "the arguments ask for compressed activations, and this Trainer does not read them",
+                        where="Trainer.train",
+                        expected="an ActNNTrainer, or a class with ActNNTrainerMixin in front",
+                        received=f"actnn={args.actnn!r}, actnn_config={args.actnn_config!r} in ActNNTrainingArguments",
+                        next_step="Make it an ActNNTrainer, or pass callbacks=[ActNNCallback(...)] and no flag",
+                    )
+                )
+        return tell(self, args, state, control, **kwargs)
+
+    handler.on_train_begin = on_train_begin  # type: ignore[method-assign]
+
+
 _add_figures_first(CallbackHandler)
+_refuse_unread_flag(CallbackHandler)
 
 
 @dataclass
 class ActNNTrainingArguments(TrainingArguments):
     """TrainingArguments with a flag for compressed activations; `HfArgumentParser` then takes `--actnn L2`.
+
+    They are for an `ActNNTrainer`. Another Trainer refuses to train with the flag set, as it would not read it.
 
     Args:
         actnn: the level, "L0", "L1", "L2", "L2.5", "L3", "L4" or "L5". Nothing is compressed while this and

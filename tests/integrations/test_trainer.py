@@ -225,6 +225,16 @@ def test_flag_and_callback_must_agree(arguments, data):
     assert sum(isinstance(cb, ActNNCallback) for cb in trainer.callback_handler.callbacks) == 1
 
 
+def test_a_trainer_that_does_not_read_the_flag_refuses_to_train(arguments, data):
+    made = ActNNTrainingArguments(**arguments(), actnn="L2")
+    with pytest.raises(ConfigError, match="ActNNTrainer"):
+        Trainer(make_vit(), made, train_dataset=data).train()
+    trainer = Trainer(make_vit(), made, train_dataset=data, callbacks=[ActNNCallback("L2")])  # does what it asks for
+    trainer.train()
+    assert training_logs(trainer)[0]["actnn_ratio"] > 2
+    Trainer(make_vit(), ActNNTrainingArguments(**arguments()), train_dataset=data).train()
+
+
 class OwnLossTrainer(Trainer):
     """A Trainer subclass with a constructor and a loss of its own."""
 
