@@ -185,17 +185,17 @@ def _refuse_unread_flag(handler: type[CallbackHandler]) -> None:
 
     @functools.wraps(tell)
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if isinstance(args, ActNNTrainingArguments) and config_of(args) is not None:
-            if not any(isinstance(callback, ActNNCallback) for callback in self.callbacks):
-                raise ConfigError(
-                    message(
-                        "the arguments ask for compressed activations, and this Trainer does not read them",
-                        where="Trainer.train",
-                        expected="an ActNNTrainer, or a class with ActNNTrainerMixin in front",
-                        received=f"actnn={args.actnn!r}, actnn_config={args.actnn_config!r} in ActNNTrainingArguments",
-                        next_step="Make it an ActNNTrainer, or pass callbacks=[ActNNCallback(...)] and no flag",
-                    )
+        reads = any(isinstance(callback, ActNNCallback) for callback in self.callbacks)
+        if isinstance(args, ActNNTrainingArguments) and config_of(args) is not None and not reads:
+            raise ConfigError(
+                message(
+                    "the arguments ask for compressed activations, and this Trainer does not read them",
+                    where="Trainer.train",
+                    expected="an ActNNTrainer, or a class with ActNNTrainerMixin in front",
+                    received=f"actnn={args.actnn!r}, actnn_config={args.actnn_config!r} in ActNNTrainingArguments",
+                    next_step="Make it an ActNNTrainer, or pass callbacks=[ActNNCallback(...)] and no flag",
                 )
+            )
         return tell(self, args, state, control, **kwargs)
 
     handler.on_train_begin = on_train_begin  # type: ignore[method-assign]
