@@ -359,9 +359,10 @@ class Controller:
     # -- the way round ------------------------------------------------------------------------------------------------
 
     def _is_due(self, step: int) -> bool:
-        """Every interval, and twice before the first one is over: gradients change most in the first steps."""
+        """Every interval, and at powers of two before the first one is over: gradients change most in the first steps,
+        and bits that were right for random weights may be far too few some steps later."""
         interval = self.config.interval
-        return step % interval == 0 or (step < interval and step in (interval // 10, interval // 3))
+        return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
     def _learn(self, reading: Reading) -> None:
         """Moving averages of costs, relative to the scale of their step.

@@ -274,7 +274,7 @@ class Call:
             or not fills_its_memory(tensor)
         ):
             return False
-        kept = self._code(tensor, self._row_length(layout.shape, layout.stride, layout.rows or rows, tensor.itemsize))
+        kept = self.code(tensor, self.length_of_rows(layout.shape, layout.stride, layout.rows or rows, tensor.itemsize))
         self._packed(slot, kept)
         registry.learn(tensor, kept)
         return True
@@ -362,15 +362,16 @@ class Call:
         Args:
             within: length of the rows of the memory that the tensor is a part of; 0 if it is all there is.
         """
-        return self._code(tensor, self._row_length(tensor.shape, tensor.stride(), rows, tensor.itemsize, within))
+        return self.code(tensor, self.length_of_rows(tensor.shape, tensor.stride(), rows, tensor.itemsize, within))
 
-    def _row_length(
+    def length_of_rows(
         self, shape: torch.Size, stride: tuple[int, ...], rows: str | None, itemsize: int, within: int = 0
     ) -> int:
+        """Of the rows that a tensor is coded in; 0 where it is not to be coded."""
         policy = self.policy
         return 0 if policy.bits is None else coded_row_length(shape, stride, rows, within, itemsize, policy)
 
-    def _code(self, tensor: Tensor, length: int) -> Kept:
+    def code(self, tensor: Tensor, length: int) -> Kept:
         """A code of the tensor in rows of this length; 0: the tensor itself."""
         if length == 0:
             return Exact(tensor, where=self.where)

@@ -98,7 +98,8 @@ class View(Kept):
 class Recipe(Kept):
     """A tensor rebuilt from others that are kept. ``function`` gets their values, each of them the recipe's own to
     overwrite when ``writes`` is set, and returns the tensor; its strides are made those that were saved. No function:
-    the first parent itself, in these strides and this dtype. ``repeats``: the function is what the forward pass ran, so
+    the first parent itself, in these strides and this dtype. No name: what the first parent is called is what this is
+    called, as its values are the same but for a scale. ``repeats``: the function is what the forward pass ran, so
     that parents of the same bits give a result of the same bits. ``linear``: of parents that are right on average it
     gives a result that is. ``samples``: which parents run along the samples, as the first one does; the function may
     then be called with some of these. ``elementwise``: it may be called with any run of values of its parents.
@@ -151,7 +152,7 @@ class Recipe(Kept):
 
     @property
     def kind(self) -> str:  # type: ignore[override]
-        return self.parents[0].kind if self.function is None else f"recipe: {self.name}"
+        return self.parents[0].kind if self.function is None or not self.name else f"recipe: {self.name}"
 
     @property
     def same_bits(self) -> bool:  # type: ignore[override]

@@ -208,8 +208,13 @@ def test_batch_norm(size):
     nn.init.normal_(model[1].weight, 1.0, 0.3)
     others = [dim for dim in range(x.ndim) if dim != 1]
     rstd = (x.var(others, correction=0) + 1e-5).rsqrt()
-    h = (x - x.mean(others, keepdim=True)) * rstd.view(-1, *[1] * len(size))
-    compare(model, x, 4, lambda grad, v: variance.total(variance.batch_norm(grad, h, rstd, model[1].weight, v)))
+    by_channel = rstd.view(-1, *[1] * len(size))
+    h = (x - x.mean(others, keepdim=True)) * by_channel  # is what is coded
+
+    def form(grad: Tensor, v: Tensor) -> Tensor:
+        return variance.total(variance.batch_norm(grad, h, rstd, model[1].weight, v / by_channel.square()))
+
+    compare(model, x, 4, form, h)
 
 
 def test_softmax():

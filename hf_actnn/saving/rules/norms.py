@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_actnn import codec
-from hf_actnn.codec import rebuild
+from hf_actnn.codec import ops, rebuild
+from hf_actnn.codec.inplace import inner
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import Kept
@@ -130,10 +131,92 @@ def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
     return at(1, "weight"), at(2, "bias"), at(3, "running_mean"), at(4, "running_var"), at(5, "training"), at(7, "eps")
 
 
+#: A batch normalisation's input is normalised before it is coded where so many groups do not fit into one channel's
+#: part of a sample. Elsewhere nearly every group has values of one channel alone.
+_GROUPS_IN_A_CHANNEL = 4
+
+
+def _mixes_channels(call: Call, data: Tensor) -> bool:
+    """Whether groups of a code of the input would hold values of several channels."""
+    side_by_side = inner(data.shape, data.stride())
+    return 0 < side_by_side < _GROUPS_IN_A_CHANNEL * call.policy.group_size
+
+
+def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+    """``(data - middle) * scale`` by channel, in the dtype of the data and computed in that of the statistics: a half
+    times a scale may be more than a half can be, before the mean is taken off."""
+    shift = -middle * scale
+    if data.dtype != scale.dtype and not data.is_cpu and ops._direct(data) is not None:
+        return codec.channel_affine_(data.clone(), scale, shift)
+    view = _channel_view(data.dim())
+    return torch.addcmul(view(shift), data.to(scale.dtype), view(scale)).to(data.dtype)
+
+
+def _keep_normalised(call: Call, slot: Slot, weight: Any, bias: Any) -> bool:
+    """Code the normalised input in place of the input, which is then a recipe of it; False, and nothing done, where
+    that cannot be.
+
+    A group of values of several channels has a step for the widest of them, which is many times the deviation of the
+    narrowest; and the backward pass divides by each one's own.
+    """
+    data, registry = slot.tensor, call.scope.registry
+    assert data is not None
+    rest = [one for one in call.slots if one.tensor is not None and one is not slot and not call.is_weight(one.tensor)]
+    layout = registry.layout(data)
+    if layout is None or not layout.is_of(data) or registry.find(data) is not None or not data.is_floating_point():
+        return False
+    length = call.length_of_rows(data.shape, data.stride(), layout.rows or SAMPLE, data.itemsize)
+    if length == 0:
+        return False
+    statistics = _keep_statistics(call, rest, data.shape[1])
+    if not statistics:
+        return False
+    normalised = _normalised(data.detach(), *(one.get() for one in statistics))
+    if normalised.stride() != data.stride():
+        return False
+    source = call.code(normalised, length)
+    del normalised
+    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
+
+    def to_input(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return scale.reciprocal(), middle
+
+    def to_output(scale: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """In the dtype of the statistics, which may be wider than that of the parameters."""
+        factor = parameters[0].to(scale.dtype) if has_weight else torch.ones_like(scale)
+        return factor, parameters[-1].to(scale.dtype) if has_bias else torch.zeros_like(scale)
+
+    def recipe_of(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        def again(value: Tensor, *others: Tensor) -> Tensor:
+            factor, shift = coefficients(*others)
+            return codec.channel_affine_(_widened(value, factor), factor, shift)
+
+        def at_once(
+            packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+        ) -> Tensor | None:
+            return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
+
+        return {"function": again, "writes": True, "at_once": at_once}
+
+    parents = [source, *statistics]
+    kept = Recipe("", parents=parents, like=data, samples=(True, False, False), **recipe_of(to_input))
+    registry.learn(data, kept)
+    call.keep(slot, kept)
+    call.fuse(slot, summed=1)
+    output = [source, statistics[1], *_parameters(call, weight, bias)]
+    samples = (True,) + (False,) * (len(output) - 1)
+    call.output_recipe(call.name, parents=output, samples=samples, **recipe_of(to_output))
+    return True
+
+
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
+    use_batch, data = training or running_mean is None, call.argument(0, "input")
+    if use_batch and not call.policy.exact_norms and call.policy.bits is not None and _mixes_channels(call, data):
+        slot = next((one for one in call.slots if one.tensor is not None and call.same_view(one.tensor, data)), None)
+        if slot is not None and not call.in_place and _keep_normalised(call, slot, weight, bias):
+            return
     source, rest = _keep_input(call, SAMPLE)
-    use_batch = training or running_mean is None
     if use_batch:
         statistics = _keep_statistics(call, rest, call.argument(0, "input").shape[1])
     else:
