@@ -111,6 +111,9 @@ class ActNNConfig:
     def __post_init__(self) -> None:
         #: Fields that nobody named: they follow from the others again when those are replaced.
         object.__setattr__(self, "_implied", set())
+        if self.level == AUTO and self.bits in (None, AUTO):  # as the table of levels has it
+            object.__setattr__(self, "level", "")
+            object.__setattr__(self, "bits", AUTO)
         if not self.level:
             self._implied.add("level")
             if self.bits is None and self.per_tensor is not False:
@@ -331,9 +334,11 @@ def _check_level(level: Any) -> None:
     raise ConfigError(
         message(
             "unknown level",
-            expected=f"one of {', '.join(LEVELS)}",
+            expected=f"one of {', '.join(LEVELS)}, or {AUTO!r} alone",
             received=repr(level),
-            next_step="For a bit width write bits=2",
+            next_step=f"Did you mean {str(level).upper()!r}"
+            if str(level).upper() in LEVELS
+            else 'For a bit width write bits=2 in Python, {"bits": 2} as a configuration',
         )
     )
 

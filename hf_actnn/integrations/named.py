@@ -137,6 +137,19 @@ def _optional(library: str) -> Any:
         return importlib.import_module(library)
     except ImportError:
         return None
+    except RuntimeError as error:
+        if "torchvision" not in str(error):
+            raise
+        raise NotAvailableError(
+            message(
+                f"{library} cannot be imported: operator torchvision::nms does not exist",
+                where="torchvision, which it imports",
+                expected="a torchvision that was built for the torch that is installed",
+                received=str(error),
+                next_step="Install both from one place; beside a torch without CUDA, `python "
+                "tools/torchvision_without_cuda.py` of a checkout does it",
+            )
+        ) from error
 
 
 def _unknown(name: str, timm: Any) -> Exception:
