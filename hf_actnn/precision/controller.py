@@ -45,7 +45,9 @@ BALANCE = 0.5
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
 AIM = 0.65
 #: Forward passes without a call of `step` after which its absence is reported.
-FORGOTTEN = 256
+FORGOTTEN = 128
+#: Variance that quantisation adds, over the mini-batch's own, from which on a budget is called too small.
+TOO_MUCH = 1.0
 _VERSION = 2
 #: What may differ between the configuration that a state was made with and the one that it is loaded into.
 _FREE = frozenset({"update_interval", "swap", "arena", "fused_backward"})
@@ -425,6 +427,7 @@ class Controller:
             }
         )
         self._note(present)
+        self._say_too_much(self.history[-1]["added_variance"])
 
     def _note(self, seen: Collection[str]) -> None:
         """Write the newest bits down. To a thousandth: the columns of a long run travel in every checkpoint."""
@@ -468,6 +471,23 @@ class Controller:
                 expected="hf_actnn.controller(model).step() after the backward passes of each optimizer step",
                 received="no call",
                 next_step="Add the call, or use ActNNCallback in a Trainer; the average bits are used meanwhile",
+            ),
+            ActNNWarning,
+            stacklevel=2,
+        )
+
+    def _say_too_much(self, share: float) -> None:
+        """From the third update on: the first are of weights that training has hardly begun with."""
+        if self._warned or self._readings < 3 or not share > TOO_MUCH:
+            return
+        self._warned = True
+        warnings.warn(
+            message(
+                "quantisation adds more variance to the gradient than drawing the mini-batch does",
+                where=f"update at step {self.steps} at {_named(self.config)}",
+                expected=f"a share below {TOO_MUCH:g}; bits='auto' keeps it to 0.1",
+                received=f"{share:.2g} times the mini-batch's",
+                next_step="Give more bits, as in bits=4, or bits='auto'; hf_actnn.variance_report shows which tensors",
             ),
             ActNNWarning,
             stacklevel=2,

@@ -612,6 +612,22 @@ def test_a_budget_is_shared_between_the_sum_and_the_parameters(monkeypatch):
     assert found[1] < summed[1] / 3
 
 
+def test_a_budget_that_drowns_the_gradient_is_called_too_small(monkeypatch):
+    """Once, and not before the third update; enough bits are not."""
+    model, controller = adaptive(bits=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, controller, range(4))
+    monkeypatch.setattr(module, "TOO_MUCH", 1e-6)
+    model, controller = adaptive(bits=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, controller, range(2))
+    with pytest.warns(ActNNWarning, match="more variance to the gradient") as said:
+        train(model, controller, range(2, 6))
+    assert len(said) == 1 and "bits=4" in str(said[0].message)
+
+
 def test_noise_does_not_pass_for_the_gradient_s_own_variance(monkeypatch):
     """Gradients of steps differ by what quantisation adds too. A parameter that has more noise than gradient would get
     ever more if that counted as its own."""
