@@ -33,6 +33,7 @@ import hf_actnn
 from hf_actnn.saving import call as saving_call
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Quantized
+from hf_actnn.saving.rules import norms
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "fidelity"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
@@ -275,14 +276,14 @@ def straddling() -> Iterator[None]:
             )
         )
 
-    with mock.patch.object(saving_call.Call, "_code", code):
+    with mock.patch.object(saving_call.Call, "code", code):
         yield
 
 
 @contextlib.contextmanager
 def original() -> Iterator[None]:
-    """As the original keeps it: every save by itself, in flat groups."""
-    with separately(), straddling():
+    """As the original keeps it: every save by itself as it is, in flat groups."""
+    with separately(), straddling(), mock.patch.object(norms, "_GROUPS_IN_A_CHANNEL", 0):
         yield
 
 
