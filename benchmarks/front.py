@@ -7,7 +7,7 @@ into a mean square, as their losses add nothing that a way to train could save. 
 
 * ``plain``; ``checkpoint``: the library's own gradient checkpointing.
 * ``compile:0.5`` and the like: torch.compile by inductor with that ``activation_memory_budget``; at 1 as it comes.
-* ``L1``, ``L2``, ``L3``, ``auto``: hf_actnn. Where bits are chosen they were chosen twice before anything is timed, and
+* ``L1``, ``L2``, ``L3``, ``auto``: hf_actnn. Where bits are chosen they were chosen before anything is timed, and
   the peak is that of steps that choose bits too. ``checkpoint+L2``: both. ``compile+L2``: by block where the model has
   blocks in a row, else as a whole.
 
@@ -19,7 +19,8 @@ processor's, of all threads, for forward and backward pass: the median of three 
 runs all ways of a model one after the other. Bytes kept are PyTorch's and hf_actnn's own count before the backward
 pass; a checkpoint keeps what it has where that does not see it.
 
-Every point is written to benchmarks/results/front.json at once, and is not measured again without ``--again``.
+Each finished model is written to benchmarks/results/front.json at once; what is known is not measured again without
+``--again``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from hf_actnn.errors import ActNNError, ActNNWarning
 from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results" / "front.json"
-#: Bits are chosen in the first and the third step, and then not until the timed ones are over.
+#: Bits are chosen in each of the first three steps, and then not until the timed ones are over.
 STEPS, INTERVAL = 3, 2
 COMPILE = "compile"
 
@@ -152,7 +153,7 @@ def train(name: str, way: str, batch_size: int) -> dict[str, Any]:
         peaks.append(gauge.peak())
 
     for _ in range(3):
-        step()  # compiles; bits are chosen in the first and in the third
+        step()  # compiles; chooses bits
     if training.level_of(way) != training.PLAIN and COMPILE not in way:
         hf_actnn.controller(found.model).active = False
     chosen, seconds[:] = peaks[1:], []
@@ -243,17 +244,17 @@ def main() -> None:
         return
     with Progress(len(options.models)) as progress:
         for key in options.models:
-            before = {} if options.again else known().get(key, {}).get("ways", {})
+            before = known().get(key, {}).get("ways", {})
             # Times are compared within a model, so what is missing has its turns beside plain training.
-            missing = [way for way in options.ways if way not in before]
+            missing = [way for way in options.ways if options.again or way not in before]
             if missing:
                 ways = list(dict.fromkeys(["plain", *missing]))
                 rows = measure(key, ways, options.rounds, progress.say)
                 factor = 1.0
-                if before and rows["plain"]["status"] == before["plain"]["status"] == "ok":
+                if "plain" in before and rows["plain"]["status"] == before["plain"]["status"] == "ok":
                     factor = before["plain"]["seconds_per_image"] / rows["plain"]["seconds_per_image"]
                 for way, row in rows.items():
-                    if way not in before:
+                    if way in missing or way not in before:
                         if "seconds_per_image" in row:
                             row["seconds_per_image"] *= factor  # in units of the plain training known before
                         before[way] = row

@@ -113,7 +113,6 @@ class ActNNConfig:
         object.__setattr__(self, "_implied", set())
         if self.level == AUTO and self.bits in (None, AUTO):  # as the table of levels has it
             object.__setattr__(self, "level", "")
-            object.__setattr__(self, "bits", AUTO)
         if not self.level:
             self._implied.add("level")
             if self.bits is None and self.per_tensor is not False:
@@ -336,11 +335,17 @@ def _check_level(level: Any) -> None:
             "unknown level",
             expected=f"one of {', '.join(LEVELS)}, or {AUTO!r} alone",
             received=repr(level),
-            next_step=f"Did you mean {str(level).upper()!r}"
-            if str(level).upper() in LEVELS
-            else 'For a bit width write bits=2 in Python, {"bits": 2} as a configuration',
+            next_step=_instead_of(str(level)),
         )
     )
+
+
+def _instead_of(level: str) -> str:
+    if level == AUTO:
+        return "Leave `bits` out, or name a level"
+    if level.upper() in LEVELS:
+        return f"Did you mean {level.upper()!r}"
+    return 'For a bit width write bits=2 in Python, {"bits": 2} as a configuration'
 
 
 def _check_yes_or_no(name: str, value: Any, or_none: bool = True) -> None:

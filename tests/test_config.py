@@ -216,3 +216,15 @@ def test_what_nobody_named_follows_from_the_rest_for_good():
 def test_a_choice_alone_leaves_the_target():
     assert ActNNConfig(per_sample=False).bits == "auto"
     assert ActNNConfig(max_added_variance=0.02).allowed_variance == 0.02
+
+
+def test_auto_as_a_level_is_what_nobody_naming_one_gets():
+    config = ActNNConfig("auto")
+    assert config == ActNNConfig() and config.bits == "auto"
+    assert config.replace(level="L2") == ActNNConfig("L2")
+    assert ActNNConfig("L3").replace(level="auto") == ActNNConfig.resolve("auto") == config
+    assert ActNNConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="Leave `bits` out"):
+        ActNNConfig("auto", bits=3)
+    with pytest.raises(ConfigError, match="Did you mean 'L3'"):
+        ActNNConfig("l3")

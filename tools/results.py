@@ -287,6 +287,8 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
     lines = []
     for model, row in results["models"].items():
         rows, points = [], cpu_points(row)
+        if "plain" not in points:
+            continue  # there is nothing to compare with
         for way, one in row["ways"].items():
             if way not in points:
                 reason = " ".join(one.get("error", "").split())[:90]
@@ -301,7 +303,9 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
     if pictures:
         import front
 
-        draw({model: cpu_points(row) for model, row in results["models"].items()}, front.OTHERS, "MB", "front-cpu.svg")
+        points_of = {model: cpu_points(row) for model, row in results["models"].items()}
+        models = {model: points for model, points in points_of.items() if "plain" in points}
+        draw(models, front.OTHERS, "MB", "front-cpu.svg")
     if (PAGES / "front-cpu.svg").exists():
         lines += ["![Time against peak memory of each way, a panel for each model](front-cpu.svg)", ""]
     return lines

@@ -138,7 +138,7 @@ def _optional(library: str) -> Any:
     except ImportError:
         return None
     except RuntimeError as error:
-        if "torchvision" not in str(error):
+        if "torchvision::nms" not in str(error):
             raise
         raise NotAvailableError(
             message(

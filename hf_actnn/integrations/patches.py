@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from hf_actnn.config import LEVELS
+from hf_actnn.config import AUTO, LEVELS
 from hf_actnn.convert import is_converted
 from hf_actnn.errors import ConversionError, NotAvailableError, message
 from hf_actnn.integrations.unmodified import process
@@ -66,7 +66,7 @@ def patch_parser(module: Any) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         if _fills_training_arguments(self) and "--actnn" not in self._option_string_actions:
-            self.add_argument("--actnn", action=_TakeLevel, choices=list(LEVELS), help="level of compression")
+            self.add_argument("--actnn", action=_TakeLevel, choices=[*LEVELS, AUTO], help="level of compression")
             self._takes_actnn = True
 
     @functools.wraps(parse_dict)

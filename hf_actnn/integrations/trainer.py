@@ -185,8 +185,9 @@ def _refuse_unread_flag(handler: type[CallbackHandler]) -> None:
 
     @functools.wraps(tell)
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        reads = any(isinstance(callback, ActNNCallback) for callback in self.callbacks)
-        if isinstance(args, ActNNTrainingArguments) and config_of(args) is not None and not reads:
+        asked = config_of(args) if isinstance(args, ActNNTrainingArguments) else None
+        found = [callback.config for callback in self.callbacks if isinstance(callback, ActNNCallback)]
+        if asked is not None and asked not in found:
             raise ConfigError(
                 message(
                     "the arguments ask for compressed activations, and this Trainer does not read them",

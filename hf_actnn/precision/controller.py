@@ -48,7 +48,7 @@ AIM = 0.65
 FORGOTTEN = 128
 #: Variance that quantisation adds, over the mini-batch's own, from which on a budget is called too small.
 TOO_MUCH = 1.0
-_VERSION = 2
+_VERSION = 3
 #: What may differ between the configuration that a state was made with and the one that it is loaded into.
 _FREE = frozenset({"update_interval", "swap", "arena", "fused_backward"})
 
@@ -105,8 +105,9 @@ class Controller:
         history: one entry per update: ``step``, ``average_bits``, ``bytes_per_sample`` of codes without metadata,
             ``added_variance`` of the gradient by quantisation as a share of that by the drawing of the mini-batch (nan
             where that was not measured), ``relative_variance``: the same relative to the squared response of the
-            parameters to a gradient of random signs. Both are means over parameters: with ``bits="auto"`` all count
-            alike, else in proportion to the standard deviation of their gradients.
+            parameters to a gradient of random signs. Both are means over parameters: of the shares of the
+            mini-batch's variance all count alike with ``bits="auto"``, else in proportion to the standard deviation of
+            their gradients.
         chosen: by name of a kept tensor, its average bits after each update of ``history``; None where it was not seen.
         steps: calls of :meth:`step` so far.
     """
@@ -122,7 +123,7 @@ class Controller:
         self.table = SampleTable()
         self._forwards = 0
         self._since_step = 0
-        self._warned = False
+        self._warned = self._told = False
         self._fruitless = 0
         self._calls: dict[int, int] = {}
         self._due = True
@@ -477,10 +478,12 @@ class Controller:
         )
 
     def _say_too_much(self, share: float) -> None:
-        """From the third update on: the first are of weights that training has hardly begun with."""
-        if self._warned or self._readings < 3 or not share > TOO_MUCH:
+        """Of a budget, and once an interval is over: the first updates are of weights that training has hardly begun
+        with."""
+        budget = self.config.allowed_variance is None
+        if self._told or not budget or self.steps < self.config.interval or not share > TOO_MUCH:
             return
-        self._warned = True
+        self._told = True
         warnings.warn(
             message(
                 "quantisation adds more variance to the gradient than drawing the mini-batch does",

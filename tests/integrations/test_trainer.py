@@ -232,6 +232,8 @@ def test_a_trainer_that_does_not_read_the_flag_refuses_to_train(arguments, data)
     trainer = Trainer(make_vit(), made, train_dataset=data, callbacks=[ActNNCallback("L2")])  # does what it asks for
     trainer.train()
     assert training_logs(trainer)[0]["actnn_ratio"] > 2
+    with pytest.raises(ConfigError, match="ActNNTrainer"):
+        Trainer(make_vit(), made, train_dataset=data, callbacks=[ActNNCallback("L1")]).train()
     Trainer(make_vit(), ActNNTrainingArguments(**arguments()), train_dataset=data).train()
 
 

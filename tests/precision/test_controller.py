@@ -613,18 +613,19 @@ def test_a_budget_is_shared_between_the_sum_and_the_parameters(monkeypatch):
 
 
 def test_a_budget_that_drowns_the_gradient_is_called_too_small(monkeypatch):
-    """Once, and not before the third update; enough bits are not."""
-    model, controller = adaptive(bits=8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(model, controller, range(4))
+    """Once, and not before an interval is over; what was asked for by share is not, and enough bits are not."""
+    for fields in ({"bits": 8}, {"bits": "auto", "max_added_variance": 4.0}):
+        model, controller = adaptive(**fields)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, controller, range(4))
     monkeypatch.setattr(module, "TOO_MUCH", 1e-6)
-    model, controller = adaptive(bits=2)
+    model, controller = adaptive(bits=2, update_interval=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, controller, range(2))
+        train(model, controller, range(3))
     with pytest.warns(ActNNWarning, match="more variance to the gradient") as said:
-        train(model, controller, range(2, 6))
+        train(model, controller, range(3, 12))
     assert len(said) == 1 and "bits=4" in str(said[0].message)
 
 

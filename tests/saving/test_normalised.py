@@ -31,7 +31,7 @@ class Scaled(nn.Module):
         self.convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dimensions](64, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.scale.view(1, -1, *[1] * (x.dim() - 2))
+        scale = self.scale.view(1, -1, *[1] * (x.dim() - 2)).to(x.dtype)
         return self.convolution(F.gelu(self.norm(x * scale + 3 * scale)))
 
 
@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_input(monkeypatch):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dimensions", [3, 4, 5])
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "bfloat16 in", "autocast", "float64"])
-def test_gradients_are_close_at_eight_bits(form, dimensions, affine):
+def test_gradients_are_close_at_eight_bits(form, dimensions, affine, monkeypatch):
     x, autocast = picture(dimensions), {}
     model, exact = Scaled(dimensions, affine, 10.0), Scaled(dimensions, affine, 10.0)
     if form == "channels_last":
@@ -94,9 +94,32 @@ def test_gradients_are_close_at_eight_bits(form, dimensions, affine):
         autocast = {"dtype": torch.bfloat16}
         x = x.bfloat16() if form == "bfloat16 in" else x
     hf_actnn.convert(model, bits=8, min_numel=64)
+    ran: list[bool] = []
+    keep = norms._keep_normalised
+    monkeypatch.setattr(norms, "_keep_normalised", lambda *args: ran.append(keep(*args)) or ran[-1])
     found, expected = gradients(model, x, **autocast), gradients(exact, x, **autocast)
     assert F.cosine_similarity(found, expected, dim=0) > 0.999
+    assert ran == [True]
     assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=0.02)
+
+
+def test_a_view_of_all_values_and_the_input_of_the_model_are_normalised_too():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first = nn.BatchNorm1d(64), nn.BatchNorm1d(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm((self.first(x) * 10 ** torch.linspace(-2, 2, 64)).view(4, 4, 64).flatten(0, 1))
+
+    x = picture(2) * 10 ** torch.linspace(2, -2, 64)
+    weights = torch.randn(16, 64)
+    (Tokens()(x) * weights).sum().backward()
+    found = []
+    for model in (Tokens(), hf_actnn.convert(Tokens(), bits=4, min_numel=64)):
+        (model(x) * weights).sum().backward()
+        found.append(torch.cat([p.grad for p in model.parameters()]))
+    assert F.cosine_similarity(*found, dim=0) > 0.98
 
 
 def test_halves_do_not_overflow_on_the_way():

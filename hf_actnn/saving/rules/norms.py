@@ -17,7 +17,7 @@ from hf_actnn.codec import ops, rebuild
 from hf_actnn.codec.inplace import inner
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
-from hf_actnn.saving.kept import Kept
+from hf_actnn.saving.kept import Kept, fills_its_memory
 from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
@@ -145,6 +145,8 @@ def _mixes_channels(call: Call, data: Tensor) -> bool:
 def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
     """``(data - middle) * scale`` by channel, in the dtype of the data and computed in that of the statistics: a half
     times a scale may be more than a half can be, before the mean is taken off."""
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    middle, scale = middle.to(wide), scale.to(wide)
     shift = -middle * scale
     if data.dtype != scale.dtype and not data.is_cpu and ops._direct(data) is not None:
         return codec.channel_affine_(data.clone(), scale, shift)
@@ -162,10 +164,10 @@ def _keep_normalised(call: Call, slot: Slot, weight: Any, bias: Any) -> bool:
     data, registry = slot.tensor, call.scope.registry
     assert data is not None
     rest = [one for one in call.slots if one.tensor is not None and one is not slot and not call.is_weight(one.tensor)]
-    layout = registry.layout(data)
-    if layout is None or not layout.is_of(data) or registry.find(data) is not None or not data.is_floating_point():
+    whole = fills_its_memory(data) and data.numel() * data.itemsize == data.untyped_storage().nbytes()
+    if not whole or registry.find(data) is not None or not data.is_floating_point():
         return False
-    length = call.length_of_rows(data.shape, data.stride(), layout.rows or SAMPLE, data.itemsize)
+    length = call.length_of_rows(data.shape, data.stride(), SAMPLE, data.itemsize)
     if length == 0:
         return False
     statistics = _keep_statistics(call, rest, data.shape[1])
