@@ -131,6 +131,21 @@ def _batch_norm_arguments(call: Call) -> tuple[Any, Any, Any, Any, bool, float]:
     return at(1, "weight"), at(2, "bias"), at(3, "running_mean"), at(4, "running_var"), at(5, "training"), at(7, "eps")
 
 
+def _affine(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """How a recipe makes ``first parent * scale + shift`` by channel; ``coefficients`` makes both of the others."""
+
+    def again(value: Tensor, *others: Tensor) -> Tensor:
+        scale, shift = coefficients(*others)
+        return codec.channel_affine_(_widened(value, scale), scale, shift)
+
+    def at_once(
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+    ) -> Tensor | None:
+        return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
+
+    return {"function": again, "writes": True, "at_once": at_once}
+
+
 #: A batch normalisation's input is normalised before it is coded where so many groups do not fit into one channel's
 #: part of a sample. Elsewhere nearly every group has values of one channel alone.
 _GROUPS_IN_A_CHANNEL = 4
@@ -143,7 +158,7 @@ def _mixes_channels(call: Call, data: Tensor) -> bool:
 
 
 def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-    """``(data - middle) * scale`` by channel, in the dtype of the data and computed in that of the statistics: a half
+    """``(data - middle) * scale`` by channel, in the dtype of the data and computed in fp32 or more: a half
     times a scale may be more than a half can be, before the mean is taken off."""
     wide = torch.promote_types(scale.dtype, torch.float32)
     middle, scale = middle.to(wide), scale.to(wide)
@@ -188,26 +203,14 @@ def _keep_normalised(call: Call, slot: Slot, weight: Any, bias: Any) -> bool:
         factor = parameters[0].to(scale.dtype) if has_weight else torch.ones_like(scale)
         return factor, parameters[-1].to(scale.dtype) if has_bias else torch.zeros_like(scale)
 
-    def recipe_of(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        def again(value: Tensor, *others: Tensor) -> Tensor:
-            factor, shift = coefficients(*others)
-            return codec.channel_affine_(_widened(value, factor), factor, shift)
-
-        def at_once(
-            packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
-        ) -> Tensor | None:
-            return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
-
-        return {"function": again, "writes": True, "at_once": at_once}
-
     parents = [source, *statistics]
-    kept = Recipe("", parents=parents, like=data, samples=(True, False, False), **recipe_of(to_input))
+    kept = Recipe("", parents=parents, like=data, samples=(True, False, False), **_affine(to_input))
     registry.learn(data, kept)
     call.keep(slot, kept)
     call.fuse(slot, summed=1)
     output = [source, statistics[1], *_parameters(call, weight, bias)]
     samples = (True,) + (False,) * (len(output) - 1)
-    call.output_recipe(call.name, parents=output, samples=samples, **recipe_of(to_output))
+    call.output_recipe(call.name, parents=output, samples=samples, **_affine(to_output))
     return True
 
 
@@ -234,18 +237,9 @@ def _keep_batch_norm(call: Call) -> None:
             scale = scale * parameters[0]
         return scale, (parameters[-1] if has_bias else 0) - middle * scale
 
-    def again(value: Tensor, *others: Tensor) -> Tensor:
-        scale, shift = coefficients(*others)
-        return codec.channel_affine_(_widened(value, scale), scale, shift)
-
-    def at_once(
-        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
-    ) -> Tensor | None:
-        return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
-
     parents = [source, *statistics, *_parameters(call, weight, bias)]
     samples = (True,) + (False,) * (len(parents) - 1)
-    call.output_recipe(call.name, again, parents, writes=True, samples=samples, at_once=at_once)
+    call.output_recipe(call.name, parents=parents, samples=samples, **_affine(coefficients))
 
 
 def _keep_instance_norm(call: Call) -> None:
