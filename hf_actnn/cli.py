@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_actnn import __version__
 from hf_actnn.commands import estimate, files, profile
 from hf_actnn.config import ActNNConfig
 from hf_actnn.errors import ActNNError
@@ -105,6 +106,7 @@ def _configuration(option: str, text: str) -> ActNNConfig:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="hf-actnn", description="Compressed activations for vision models.")
+    top.add_argument("--version", action="version", version=f"hf-actnn {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="print versions, the machine and the kernels in use")
     env.add_argument("--json", action="store_true", help="as JSON")

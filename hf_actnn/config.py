@@ -425,7 +425,7 @@ def _check_bits(bits: Any, where: str, adaptive: bool = False, also: str = "") -
     number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
     if number and MIN_BITS <= bits <= MAX_BITS and (adaptive or isinstance(bits, int)):
         return
-    expected = f"a whole number of bits from {MIN_BITS} to {MAX_BITS}{also}"
+    expected = f"{'a number' if adaptive else 'a whole number'} of bits from {MIN_BITS} to {MAX_BITS}{also}"
     if isinstance(bits, float) and bits < MIN_BITS:
         raise ConfigError(
             message(

@@ -246,6 +246,13 @@ class ConversionReport:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
+        if self.observed:
+            ways: dict[str, int] = {}
+            for row in self.rows:
+                way = row.kept.partition(":")[0]
+                ways[way] = ways.get(way, 0) + row.nbytes
+            shares = ", ".join(f"{way} {nbytes / 1e6:.3f}" for way, nbytes in sorted(ways.items()) if nbytes)
+            lines.append(f"MB before, in all {sum(ways.values()) / 1e6:.3f}: {shares}")
         return "\n".join(lines)
 
 

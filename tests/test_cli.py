@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import hf_actnn
 from hf_actnn import cli
 
 
@@ -23,6 +24,13 @@ def test_env_as_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu_kernels"]["available"] or found["cpu_kernels"]["reason"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"hf-actnn {hf_actnn.__version__}\n"
 
 
 @pytest.mark.parametrize(

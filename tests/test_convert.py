@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -190,7 +192,11 @@ def test_report_before_and_after_a_step():
     assert {row.bits for row in after.rows if row.kept == "quantized"} == {2}
     text = str(after)
     assert all(word in text for word in ("module", "kept as", "0.1", "layer_norm", "skip '2'"))
-    assert len(text.splitlines()) == len(after.rows) + 2
+    lines = text.splitlines()
+    assert len(lines) == len(after.rows) + 3
+    whole, *parts = (float(number) for number in re.findall(r"\d+\.\d+", lines[-1]))
+    assert whole == pytest.approx(sum(row.nbytes for row in after.rows) / 1e6, abs=1e-3)
+    assert sum(parts) == pytest.approx(whole, abs=1e-3 * len(parts))
 
 
 def test_report_bytes_are_what_autograd_meant_to_save():

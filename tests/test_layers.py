@@ -24,7 +24,7 @@ LAYERS = [
     {"codec", "pages"},
     {"config", "errors"},
 ]
-BESIDE = {("config", "errors")}
+BESIDE = {("config", "errors"), ("cli", "__version__")}
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 # Installed only by extras; the package must be importable without them.

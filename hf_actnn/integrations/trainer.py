@@ -213,8 +213,8 @@ class ActNNTrainingArguments(TrainingArguments):
     They are for an `ActNNTrainer`. Another Trainer refuses to train with the flag set, as it would not read it.
 
     Args:
-        actnn: the level, "L0", "L1", "L2", "L2.5", "L3", "L4" or "L5". Nothing is compressed while this and
-            `actnn_config` are None.
+        actnn: the level, "L0", "L1", "L2", "L2.5", "L3", "L4", "L5" or "auto". Nothing is compressed while this
+            and `actnn_config` are None.
         actnn_config: fields of `ActNNConfig` as a dict or JSON object, or the path of a JSON file. A level in `actnn`
             replaces the one in here.
         actnn_record: where to write the record of the run when it ends: a page (.html), a picture (.png) or numbers
@@ -230,7 +230,7 @@ class ActNNTrainingArguments(TrainingArguments):
     actnn: str | None = field(
         default=None,
         metadata={
-            "help": "Keep activations for backward in few bits: L0, L1, L2, L2.5, L3, L4 or L5. "
+            "help": "Keep activations for backward in few bits: L0, L1, L2, L2.5, L3, L4, L5 or auto. "
             "Off unless this or actnn_config is given."
         },
     )

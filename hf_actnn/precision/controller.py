@@ -125,7 +125,7 @@ class Controller:
         self.table = SampleTable()
         self._forwards = 0
         self._since_step = 0
-        self._warned = self._told = False
+        self._told: set[str] = set()
         self._fruitless = 0
         self._calls: dict[int, int] = {}
         self._due = True
@@ -463,10 +463,15 @@ class Controller:
                 return chosen
             budget = max(budget - max(over, 1e-6 * allowed), least)  # groups are padded to whole bytes
 
+    def _first_time(self, warning: str) -> bool:
+        """Whether the warning has not been given yet; it has after this."""
+        known = warning in self._told
+        self._told.add(warning)
+        return not known
+
     def _say_forgotten(self) -> None:
-        if self._warned or self._since_step <= FORGOTTEN:
+        if self._since_step <= FORGOTTEN or not self._first_time("forgotten"):
             return
-        self._warned = True
         warnings.warn(
             message(
                 "bits do not adapt: nothing has called the controller's step()",
@@ -482,9 +487,8 @@ class Controller:
     def _say_too_much(self, share: float) -> None:
         """Of a budget, and not of the first steps, whose weights training has hardly begun with."""
         budget = self.config.allowed_variance is None
-        if self._told or not budget or self.steps < SETTLED or not share > TOO_MUCH:
+        if not budget or self.steps < SETTLED or not share > TOO_MUCH or not self._first_time("too much"):
             return
-        self._told = True
         warnings.warn(
             message(
                 "quantisation adds more variance to the gradient than drawing the mini-batch does",
@@ -498,9 +502,8 @@ class Controller:
         )
 
     def _say_fruitless(self, reading: Reading | None) -> None:
-        if self._warned:
+        if not self._first_time("fruitless"):
             return
-        self._warned = True
         seen = (
             "no quantised tensor took part in a backward pass" if reading is None else "gradients that are not finite"
         )
