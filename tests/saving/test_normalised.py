@@ -1,4 +1,5 @@
-"""Batch normalisations whose input is normalised before it is coded: channels of one group may differ as they like."""
+"""Batch and group normalisations whose input is normalised before it is coded: channels side by side may differ
+as they like."""
 
 from __future__ import annotations
 
@@ -13,18 +14,28 @@ from torch import Tensor, nn
 import hf_actnn
 from hf_actnn.saving.rules import norms
 
+#: Channels that a group normalisation takes together; 0 is a batch normalisation.
+TOGETHER = (0, 1, 4)
 KINDS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 class Scaled(nn.Module):
-    """Channels of very different deviation and mean, normalised, and read by a convolution through an activation."""
+    """Channels of very different deviation and mean, normalised, and read by a convolution through an activation.
 
-    def __init__(self, dimensions: int = 4, affine: bool = True, spread: float = 100.0) -> None:
+    With ``together`` as many channels are alike, and normalised together.
+    """
+
+    def __init__(self, dimensions: int = 4, affine: bool = True, spread: float = 100.0, together: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        exponents = math.log10(spread) * torch.linspace(-1, 1, 64)[torch.randperm(64)]
-        self.scale = nn.Parameter(10**exponents)
-        self.norm = KINDS[dimensions](64, affine=affine)
+        different = 64 // max(together, 1)
+        exponents = math.log10(spread) * torch.linspace(-1, 1, different)[torch.randperm(different)]
+        self.scale = nn.Parameter(10 ** exponents.repeat_interleave(max(together, 1)))
+        self.norm: nn.Module
+        if together:
+            self.norm = nn.GroupNorm(different, 64, affine=affine)
+        else:
+            self.norm = KINDS[dimensions](64, affine=affine)
         if affine:
             nn.init.normal_(self.norm.weight)
             nn.init.normal_(self.norm.bias)
@@ -49,26 +60,28 @@ def picture(dimensions: int = 4, samples: int = 16) -> Tensor:
     return torch.randn(samples, 64, *[4] * (dimensions - 2), generator=generator)
 
 
-def variance(bits: int, draws: int = 40) -> float:
-    x, exact = picture(), gradients(Scaled(), picture())
+def variance(bits: int, together: int, draws: int = 40) -> float:
+    x, exact = picture(), gradients(Scaled(together=together), picture())
     found = []
     for seed in range(draws):
-        model = hf_actnn.convert(Scaled(), bits=bits, min_numel=64, seed=seed)
+        model = hf_actnn.convert(Scaled(together=together), bits=bits, min_numel=64, seed=seed)
         found.append(float((gradients(model, x) - exact).square().sum() / exact.square().sum()))
     return sum(found) / draws
 
 
+@pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_narrow_channels_are_not_drowned(bits, monkeypatch):
+def test_narrow_channels_are_not_drowned(bits, together, monkeypatch):
     """In groups of sixteen channels, whose deviations differ by four orders of magnitude."""
-    found = variance(bits)
+    found = variance(bits, together)
     monkeypatch.setattr(norms, "_GROUPS_IN_A_CHANNEL", 0)  # as if each group were of one channel
-    assert variance(bits, draws=8) > 30 * found
+    assert variance(bits, together, draws=8) > 30 * found
 
 
-def test_bytes_are_those_of_the_input(monkeypatch):
+@pytest.mark.parametrize("together", TOGETHER)
+def test_bytes_are_those_of_the_input(together, monkeypatch):
     def held() -> float:
-        model = hf_actnn.convert(Scaled(), bits=4, min_numel=64)
+        model = hf_actnn.convert(Scaled(together=together), bits=4, min_numel=64)
         with hf_actnn.track_memory(model) as memory:
             model(picture()).sum().backward()
         return memory.saved_bytes
@@ -78,12 +91,13 @@ def test_bytes_are_those_of_the_input(monkeypatch):
     assert held() == found
 
 
+@pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dimensions", [3, 4, 5])
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "bfloat16 in", "autocast", "float64"])
-def test_gradients_are_close_at_eight_bits(form, dimensions, affine, monkeypatch):
+def test_gradients_are_close_at_eight_bits(form, dimensions, affine, together, monkeypatch):
     x, autocast = picture(dimensions), {}
-    model, exact = Scaled(dimensions, affine, 10.0), Scaled(dimensions, affine, 10.0)
+    model, exact = (Scaled(dimensions, affine, 10.0, together) for _ in range(2))
     if form == "channels_last":
         if dimensions != 4:
             pytest.skip("has no such layout")
@@ -153,8 +167,9 @@ def test_an_input_that_is_kept_already_is_not_coded_again():
     assert F.cosine_similarity(found.flatten(), x.grad.flatten(), dim=0) > 0.999
 
 
-def test_the_report_shows_bits_of_the_input():
-    model = hf_actnn.convert(Scaled(), bits=3, min_numel=64)
+@pytest.mark.parametrize("together", TOGETHER)
+def test_the_report_shows_bits_of_the_input(together):
+    model = hf_actnn.convert(Scaled(together=together), bits=3, min_numel=64)
     model(picture()).sum().backward()
     rows = [row for row in hf_actnn.report(model).rows if row.module == "norm" and row.kept == "quantized"]
     assert [row.bits for row in rows] == [3]

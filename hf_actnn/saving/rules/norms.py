@@ -6,7 +6,7 @@ With the operation's own statistics a rebuilt output is affine in the coded inpu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,14 +146,15 @@ def _affine(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any
     return {"function": again, "writes": True, "at_once": at_once}
 
 
-#: A batch normalisation's input is normalised before it is coded where so many groups do not fit into one channel's
-#: part of a sample. Elsewhere nearly every group has values of one channel alone.
+#: The input of a normalisation is normalised before it is coded where fewer than so many groups of a code fit among the
+#: values that share their statistics. Elsewhere nearly every group has values of one spread alone.
 _GROUPS_IN_A_CHANNEL = 4
 
 
-def _mixes_channels(call: Call, data: Tensor) -> bool:
-    """Whether groups of a code of the input would hold values of several channels."""
-    side_by_side = inner(data.shape, data.stride())
+def _mixes_channels(call: Call, data: Tensor, channels: int = 1) -> bool:
+    """Whether groups of a code of the input would hold values that are normalised apart from each other: those that
+    are not are of so many channels side by side."""
+    side_by_side = channels * inner(data.shape, data.stride())
     return 0 < side_by_side < _GROUPS_IN_A_CHANNEL * call.policy.group_size
 
 
@@ -169,15 +170,70 @@ def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(view(shift), data.to(scale.dtype), view(scale)).to(data.dtype)
 
 
-def _keep_normalised(call: Call, slot: Slot, weight: Any, bias: Any) -> bool:
+class _Statistics(NamedTuple):
+    """How values are normalised by a mean and a scale.
+
+    Attributes:
+        size: how many values there are of each.
+        normalise: ``(data, mean, scale) -> normalised data``, in the dtype of the data.
+        to_input: what a recipe says of the way back, from the normalised data.
+        by_sample: whether each sample has its own.
+    """
+
+    size: int
+    normalise: Callable[[Tensor, Tensor, Tensor], Tensor]
+    to_input: dict[str, Any]
+    by_sample: bool
+
+
+def _of_channels(data: Tensor) -> _Statistics:
+    """Those of a batch normalisation."""
+
+    def coefficients(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return scale.reciprocal(), middle
+
+    return _Statistics(data.shape[1], _normalised, _affine(coefficients), False)
+
+
+def _by_channel(data: Tensor, groups: int) -> Callable[[Tensor], Tensor]:
+    """Statistics of a sample's groups of channels, for each of the channels, to be broadcast over the data."""
+    channels, tail = data.shape[1], (1,) * (data.dim() - 2)
+
+    def view(statistic: Tensor) -> Tensor:
+        each = statistic.view(-1, groups, 1).expand(-1, groups, channels // groups)
+        return each.reshape(-1, channels, *tail)
+
+    return view
+
+
+def _of_groups(data: Tensor, groups: int) -> _Statistics:
+    """Those of a group normalisation."""
+    by_channel = _by_channel(data, groups)
+
+    def wide(statistic: Tensor) -> Tensor:
+        return by_channel(statistic.to(torch.promote_types(statistic.dtype, torch.float32)))
+
+    def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        return value.to(wide(scale).dtype).sub(wide(middle)).mul_(wide(scale)).to(value.dtype)
+
+    def again(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+        return _widened(value, scale).mul_(wide(scale).reciprocal()).add_(wide(middle))
+
+    return _Statistics(data.shape[0] * groups, normalise, {"function": again, "writes": True}, True)
+
+
+def _keep_normalised(call: Call, weight: Any, bias: Any, how: _Statistics) -> bool:
     """Code the normalised input in place of the input, which is then a recipe of it; False, and nothing done, where
     that cannot be.
 
     A group of values of several channels has a step for the widest of them, which is many times the deviation of the
     narrowest; and the backward pass divides by each one's own.
     """
-    data, registry = slot.tensor, call.scope.registry
-    assert data is not None
+    data, registry = call.argument(0, "input"), call.scope.registry
+    slot = next((one for one in call.slots if one.tensor is not None and call.same_view(one.tensor, data)), None)
+    if slot is None or call.in_place or slot.tensor is None:
+        return False
+    data = slot.tensor
     rest = [one for one in call.slots if one.tensor is not None and one is not slot and not call.is_weight(one.tensor)]
     whole = fills_its_memory(data) and data.numel() * data.itemsize == data.untyped_storage().nbytes()
     if not whole or registry.find(data) is not None or not data.is_floating_point():
@@ -185,42 +241,46 @@ def _keep_normalised(call: Call, slot: Slot, weight: Any, bias: Any) -> bool:
     length = call.length_of_rows(data.shape, data.stride(), SAMPLE, data.itemsize)
     if length == 0:
         return False
-    statistics = _keep_statistics(call, rest, data.shape[1])
+    statistics = _keep_statistics(call, rest, how.size)
     if not statistics:
         return False
-    normalised = _normalised(data.detach(), *(one.get() for one in statistics))
+    normalised = how.normalise(data.detach(), *(one.get() for one in statistics))
     if normalised.stride() != data.stride():
         return False
     source = call.code(normalised, length)
     del normalised
-    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
-
-    def to_input(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return scale.reciprocal(), middle
+    has_weight, has_bias, channels = isinstance(weight, Tensor), isinstance(bias, Tensor), data.shape[1]
 
     def to_output(scale: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """In the dtype of the statistics, which may be wider than that of the parameters."""
-        factor = parameters[0].to(scale.dtype) if has_weight else torch.ones_like(scale)
-        return factor, parameters[-1].to(scale.dtype) if has_bias else torch.zeros_like(scale)
+        factor = parameters[0].to(scale.dtype) if has_weight else scale.new_ones(channels)
+        return factor, parameters[-1].to(scale.dtype) if has_bias else scale.new_zeros(channels)
 
-    parents = [source, *statistics]
-    kept = Recipe("", parents=parents, like=data, samples=(True, False, False), **_affine(to_input))
+    parents, apart = [source, *statistics], how.by_sample
+    kept = Recipe("", parents=parents, like=data, samples=(True, apart, apart), **how.to_input)
     registry.learn(data, kept)
     call.keep(slot, kept)
     call.fuse(slot, summed=1)
     output = [source, statistics[1], *_parameters(call, weight, bias)]
-    samples = (True,) + (False,) * (len(output) - 1)
+    samples = (True, apart) + (False,) * (len(output) - 2)
     call.output_recipe(call.name, parents=output, samples=samples, **_affine(to_output))
     return True
+
+
+def _codes_norms(call: Call) -> bool:
+    return not call.policy.exact_norms and call.policy.bits is not None
 
 
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     use_batch, data = training or running_mean is None, call.argument(0, "input")
-    if use_batch and not call.policy.exact_norms and call.policy.bits is not None and _mixes_channels(call, data):
-        slot = next((one for one in call.slots if one.tensor is not None and call.same_view(one.tensor, data)), None)
-        if slot is not None and not call.in_place and _keep_normalised(call, slot, weight, bias):
-            return
+    if (
+        use_batch
+        and _codes_norms(call)
+        and _mixes_channels(call, data)
+        and _keep_normalised(call, weight, bias, _of_channels(data))
+    ):
+        return
     source, rest = _keep_input(call, SAMPLE)
     if use_batch:
         statistics = _keep_statistics(call, rest, call.argument(0, "input").shape[1])
@@ -294,18 +354,21 @@ def _keep_layer_norm(call: Call) -> None:
 def _keep_group_norm(call: Call) -> None:
     data, groups = call.argument(0, "input"), call.argument(1, "num_groups")
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    together = data.shape[1] // groups
+    if (
+        _codes_norms(call)
+        and _mixes_channels(call, data, together)
+        and _keep_normalised(call, weight, bias, _of_groups(data, groups))
+    ):
+        return
     source, rest = _keep_input(call, SAMPLE)
     statistics = _keep_statistics(call, rest, data.shape[0] * groups)
     if not statistics:
         return
-    tail, channels = (1,) * (data.dim() - 2), data.shape[1]
+    by_channel = _by_channel(data, groups)
 
     def normalise(value: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-        middle, scale = (
-            statistic.view(-1, groups, 1).expand(-1, groups, channels // groups).reshape(-1, channels, *tail)
-            for statistic in (middle, scale)
-        )
-        return value.sub_(middle).mul_(scale)
+        return value.sub_(by_channel(middle)).mul_(by_channel(scale))
 
     _register_output(call, source, statistics, weight, bias, normalise, _channel_view(data.dim()))
 
