@@ -27,9 +27,10 @@ from hf_actnn.saving.compiled import ENTER, LEAVE, of, warn_of_checkpoint, warn_
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import fills_its_memory
 from hf_actnn.saving.policy import Policy
-from hf_actnn.saving.rows import coded_row_length
+from hf_actnn.saving.rows import coded_row_length, mixes_spreads
 from hf_actnn.saving.session import Session
 
+aten = torch.ops.aten
 _KEEP, _GIVE_BACK = torch.ops.hf_actnn.keep.default, torch.ops.hf_actnn.give_back.default
 _KEEP_MASK, _GIVE_MASK_BACK = torch.ops.hf_actnn.keep_mask.default, torch.ops.hf_actnn.give_mask_back.default
 
@@ -64,7 +65,7 @@ _ADDED = ("attn_mask", "attn_bias")
 _MAKERS = frozenset(["mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution"]) | _OF_NORMS | _OF_ATTENTION
 #: Among samples of images, groups may straddle pixels.
 _OF_IMAGES = _with_backward(
-    "convolution max_pool2d_with_indices native_batch_norm _native_batch_norm_legit cudnn_batch_norm"
+    "convolution max_pool2d_with_indices native_group_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm"
     " _native_batch_norm_legit_functional _batch_norm_with_update _batch_norm_with_update_functional"
 )
 #: What the backward pass computes again, from codes, instead of having it kept.
@@ -328,6 +329,7 @@ class _Division:
         received = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
         gradients = _descendants(backward.graph, _tangents(backward.graph))
         steps: dict[tuple[str, torch.device], fx.Node] = {}
+        saved = {node for node in values[self.outputs :] if isinstance(node, fx.Node)}
         for at, node in enumerate(values[self.outputs :], self.outputs):
             if not isinstance(node, fx.Node) or not self._is_large(node):
                 continue
@@ -348,11 +350,17 @@ class _Division:
             step = _step(forward.graph, place, value.device, steps)
             seed = ops._signed(Session.named(place.session).key())
             cut = (place.policy.uniform, length, place.policy.group_size)
-            with forward.graph.inserting_after(step if node.op == "placeholder" else node):
-                kept = _call(forward.graph, _KEEP, node, list(value.stride()), *cut, seed, self.index, step)
+            spread = _spread(node, place.policy, saved)
+            coded, last = node, step if node.op == "placeholder" else node
+            if spread is not None:
+                coded = last = spread.normalise(forward.graph, node)
+            with forward.graph.inserting_after(last):
+                kept = _call(forward.graph, _KEEP, coded, list(value.stride()), *cut, seed, self.index, step)
             self.index += 1
             values[at] = kept
-            _receive(backward.graph, received[node.name], kept, _GIVE_BACK, *cut, *_sizes(value), value.dtype)
+            back = _receive(backward.graph, received[node.name], kept, _GIVE_BACK, *cut, *_sizes(value), value.dtype)
+            if spread is not None:
+                spread.undo(backward.graph, back, received)
         output.args = (tuple(values),)
 
 
@@ -390,7 +398,7 @@ def _step(
     return steps[place.session, device]
 
 
-def _receive(graph: fx.Graph, received: fx.Node, kept: fx.Node, target: Any, *args: Any) -> None:
+def _receive(graph: fx.Graph, received: fx.Node, kept: fx.Node, target: Any, *args: Any) -> fx.Node:
     """Have a backward graph take bytes, and make the tensor of them before it is first used."""
     users = set(received.users)
     received.meta["val"], received.meta["tensor_meta"] = kept.meta["val"], kept.meta["tensor_meta"]
@@ -398,6 +406,83 @@ def _receive(graph: fx.Graph, received: fx.Node, kept: fx.Node, target: Any, *ar
     with graph.inserting_before(first):
         back = _call(graph, target, received, *args)
     received.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+    return back
+
+
+class _Spread(NamedTuple):
+    """The statistics by which an input is normalised, as nodes of the forward graph that are saved.
+
+    Attributes:
+        operand: what they were taken of, the input in another shape or dtype.
+    """
+
+    operand: fx.Node
+    mean: fx.Node
+    scale: fx.Node
+
+    def normalise(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        needed = {self.operand, self.mean, self.scale}
+        last = [one for one in graph.nodes if one in needed][-1]
+        with graph.inserting_before(last.next):
+            wide = _call(graph, aten.mul.Tensor, _call(graph, aten.sub.Tensor, self.operand, self.mean), self.scale)
+            return _as(graph, wide, node.meta["val"])
+
+    def undo(self, graph: fx.Graph, back: fx.Node, received: dict[str, fx.Node]) -> None:
+        """Make the input of what came back, for all who read it."""
+        readers = set(back.users)
+        mean, scale = (received[node.name] for node in (self.mean, self.scale))
+        with graph.inserting_before(next(node for node in graph.nodes if node in readers)):
+            wide = _as(graph, back, self.operand.meta["val"])
+            wide = _call(graph, aten.add.Tensor, _call(graph, aten.div.Tensor, wide, scale), mean)
+            found = _as(graph, wide, back.meta["val"])
+        back.replace_all_uses_with(found, delete_user_cb=lambda user: user in readers)
+
+
+def _as(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
+    """A node's values in the shape and the dtype of another tensor."""
+    value = node.meta["val"]
+    if value.dtype != like.dtype:
+        node = _call(graph, torch.ops.prims.convert_element_type.default, node, like.dtype)
+    return node if value.shape == like.shape else _call(graph, aten.view.default, node, list(like.shape))
+
+
+def _spread(node: fx.Node, policy: Policy, saved: set[fx.Node]) -> _Spread | None:
+    """How a batch or group normalisation normalises a tensor, where groups of a code of it would mix what it takes
+    apart, and its statistics are saved; see `rules.norms`."""
+    value = node.meta["val"]
+    waiting = [(node, user) for user in node.users]
+    while waiting:
+        operand, user = waiting.pop()
+        if user.target in (aten.view.default, torch.ops.prims.convert_element_type.default):
+            waiting += [(user, further) for further in user.users]
+        elif user.target is aten.var_mean.correction:
+            together = _channels_together(value, operand.meta["val"], user)
+            parts = [part for part in user.users if part.target is operator.getitem]
+            mean = next((part for part in parts if part.args[1] == 1 and part in saved), None)
+            scale = next((one for part in parts if part.args[1] == 0 for one in _rsqrt(part) if one in saved), None)
+            mixed = together and mixes_spreads(value.shape, value.stride(), together, policy)
+            if mixed and mean is not None and scale is not None:
+                return _Spread(operand, mean, scale)
+    return None
+
+
+def _channels_together(value: Tensor, operand: Tensor, node: fx.Node) -> int:
+    """How many channels of a tensor are normalised together; 0 where it is otherwise."""
+    axes, rest = node.args[1], value.dim() - 2
+    if not node.kwargs.get("keepdim") or rest < 0 or not isinstance(axes, list | tuple):
+        return 0
+    axes = sorted(axis % operand.dim() for axis in axes)  # type: ignore[operator]
+    if operand.shape == value.shape and axes == [0, *range(2, value.dim())]:
+        return 1
+    grouped = operand.dim() == 4 and axes == [2, 3] and operand.shape[0] == value.shape[0]
+    together = operand.shape[2] if grouped else 0
+    return together if together and operand.shape[1] * together == value.shape[1] else 0
+
+
+def _rsqrt(variance: fx.Node) -> list[fx.Node]:
+    """The reciprocals of a deviation that are made of a variance and an epsilon."""
+    sums = [user for user in variance.users if user.target is aten.add.Tensor]
+    return [user for one in sums for user in one.users if user.target is aten.rsqrt.default]
 
 
 def _readers(saved: fx.Node, gradients: set[fx.Node]) -> list[fx.Node]:

@@ -7,11 +7,15 @@ from functools import lru_cache
 import torch
 
 from hf_actnn import codec
+from hf_actnn.codec.inplace import inner
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.policy import Policy
 
 #: A code that does not reach this share of the tensor's own bytes is not worth its error.
 WORTHWHILE = 0.75
+#: The input of a normalisation is normalised before it is coded where fewer than so many groups of a code fit among the
+#: values that share their statistics. Elsewhere nearly every group has values of one spread alone.
+GROUPS_OF_ONE_SPREAD = 4
 
 
 @lru_cache(maxsize=4096)
@@ -54,3 +58,10 @@ def length_in_row(shape: torch.Size, stride: tuple[int, ...], within: int) -> in
             return length if all(later % within == 0 for later, _ in dims[at:]) else 1
         length *= size
     return length
+
+
+def mixes_spreads(shape: torch.Size, stride: tuple[int, ...], channels: int, policy: Policy) -> bool:
+    """Whether groups of a code would hold values that are normalised apart from each other; those that are normalised
+    together are of so many channels."""
+    side_by_side = channels * inner(shape, stride)
+    return 0 < side_by_side < GROUPS_OF_ONE_SPREAD * policy.group_size

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import hf_actnn
 from hf_actnn.codec import graphs
 from hf_actnn.errors import ConversionError
-from hf_actnn.saving import compiled, scope
+from hf_actnn.saving import compiled, rows, scope
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
@@ -186,6 +186,64 @@ def test_a_planted_bias_is_noticed(monkeypatch):
     right = graphs.ops.quantize
     monkeypatch.setattr(graphs.ops, "quantize", lambda x, *more: right(x + 0.1 * x.abs().mean(), *more))
     assert squared_deviation(*draws(2, 400)) > 1.6
+
+
+class Spread(nn.Module):
+    """Channels of very different deviation, normalised in maps of 16 values."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        exponents = torch.linspace(-2, 2, 16)[torch.randperm(16)]
+        self.register_buffer("scale", 10 ** exponents.repeat_interleave(4).view(1, 64, 1, 1))
+        self.convolution, self.norm, self.head = nn.Conv2d(64, 64, 1, groups=64), norm, nn.Conv2d(64, 10, 4)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.norm(self.convolution(x) * self.scale))).flatten(1)
+
+
+NORMS = {"batch": lambda: nn.BatchNorm2d(64), "group": lambda: nn.GroupNorm(16, 64), "all": lambda: nn.GroupNorm(1, 64)}
+
+
+@pytest.mark.parametrize("form", ["fp32", "channels_last", "bfloat16"])
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_narrow_channels_are_not_drowned(kind, form, monkeypatch):
+    """What is normalised is coded, as in eager mode, where groups hold channels of different deviations."""
+    if kind == "group" and form == "channels_last":
+        pytest.skip("torch makes such an input contiguous first")
+    x, labels = torch.randn(16, 64, 4, 4), torch.randint(0, 10, (16,))
+    x = x.contiguous(memory_format=torch.channels_last) if form == "channels_last" else x
+
+    def found(model: nn.Module, run) -> tuple[float, torch.Tensor, int]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "bfloat16"):
+            return gradient(run, model, x, labels)
+
+    def deviation() -> tuple[float, int]:
+        model = hf_actnn.convert(Spread(NORMS[kind]()), bits=4, min_numel=64)
+        run, squares = torch.compile(model), []
+        for _ in range(8):
+            loss, g, nbytes = found(model, run)
+            assert loss == pytest.approx(exact_loss, rel=1e-5)
+            squares.append(float((g - exact).square().sum() / exact.square().sum()))
+        return sum(squares) / 8, nbytes
+
+    plain = Spread(NORMS[kind]())
+    exact_loss, exact, _ = found(plain, torch.compile(plain))
+    ours, nbytes = deviation()
+    torch._dynamo.reset()
+    monkeypatch.setattr(rows, "GROUPS_OF_ONE_SPREAD", 0)
+    before, as_many = deviation()
+    assert ours < before / 10 and ours < 0.05
+    assert nbytes == as_many
+
+
+def test_one_group_of_all_channels_is_coded_as_it_is():
+    model = hf_actnn.convert(Spread(NORMS["all"]()), bits=8, min_numel=64)
+    plain = Spread(NORMS["all"]())
+    x, labels = torch.randn(16, 64, 4, 4), torch.randint(0, 10, (16,))
+    found = [gradient(torch.compile(one), one, x, labels)[1] for one in (model, plain)]
+    assert F.cosine_similarity(*found, dim=0) > 0.999
 
 
 def test_attention_is_differentiated_at_its_codes():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_actnn
+from hf_actnn.saving import rows
 from hf_actnn.saving.rules import norms
 
 #: Channels that a group normalisation takes together; 0 is a batch normalisation.
@@ -74,7 +75,7 @@ def variance(bits: int, together: int, draws: int = 40) -> float:
 def test_narrow_channels_are_not_drowned(bits, together, monkeypatch):
     """In groups of sixteen channels, whose deviations differ by four orders of magnitude."""
     found = variance(bits, together)
-    monkeypatch.setattr(norms, "_GROUPS_IN_A_CHANNEL", 0)  # as if each group were of one channel
+    monkeypatch.setattr(rows, "GROUPS_OF_ONE_SPREAD", 0)  # as if each group were of one channel
     assert variance(bits, together, draws=8) > 30 * found
 
 
@@ -87,7 +88,7 @@ def test_bytes_are_those_of_the_input(together, monkeypatch):
         return memory.saved_bytes
 
     found = held()
-    monkeypatch.setattr(norms, "_GROUPS_IN_A_CHANNEL", 0)
+    monkeypatch.setattr(rows, "GROUPS_OF_ONE_SPREAD", 0)
     assert held() == found
 
 
@@ -171,5 +172,5 @@ def test_an_input_that_is_kept_already_is_not_coded_again():
 def test_the_report_shows_bits_of_the_input(together):
     model = hf_actnn.convert(Scaled(together=together), bits=3, min_numel=64)
     model(picture()).sum().backward()
-    rows = [row for row in hf_actnn.report(model).rows if row.module == "norm" and row.kept == "quantized"]
-    assert [row.bits for row in rows] == [3]
+    found = [row for row in hf_actnn.report(model).rows if row.module == "norm" and row.kept == "quantized"]
+    assert [row.bits for row in found] == [3]

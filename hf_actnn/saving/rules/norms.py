@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.codec import ops, rebuild
-from hf_actnn.codec.inplace import inner
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import Kept, fills_its_memory
 from hf_actnn.saving.recipes import Recipe
+from hf_actnn.saving.rows import mixes_spreads
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -146,18 +146,6 @@ def _affine(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any
     return {"function": again, "writes": True, "at_once": at_once}
 
 
-#: The input of a normalisation is normalised before it is coded where fewer than so many groups of a code fit among the
-#: values that share their statistics. Elsewhere nearly every group has values of one spread alone.
-_GROUPS_IN_A_CHANNEL = 4
-
-
-def _mixes_channels(call: Call, data: Tensor, channels: int = 1) -> bool:
-    """Whether groups of a code of the input would hold values that are normalised apart from each other: those that
-    are not are of so many channels side by side."""
-    side_by_side = channels * inner(data.shape, data.stride())
-    return 0 < side_by_side < _GROUPS_IN_A_CHANNEL * call.policy.group_size
-
-
 def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
     """``(data - middle) * scale`` by channel, in the dtype of the data and computed in fp32 or more: a half
     times a scale may be more than a half can be, before the mean is taken off."""
@@ -267,19 +255,16 @@ def _keep_normalised(call: Call, weight: Any, bias: Any, how: _Statistics) -> bo
     return True
 
 
-def _codes_norms(call: Call) -> bool:
-    return not call.policy.exact_norms and call.policy.bits is not None
+def _may_be_normalised(call: Call, data: Tensor, channels: int = 1) -> bool:
+    """Whether it gains something to code the normalised input, of so many channels that are normalised together."""
+    coded = not call.policy.exact_norms and call.policy.bits is not None
+    return coded and mixes_spreads(data.shape, data.stride(), channels, call.policy)
 
 
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     use_batch, data = training or running_mean is None, call.argument(0, "input")
-    if (
-        use_batch
-        and _codes_norms(call)
-        and _mixes_channels(call, data)
-        and _keep_normalised(call, weight, bias, _of_channels(data))
-    ):
+    if use_batch and _may_be_normalised(call, data) and _keep_normalised(call, weight, bias, _of_channels(data)):
         return
     source, rest = _keep_input(call, SAMPLE)
     if use_batch:
@@ -355,11 +340,7 @@ def _keep_group_norm(call: Call) -> None:
     data, groups = call.argument(0, "input"), call.argument(1, "num_groups")
     weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
     together = data.shape[1] // groups
-    if (
-        _codes_norms(call)
-        and _mixes_channels(call, data, together)
-        and _keep_normalised(call, weight, bias, _of_groups(data, groups))
-    ):
+    if _may_be_normalised(call, data, together) and _keep_normalised(call, weight, bias, _of_groups(data, groups)):
         return
     source, rest = _keep_input(call, SAMPLE)
     statistics = _keep_statistics(call, rest, data.shape[0] * groups)
