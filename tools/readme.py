@@ -1,7 +1,7 @@
-"""Writes the table of measured results into README.md, from the JSON files in benchmarks/results that it names.
+"""Writes what was measured, and what of it speaks against us, into README.md, from files in benchmarks/results.
 
-python tools/readme.py            # rewrite the region between the two marks
-python tools/readme.py --check    # exit 1 if the region is not what the files say
+python tools/readme.py            # rewrite the two regions, each between two marks
+python tools/readme.py --check    # exit 1 if they are not what the files say
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results: begin.", "<!-- results: end -->"
 FULL_SIZE = {"resnet50": "ResNet-50", "vit_b16": "ViT-B/16", "convnext_t": "ConvNeXt-T"}
 TASKS = {
     "cifar10-resnet": "ResNet-20, CIFAR-10, accuracy",
@@ -131,6 +130,51 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
     ]
 
 
+def limits() -> str:
+    """What of all that was measured speaks most against us, in one line of a list."""
+    found = {name: json.loads(path.read_text()) for path in RESULTS.glob("*.json") for name in [path.stem]}
+    lines = ["* **The least favourable of what was measured:**"]
+    families = {key: row for key, row in found["coverage"]["families"].items() if "fp32" in row}
+    low = min(families, key=lambda key: families[key]["fp32"]["ratio"])
+    off = min(families, key=lambda key: families[key].get("cosine_4", 1.0))
+    lines.append(
+        f"the smallest ratio of bytes {families[low]['fp32']['ratio']:.1f} ({low.split('/')[1]}), the lowest cosine of "
+        f"a gradient at fixed 4 bits {families[off]['cosine_4']:.2f} ({off.split('/')[1]}), both of "
+        f"[{len(families)} families](docs/coverage.md) with random weights;"
+    )
+    times, peaks = {}, {}
+    for model, row in found["step_gpu"]["models"].items():
+        median = {way: statistics.median(seconds) for way, seconds in row["seconds"].items()}
+        times[model] = median["L3"] / median["plain"]
+        methods = row["methods"]
+        peaks[model] = methods["plain"]["allocated"] / methods["L3"]["allocated"]
+    slow, high = max(times, key=times.__getitem__), min(peaks, key=peaks.__getitem__)
+    lines.append(
+        f"the slowest step at L3 {times[slow]:.2f} times plain training's ({slow.split('_patch')[0]}) and the smallest "
+        f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md);"
+    )
+    if "front" in found:
+        lines += _slowest_on_a_cpu(found["front"]["models"])
+    compared = [one for one in found["accuracy"]["compared"] if one["scheme"] in ("L3", "auto")]
+    worst = min(compared, key=lambda one: one["difference"])
+    lost, reach = (100 * abs(value) for value in (worst["difference"], worst["interval"][1] - worst["difference"]))
+    lines.append(
+        f"the largest mean loss of score {lost:.1f} ± {reach:.1f} points ({worst['scheme']}, {TASKS[worst['task']]}; "
+        f"95 %, {worst['pairs']} pairs; [Accuracy against bits](docs/results/accuracy.md))."
+    )
+    return "\n  ".join(lines) + "\n"
+
+
+def _slowest_on_a_cpu(models: dict[str, Any]) -> list[str]:
+    times = {}
+    for model, row in models.items():
+        seconds = {way: one["seconds_per_image"] for way, one in row["ways"].items() if one["status"] == "ok"}
+        if {"plain", "L3"} <= seconds.keys():
+            times[model] = seconds["L3"] / seconds["plain"]
+    slow = max(times, key=times.__getitem__)
+    return [f"on a CPU the slowest step {times[slow]:.2f} ({slow}; [Memory and speed](docs/results/speed.md));"]
+
+
 def _peaks(row: dict[str, float]) -> list[str]:
     slopes = [row.get(f"rss_slope_pages_{mode}") for mode in ("plain", "hf_actnn")]
     if None in slopes:
@@ -160,11 +204,14 @@ def main() -> int:
         shutil.copyfile(made / "demo.json", RESULTS / "demo.json")
         shutil.copyfile(made / "demo.png", ROOT / "docs" / "images" / "demo.png")
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(BEGIN, 1)
-    mark, rest = rest.split("\n", 1)
-    _, tail = rest.split(END, 1)
-    new = f"{head}{BEGIN}{mark}\n\n{region()}\n{END}{tail}"
+    text = new = readme.read_text()
+    for name, made in {"results": region(), "limits": limits()}.items():
+        begin, end = (f"<!-- {name}: {edge}" for edge in ("begin.", "end -->"))
+        head, rest = new.split(begin, 1)
+        mark, rest = rest.split("\n", 1)
+        _, tail = rest.split(end, 1)
+        space = "\n" if name == "results" else ""  # a list goes on
+        new = f"{head}{begin}{mark}\n{space}{made}{space}{end}{tail}"
     if "--check" in sys.argv[1:]:
         return int(new != text)
     readme.write_text(new)
