@@ -33,7 +33,6 @@ import hf_actnn
 from hf_actnn.saving import call as saving_call
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Quantized
-from hf_actnn.saving.rules import norms
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "fidelity"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fidelity.md"
@@ -283,7 +282,7 @@ def straddling() -> Iterator[None]:
 @contextlib.contextmanager
 def original() -> Iterator[None]:
     """As the original keeps it: every save by itself as it is, in flat groups."""
-    with separately(), straddling(), mock.patch.object(norms, "_GROUPS_IN_A_CHANNEL", 0):
+    with separately(), straddling(), mock.patch("hf_actnn.saving.rows.GROUPS_OF_ONE_SPREAD", 0):
         yield
 
 

@@ -206,12 +206,11 @@ class Spread(nn.Module):
 NORMS = {"batch": lambda: nn.BatchNorm2d(64), "group": lambda: nn.GroupNorm(16, 64), "all": lambda: nn.GroupNorm(1, 64)}
 
 
-@pytest.mark.parametrize("form", ["fp32", "channels_last", "bfloat16"])
-@pytest.mark.parametrize("kind", ["batch", "group"])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("batch", "fp32"), ("batch", "channels_last"), ("batch", "bfloat16"), ("group", "bfloat16")]
+)
 def test_narrow_channels_are_not_drowned(kind, form, monkeypatch):
     """What is normalised is coded, as in eager mode, where groups hold channels of different deviations."""
-    if kind == "group" and form == "channels_last":
-        pytest.skip("torch makes such an input contiguous first")
     x, labels = torch.randn(16, 64, 4, 4), torch.randint(0, 10, (16,))
     x = x.contiguous(memory_format=torch.channels_last) if form == "channels_last" else x
 
