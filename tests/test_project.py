@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,17 @@ def test_what_beats_a_level_in_memory_and_time_is_said():
     assert results.over(points, others, "a model") == ["checkpoint on a model, against L2"]
     assert results.over({**points, "checkpoint": (1, 1.0)}, others, "it") == ["checkpoint on it"]
     assert results.over({**points, "checkpoint": (3, 1.15)}, others, "it") == []
+
+
+def test_the_readme_shows_scores_of_tasks_whose_seeds_are_all_there():
+    import readme  # in tools/, as above
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
+    task, name = next(iter(readme.TASKS.items()))
+    assert any(name in line for line in readme.scores(results))
+    del results["runs"][f"{task}/auto/2"]
+    lines = readme.scores(results)
+    assert not any(name in line for line in lines) and len(lines) > 3
 
 
 def test_the_readme_shows_what_was_measured():

@@ -110,13 +110,14 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
     ways = {run.PLAIN: "uncompressed", "auto": '`bits="auto"`', "L3": "L3", "original-2": "original scheme, 2 bits"}
     lines = ["", f"| trained on real images | {' | '.join(ways.values())} |", f"|---|{'---|' * len(ways)}"]
     for task, name in TASKS.items():
+        found = {way: run.scores(accuracy["runs"], task, way).values() for way in ways}
+        if any(len(values) < SEEDS for values in found.values()):
+            continue  # a task counts when all of its seeds are there
         cells = []
-        for way in ways:
-            values, more = run.scores(accuracy["runs"], task, way).values(), run.loss(accuracy["runs"], task, way)
-            score = f"{100 * statistics.mean(values):.1f}" if len(values) >= SEEDS else ""
-            cells.append(score + (f" ({100 * more[0]:+.1f} %)" if more and way != run.PLAIN else ""))
-        if all(cells):  # a task counts when all of its seeds are there
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        for way, values in found.items():
+            more = "" if way == run.PLAIN else f" ({100 * run.loss(accuracy['runs'], task, way)[0]:+.1f} %)"
+            cells.append(f"{100 * statistics.mean(values):.1f}{more}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     if len(lines) == 3:
         return []
     return [
@@ -133,13 +134,16 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
 def limits() -> str:
     """What of all that was measured speaks most against us, in one line of a list."""
     found = {name: json.loads(path.read_text()) for path in RESULTS.glob("*.json") for name in [path.stem]}
-    lines = ["* **The least favourable of what was measured:**"]
-    families = {key: row for key, row in found["coverage"]["families"].items() if "fp32" in row}
-    low = min(families, key=lambda key: families[key]["fp32"]["ratio"])
+    lines = ["* **The least favourable figures** of the tables above and of these pages:"]
+    families = found["coverage"]["families"]
+    ratios = {
+        (key, kind): row[kind]["ratio"] for key, row in families.items() for kind in ("fp32", "bf16") if kind in row
+    }
+    low, kind = min(ratios, key=ratios.__getitem__)
     off = min(families, key=lambda key: families[key].get("cosine_4", 1.0))
     lines.append(
-        f"the smallest ratio of bytes {families[low]['fp32']['ratio']:.1f} ({low.split('/')[1]}), the lowest cosine of "
-        f"a gradient at fixed 4 bits {families[off]['cosine_4']:.2f} ({off.split('/')[1]}), both of "
+        f"the smallest ratio of bytes at 224 px {ratios[low, kind]:.1f} ({low.split('/')[1]}, {kind}), the lowest "
+        f"cosine of a gradient at fixed 4 bits {families[off]['cosine_4']:.2f} ({off.split('/')[1]}), both of "
         f"[{len(families)} families](docs/coverage.md) with random weights;"
     )
     times, peaks = {}, {}
@@ -153,8 +157,9 @@ def limits() -> str:
         f"the slowest step at L3 {times[slow]:.2f} times plain training's ({slow.split('_patch')[0]}) and the smallest "
         f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md);"
     )
-    if "front" in found:
-        lines += _slowest_on_a_cpu(found["front"]["models"])
+    cpu = _on_a_cpu(found)
+    slow = max(cpu, key=cpu.__getitem__)
+    lines.append(f"on a CPU {cpu[slow]:.2f} times ({slow});")
     compared = [one for one in found["accuracy"]["compared"] if one["scheme"] in ("L3", "auto")]
     worst = min(compared, key=lambda one: one["difference"])
     lost, reach = (100 * abs(value) for value in (worst["difference"], worst["interval"][1] - worst["difference"]))
@@ -165,14 +170,16 @@ def limits() -> str:
     return "\n  ".join(lines) + "\n"
 
 
-def _slowest_on_a_cpu(models: dict[str, Any]) -> list[str]:
-    times = {}
-    for model, row in models.items():
+def _on_a_cpu(found: dict[str, Any]) -> dict[str, float]:
+    """Times of steps on a CPU over plain training's, of everything that measured them."""
+    demo = {(run["model"], run["level"]): run["seconds_per_step"] for run in found["demo"]["runs"]}
+    times = {f"{NAMES[model]}, demo": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
+    times |= {model: row["over_plain"]["hf_actnn"] for model, row in found["step"]["models"].items()}
+    for model, row in found.get("front", {"models": {}})["models"].items():
         seconds = {way: one["seconds_per_image"] for way, one in row["ways"].items() if one["status"] == "ok"}
         if {"plain", "L3"} <= seconds.keys():
             times[model] = seconds["L3"] / seconds["plain"]
-    slow = max(times, key=times.__getitem__)
-    return [f"on a CPU the slowest step {times[slow]:.2f} ({slow}; [Memory and speed](docs/results/speed.md));"]
+    return times
 
 
 def _peaks(row: dict[str, float]) -> list[str]:

@@ -59,7 +59,7 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
             mean, low, high = (100 * value for value in (found["difference"], *found["interval"]))
             if other == run.PLAIN:
                 shown = low >= -100 * run.POINT
-                said = ("yes" if shown else "yes, within the noise") if found["as_good"] else "**no**"
+                said = ("yes" if shown else "yes; more than a point is not excluded") if found["as_good"] else "**no**"
             else:
                 said = "yes" if low > 0 else "**no**" if mean <= 0 else "yes, within the noise"
             rows.append([task, claim, str(found["pairs"]), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", said])

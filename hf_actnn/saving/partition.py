@@ -21,8 +21,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
-from hf_actnn.codec import graphs, ops
+from hf_actnn.codec import graphs, inplace, ops
 from hf_actnn.errors import message
+from hf_actnn.saving import rows
 from hf_actnn.saving.compiled import ENTER, LEAVE, of, warn_of_checkpoint, warn_once
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import fills_its_memory
@@ -111,8 +112,8 @@ def install() -> None:
 
 def _fingerprint() -> str:
     found = hashlib.sha256()
-    for path in (Path(__file__), Path(graphs.__file__), Path(ops.__file__)):
-        found.update(path.read_bytes())
+    for path in (__file__, graphs.__file__, ops.__file__, inplace.__file__, rows.__file__):
+        found.update(Path(path).read_bytes())
     return found.hexdigest()
 
 
@@ -329,7 +330,7 @@ class _Division:
         received = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
         gradients = _descendants(backward.graph, _tangents(backward.graph))
         steps: dict[tuple[str, torch.device], fx.Node] = {}
-        saved = {node for node in values[self.outputs :] if isinstance(node, fx.Node)}
+        exact = {node for node in values[self.outputs :] if isinstance(node, fx.Node) and not self._is_large(node)}
         for at, node in enumerate(values[self.outputs :], self.outputs):
             if not isinstance(node, fx.Node) or not self._is_large(node):
                 continue
@@ -350,7 +351,7 @@ class _Division:
             step = _step(forward.graph, place, value.device, steps)
             seed = ops._signed(Session.named(place.session).key())
             cut = (place.policy.uniform, length, place.policy.group_size)
-            spread = _spread(node, place.policy, saved)
+            spread = _spread(node, place.policy, exact)
             coded, last = node, step if node.op == "placeholder" else node
             if spread is not None:
                 coded = last = spread.normalise(forward.graph, node)
@@ -446,9 +447,9 @@ def _as(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
     return node if value.shape == like.shape else _call(graph, aten.view.default, node, list(like.shape))
 
 
-def _spread(node: fx.Node, policy: Policy, saved: set[fx.Node]) -> _Spread | None:
+def _spread(node: fx.Node, policy: Policy, exact: set[fx.Node]) -> _Spread | None:
     """How a batch or group normalisation normalises a tensor, where groups of a code of it would mix what it takes
-    apart, and its statistics are saved; see `rules.norms`."""
+    apart, and its statistics are saved as they are; see `rules.norms`."""
     value = node.meta["val"]
     waiting = [(node, user) for user in node.users]
     while waiting:
@@ -458,8 +459,8 @@ def _spread(node: fx.Node, policy: Policy, saved: set[fx.Node]) -> _Spread | Non
         elif user.target is aten.var_mean.correction:
             together = _channels_together(value, operand.meta["val"], user)
             parts = [part for part in user.users if part.target is operator.getitem]
-            mean = next((part for part in parts if part.args[1] == 1 and part in saved), None)
-            scale = next((one for part in parts if part.args[1] == 0 for one in _rsqrt(part) if one in saved), None)
+            mean = next((part for part in parts if part.args[1] == 1 and part in exact), None)
+            scale = next((one for part in parts if part.args[1] == 0 for one in _rsqrt(part) if one in exact), None)
             mixed = together and mixes_spreads(value.shape, value.stride(), together, policy)
             if mixed and mean is not None and scale is not None:
                 return _Spread(operand, mean, scale)

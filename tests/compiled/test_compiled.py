@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import hf_actnn
 from hf_actnn.codec import graphs
 from hf_actnn.errors import ConversionError
-from hf_actnn.saving import compiled, rows, scope
+from hf_actnn.saving import compiled, partition, rows, scope
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
@@ -237,12 +237,18 @@ def test_narrow_channels_are_not_drowned(kind, form, monkeypatch):
     assert nbytes == as_many
 
 
-def test_one_group_of_all_channels_is_coded_as_it_is():
-    model = hf_actnn.convert(Spread(NORMS["all"]()), bits=8, min_numel=64)
-    plain = Spread(NORMS["all"]())
+def test_one_group_of_all_channels_is_coded_as_it_is(monkeypatch):
+    found: list[object] = []
+    look = partition._spread
+    monkeypatch.setattr(rows, "GROUPS_OF_ONE_SPREAD", 2)  # 1024 values are four groups
+    monkeypatch.setattr(partition, "_spread", lambda *args: found.append(look(*args)) or found[-1])
     x, labels = torch.randn(16, 64, 4, 4), torch.randint(0, 10, (16,))
-    found = [gradient(torch.compile(one), one, x, labels)[1] for one in (model, plain)]
-    assert F.cosine_similarity(*found, dim=0) > 0.999
+    for kind, normalised in (("all", 0), ("group", 1)):
+        found.clear()
+        torch._dynamo.reset()
+        model = hf_actnn.convert(Spread(NORMS[kind]()), bits=8, min_numel=64)
+        gradient(torch.compile(model), model, x, labels)
+        assert len(found) > 1 and sum(one is not None for one in found) == normalised
 
 
 def test_attention_is_differentiated_at_its_codes():
