@@ -133,7 +133,7 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
 
 def limits() -> str:
     """What of all that was measured speaks most against us, in one line of a list."""
-    found = {name: json.loads(path.read_text()) for path in RESULTS.glob("*.json") for name in [path.stem]}
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     lines = ["* **The least favourable figures** of the tables above and of these pages:"]
     families = found["coverage"]["families"]
     ratios = {
@@ -171,7 +171,7 @@ def limits() -> str:
 
 
 def _on_a_cpu(found: dict[str, Any]) -> dict[str, float]:
-    """Times of steps on a CPU over plain training's, of everything that measured them."""
+    """Times of steps on a CPU over plain training's, without compiler and checkpoints."""
     demo = {(run["model"], run["level"]): run["seconds_per_step"] for run in found["demo"]["runs"]}
     times = {f"{NAMES[model]}, demo": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
     times |= {model: row["over_plain"]["hf_actnn"] for model, row in found["step"]["models"].items()}
