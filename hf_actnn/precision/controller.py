@@ -159,6 +159,8 @@ class Controller:
             reading = sensitivity.merge(_of_all_processes(readings))
             if reading is not None and reading.is_finite and reading.scale > 0:
                 self._fruitless = 0
+                if self._kept and reading.kept and self._kept.keys().isdisjoint(reading.kept):
+                    self._unlearn(reading.kept)
                 self._learn(reading)
                 self._solve(reading.kept)
             else:
@@ -227,7 +229,8 @@ class Controller:
         """Go on from a state.
 
         A state of other settings (level, bits, seed) gives a warning and is not taken over, for its bits mean something
-        else; likewise an empty one, of a checkpoint from before conversion. Bits are then chosen anew.
+        else; likewise an empty one, of a checkpoint from before conversion. Bits are then chosen anew. Whether a state
+        is that of another model shows at the next update, which gives a warning and lets go of it.
 
         Raises:
             ConfigError: this is no state of a controller.
@@ -389,6 +392,22 @@ class Controller:
                 if math.isfinite(before):
                     now = 1 / (newest / max(now, LOWEST * before) + (1 - newest) / before)
                 self._averages[name] = now
+
+    def _unlearn(self, seen: Collection[str]) -> None:
+        """Let go of what was learnt of another model: a state that was loaded names none of the tensors there are."""
+        warnings.warn(
+            message(
+                "what was known of other tensors is let go of; bits are chosen anew",
+                where=f"update at step {self.steps} at {_named(self.config)}",
+                expected=f"one of the tensors that the state knew, such as {min(self._kept)!r}",
+                received=f"{len(seen)} others, such as {min(seen)!r}",
+                next_step="Load the state that was saved with this model; where none was, nothing needs to be done",
+            ),
+            ActNNWarning,
+            stacklevel=3,
+        )
+        self._kept, self._plan, self._readings = {}, {}, 0
+        self._averages = dict.fromkeys(self._averages, math.nan)
 
     @property
     def _minibatch(self) -> float:

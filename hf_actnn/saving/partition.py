@@ -18,20 +18,20 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hf_actnn.codec import graphs, inplace, ops
 from hf_actnn.errors import message
-from hf_actnn.saving import rows
+from hf_actnn.saving import nodes, rows, spread
 from hf_actnn.saving.compiled import ENTER, LEAVE, of, warn_of_checkpoint, warn_once
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import fills_its_memory
+from hf_actnn.saving.nodes import call
 from hf_actnn.saving.policy import Policy
-from hf_actnn.saving.rows import coded_row_length, mixes_spreads
+from hf_actnn.saving.rows import coded_row_length
 from hf_actnn.saving.session import Session
+from hf_actnn.saving.spread import spread_of
 
-aten = torch.ops.aten
 _KEEP, _GIVE_BACK = torch.ops.hf_actnn.keep.default, torch.ops.hf_actnn.give_back.default
 _KEEP_MASK, _GIVE_MASK_BACK = torch.ops.hf_actnn.keep_mask.default, torch.ops.hf_actnn.give_mask_back.default
 
@@ -111,9 +111,9 @@ def install() -> None:
 
 
 def _fingerprint() -> str:
-    found = hashlib.sha256()
-    for path in (__file__, graphs.__file__, ops.__file__, inplace.__file__, rows.__file__):
-        found.update(Path(path).read_bytes())
+    found = hashlib.sha256(Path(__file__).read_bytes())
+    for module in (graphs, ops, inplace, nodes, rows, spread):
+        found.update(Path(str(module.__file__)).read_bytes())
     return found.hexdigest()
 
 
@@ -351,41 +351,29 @@ class _Division:
             step = _step(forward.graph, place, value.device, steps)
             seed = ops._signed(Session.named(place.session).key())
             cut = (place.policy.uniform, length, place.policy.group_size)
-            spread = _spread(node, place.policy, exact)
+            how = spread_of(node, place.policy, exact)
             coded, last = node, step if node.op == "placeholder" else node
-            if spread is not None:
-                coded = last = spread.normalise(forward.graph, node)
+            if how is not None:
+                coded = last = how.normalise(forward.graph, node)
             with forward.graph.inserting_after(last):
-                kept = _call(forward.graph, _KEEP, coded, list(value.stride()), *cut, seed, self.index, step)
+                kept = call(forward.graph, _KEEP, coded, list(value.stride()), *cut, seed, self.index, step)
             self.index += 1
             values[at] = kept
             back = _receive(backward.graph, received[node.name], kept, _GIVE_BACK, *cut, *_sizes(value), value.dtype)
-            if spread is not None:
-                spread.undo(backward.graph, back, received)
+            if how is not None:
+                how.undo(backward.graph, back, received)
         output.args = (tuple(values),)
 
 
 def _code_mask(forward: fx.Graph, backward: fx.Graph, node: fx.Node, received: fx.Node) -> fx.Node:
     with forward.inserting_after(node):
-        kept = _call(forward, _KEEP_MASK, node, list(node.meta["val"].stride()))
+        kept = call(forward, _KEEP_MASK, node, list(node.meta["val"].stride()))
     _receive(backward, received, kept, _GIVE_MASK_BACK, *_sizes(node.meta["val"]))
     return kept
 
 
 def _sizes(value: Tensor) -> tuple[list[int], list[int]]:
     return list(value.shape), list(value.stride())
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call, with what compilers look up about it."""
-    node = graph.call_function(target, args)
-    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-    mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-    assert mode is not None  # of the tensors, or of the compilation that is going on
-    with mode:
-        node.meta["val"] = target(*values)
-    node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
-    return node
 
 
 def _step(
@@ -395,7 +383,7 @@ def _step(
     if (place.session, device) not in steps:
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         with graph.inserting_after(last):
-            steps[place.session, device] = _call(graph, torch.ops.hf_actnn.next_step.default, place.session, device)
+            steps[place.session, device] = call(graph, torch.ops.hf_actnn.next_step.default, place.session, device)
     return steps[place.session, device]
 
 
@@ -405,85 +393,9 @@ def _receive(graph: fx.Graph, received: fx.Node, kept: fx.Node, target: Any, *ar
     received.meta["val"], received.meta["tensor_meta"] = kept.meta["val"], kept.meta["tensor_meta"]
     first = next(node for node in graph.nodes if node in users)
     with graph.inserting_before(first):
-        back = _call(graph, target, received, *args)
+        back = call(graph, target, received, *args)
     received.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
     return back
-
-
-class _Spread(NamedTuple):
-    """The statistics by which an input is normalised, as nodes of the forward graph that are saved.
-
-    Attributes:
-        operand: what they were taken of, the input in another shape or dtype.
-    """
-
-    operand: fx.Node
-    mean: fx.Node
-    scale: fx.Node
-
-    def normalise(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        needed = {self.operand, self.mean, self.scale}
-        last = [one for one in graph.nodes if one in needed][-1]
-        with graph.inserting_before(last.next):
-            wide = _call(graph, aten.mul.Tensor, _call(graph, aten.sub.Tensor, self.operand, self.mean), self.scale)
-            return _as(graph, wide, node.meta["val"])
-
-    def undo(self, graph: fx.Graph, back: fx.Node, received: dict[str, fx.Node]) -> None:
-        """Make the input of what came back, for all who read it."""
-        readers = set(back.users)
-        mean, scale = (received[node.name] for node in (self.mean, self.scale))
-        with graph.inserting_before(next(node for node in graph.nodes if node in readers)):
-            wide = _as(graph, back, self.operand.meta["val"])
-            wide = _call(graph, aten.add.Tensor, _call(graph, aten.div.Tensor, wide, scale), mean)
-            found = _as(graph, wide, back.meta["val"])
-        back.replace_all_uses_with(found, delete_user_cb=lambda user: user in readers)
-
-
-def _as(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
-    """A node's values in the shape and the dtype of another tensor."""
-    value = node.meta["val"]
-    if value.dtype != like.dtype:
-        node = _call(graph, torch.ops.prims.convert_element_type.default, node, like.dtype)
-    return node if value.shape == like.shape else _call(graph, aten.view.default, node, list(like.shape))
-
-
-def _spread(node: fx.Node, policy: Policy, exact: set[fx.Node]) -> _Spread | None:
-    """How a batch or group normalisation normalises a tensor, where groups of a code of it would mix what it takes
-    apart, and its statistics are saved as they are; see `rules.norms`."""
-    value = node.meta["val"]
-    waiting = [(node, user) for user in node.users]
-    while waiting:
-        operand, user = waiting.pop()
-        if user.target in (aten.view.default, torch.ops.prims.convert_element_type.default):
-            waiting += [(user, further) for further in user.users]
-        elif user.target is aten.var_mean.correction:
-            together = _channels_together(value, operand.meta["val"], user)
-            parts = [part for part in user.users if part.target is operator.getitem]
-            mean = next((part for part in parts if part.args[1] == 1 and part in exact), None)
-            scale = next((one for part in parts if part.args[1] == 0 for one in _rsqrt(part) if one in exact), None)
-            mixed = together and mixes_spreads(value.shape, value.stride(), together, policy)
-            if mixed and mean is not None and scale is not None:
-                return _Spread(operand, mean, scale)
-    return None
-
-
-def _channels_together(value: Tensor, operand: Tensor, node: fx.Node) -> int:
-    """How many channels of a tensor are normalised together; 0 where it is otherwise."""
-    axes, rest = node.args[1], value.dim() - 2
-    if not node.kwargs.get("keepdim") or rest < 0 or not isinstance(axes, list | tuple):
-        return 0
-    axes = sorted(axis % operand.dim() for axis in axes)  # type: ignore[operator]
-    if operand.shape == value.shape and axes == [0, *range(2, value.dim())]:
-        return 1
-    grouped = operand.dim() == 4 and axes == [2, 3] and operand.shape[0] == value.shape[0]
-    together = operand.shape[2] if grouped else 0
-    return together if together and operand.shape[1] * together == value.shape[1] else 0
-
-
-def _rsqrt(variance: fx.Node) -> list[fx.Node]:
-    """The reciprocals of a deviation that are made of a variance and an epsilon."""
-    sums = [user for user in variance.users if user.target is aten.add.Tensor]
-    return [user for one in sums for user in one.users if user.target is aten.rsqrt.default]
 
 
 def _readers(saved: fx.Node, gradients: set[fx.Node]) -> list[fx.Node]:

@@ -239,9 +239,9 @@ def test_narrow_channels_are_not_drowned(kind, form, monkeypatch):
 
 def test_one_group_of_all_channels_is_coded_as_it_is(monkeypatch):
     found: list[object] = []
-    look = partition._spread
+    look = partition.spread_of
     monkeypatch.setattr(rows, "GROUPS_OF_ONE_SPREAD", 2)  # 1024 values are four groups
-    monkeypatch.setattr(partition, "_spread", lambda *args: found.append(look(*args)) or found[-1])
+    monkeypatch.setattr(partition, "spread_of", lambda *args: found.append(look(*args)) or found[-1])
     x, labels = torch.randn(16, 64, 4, 4), torch.randint(0, 10, (16,))
     for kind, normalised in (("all", 0), ("group", 1)):
         found.clear()

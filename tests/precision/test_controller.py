@@ -863,6 +863,21 @@ def test_state_of_other_settings_is_told_and_left(change):
     assert len(other.history) == 1
 
 
+def test_state_of_another_model_is_told_and_let_go_of():
+    other_model, other = adaptive(torch.nn.Sequential(torch.nn.Sequential(net())))
+    train(other_model, other, range(3))
+    model, controller = adaptive(net())
+    fresh, untouched = adaptive(net())
+    fresh.load_state_dict(model.state_dict())
+    controller.load_state_dict(other.state_dict())
+    with our_warnings(1) as found:
+        train(model, controller, range(4))
+    assert "let go of" in found[0] and f"such as {min(other.bits())!r}" in found[0]
+    train(fresh, untouched, range(4))
+    assert controller.bits().keys() == untouched.bits().keys()
+    assert controller.steps == 7
+
+
 def test_no_state_is_told_where_bits_are_chosen():
     _, controller = adaptive()
     with our_warnings(1) as found:
