@@ -344,7 +344,7 @@ def _instead_of(level: str) -> str:
     if level == AUTO:
         return "Leave `bits` out, or name a level"
     if level.upper() in LEVELS:
-        return f"Did you mean {level.upper()!r}"
+        return f"Did you mean {level.upper()!r}?"
     return 'For a bit width write bits=2 in Python, {"bits": 2} as a configuration'
 
 

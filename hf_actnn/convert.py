@@ -24,7 +24,8 @@ def convert(
     """Keep a model's activations compressed for the backward pass. In place; the same object is returned.
 
     Only classes change: parameters, buffers, hooks, names, optimizer references stay what they are. Convert before
-    wrapping in DDP, FSDP or an optimizer or after, as suits; a converted model is reconfigured.
+    wrapping in DDP, FSDP or an optimizer or after, as suits. A converted model is reconfigured: it begins anew, with a
+    new :func:`controller` that knows nothing of bits chosen before.
 
     Args:
         model: any module. Compression is on while it, or a part of it, runs in training mode with gradients.

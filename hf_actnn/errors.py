@@ -57,5 +57,5 @@ def message(what: str, *, where: str = "", expected: str = "", received: str = "
     if received:
         parts.append(f"Received {received}.")
     if next_step:
-        parts.append(next_step if next_step.endswith((".", ")")) else next_step + ".")
+        parts.append(next_step if next_step.endswith((".", ")", "?")) else next_step + ".")
     return " ".join(parts)

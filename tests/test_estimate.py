@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import hf_actnn
 from hf_actnn import cli
 from hf_actnn.codec import native
 from hf_actnn.commands import estimate, extrapolate, probe, sizes
@@ -359,6 +360,27 @@ def test_checkpointing_with_a_level(monkeypatch):
     for wrong in ("checkpoint+plain", "checkpoint+", "checkpoint+checkpoint", "L2+checkpoint"):
         with pytest.raises(ConfigError, match="no such level"):
             way(wrong)
+
+
+@needs_proc
+@pytest.mark.parametrize(("way", "chosen"), [("L2", [False] * 3), ("L3", [True] * 3 + [False] * 2)])
+def test_time_is_that_of_steps_that_choose_no_bits(monkeypatch, way, chosen):
+    """Others take several times as long, and are one in some hundred."""
+    seen: list[bool] = []
+    now = [0.0]
+    loss = probe.named.loss
+
+    def slow(model, batch):
+        found = loss(model, batch)
+        seen.append(hf_actnn.controller(model)._tape is not None)
+        now[0] += 10 if seen[-1] else 1
+        return found
+
+    monkeypatch.setattr(probe.named, "loss", slow)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    found = probe.child(RUN._replace(way=way), 4)
+    assert found["status"] == "ok" and seen == chosen
+    assert found["seconds"] == 1
 
 
 @needs_proc

@@ -2,9 +2,12 @@
 
 The peak of a step is measured in two phases, since only one of them grows with the batch: the forward and the backward
 pass; and the optimizer's step, when the activations are gone and its own temporaries are there. The optimizer's state
-is made before anything is measured, and bits are chosen in the first and in the third step, so that such a step, the
-largest of a level that chooses bits, is measured as it is later in a training: with the optimizer's state, with bits
-that were chosen before, and with the recycled memory of earlier backward passes.
+is made before anything is measured.
+
+Bits are chosen in each of the first steps, so that such a step, the largest of a level that chooses bits, is measured
+as it is later in a training: with the optimizer's state, with bits that were chosen before, and with the recycled
+memory of earlier backward passes. It takes several times as long, and comes once in some hundred steps; so what is
+timed are steps after these, in which bits stay as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import hf_actnn
 from hf_actnn.codec import native
 from hf_actnn.commands.training import (
     OPTIMIZERS,
@@ -38,8 +42,10 @@ from hf_actnn.errors import ActNNError, ActNNWarning, NativeError, message
 from hf_actnn.integrations import named
 from hf_actnn.memory import own_storages
 
-#: Of a run, and from one of them in which bits are chosen to the next.
+#: Of a run, and from one of them in which bits are chosen to the next: so soon that it is all of them.
 STEPS, UPDATE_INTERVAL = 3, 2
+#: Steps behind them that are timed, where bits are chosen.
+ORDINARY = 2
 
 
 class Run(NamedTuple):
@@ -118,8 +124,8 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
 
     Returns:
         ``passes`` and ``update``: peak bytes of the forward and backward pass, and of the optimizer's step; ``peak``,
-        the larger; ``seconds`` of the fastest step but the first; ``parameters`` and ``trained``: bytes of all
-        parameters, and of those with a gradient; of a plain run of few samples its ``grain``.
+        the larger; ``seconds`` of the fastest step that chooses no bits, but the first; ``parameters`` and ``trained``:
+        bytes of all parameters, and of those with a gradient; of a plain run of few samples its ``grain``.
 
     Raises:
         ActNNError: the model cannot be had, or not trained in this way.
@@ -132,6 +138,8 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     found = named.load(run.model, run.image_size)
     model = found.model.to(device)
     after = _prepare(model, run.way, device)
+    choosing = hf_actnn.controller(model) if hf_actnn.is_converted(model) else None
+    chosen = run.steps if choosing is not None and choosing.adaptive else 0
     parameters = trained(model, run.model)
     optimizer = OPTIMIZERS[run.optimizer](parameters)
     for parameter in parameters:
@@ -141,7 +149,9 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     told = {"grain": grain(model, batch, batch_size)} if run.way == PLAIN and batch_size <= FEW else {}
     gauge = Gauge(device)
     passes, update, seconds = [], [], []
-    for _ in range(run.steps):
+    for at in range(chosen + ORDINARY if chosen else run.steps):
+        if chosen and choosing is not None:
+            choosing.active = at < chosen
         optimizer.zero_grad(set_to_none=True)
         gauge.reset()
         start = time.perf_counter()
@@ -160,7 +170,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
         "passes": max(passes),
         "update": max(update),
         "peak": max(*passes, *update),
-        "seconds": min(seconds[1:] or seconds),
+        "seconds": min(seconds[chosen or 1 :] or seconds),
         "parameters": sum(parameter.nbytes for parameter in model.parameters()),
         "trained": sum(parameter.nbytes for parameter in parameters),
     }

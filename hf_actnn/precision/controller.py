@@ -251,12 +251,14 @@ class Controller:
         theirs = state["setting"] if state and isinstance(state["setting"], Mapping) else {}
         if not state or state["version"] != _VERSION or dict(theirs) != own:
             different = [key for key in own if theirs.get(key) != own[key]]
+            told = ["level", *different] if "bits" in different and "level" not in different else different
             warnings.warn(
                 message(
-                    "the checkpoint's bits are not taken over; they are chosen anew from the next step on",
+                    "the checkpoint's bits are not taken over"
+                    + ("; they are chosen anew from the next step on" if self.adaptive else ""),
                     where="Controller.load_state_dict",
                     expected=", ".join(f"{key}={own[key]!r}" for key in different) or f"version {_VERSION}",
-                    received=", ".join(f"{key}={theirs.get(key)!r}" for key in different)
+                    received=", ".join(f"{key}={theirs.get(key)!r}" for key in told)
                     if state
                     else "a checkpoint without a state of the controller",
                     next_step="Nothing needs to be done; to go on as before, use the configuration the run began with",
