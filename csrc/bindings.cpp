@@ -209,8 +209,8 @@ void unpack_mask(uintptr_t codes, int64_t numel, int dtype, double on, double of
       [&](int64_t first, int64_t last) { kernels->unpack_mask(args, first, last); });
 }
 
-void scale_by_mask(uintptr_t values, uintptr_t codes, int64_t numel, double on, int threads) {
-  const ScaleByMaskArgs args{pointer<const uint8_t>(codes), numel, (float)on, pointer<float>(values)};
+void scale_by_mask(uintptr_t values, uintptr_t codes, int64_t numel, double on, double off, int threads) {
+  const ScaleByMaskArgs args{pointer<const uint8_t>(codes), numel, (float)on, (float)off, pointer<float>(values)};
   run(ceil_div(numel, kMaskGroup), numel, threads,
       [&](int64_t first, int64_t last) { kernels->scale_by_mask(args, first, last); });
 }

@@ -55,8 +55,8 @@ struct UnpackMaskArgs {
 struct ScaleByMaskArgs {
   const uint8_t* codes;
   int64_t numel;
-  float on;
-  float* values;  // times on or 0, in place
+  float on, off;
+  float* values;  // times on or off, in place
 };
 
 struct SelectByMaskArgs {

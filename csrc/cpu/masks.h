@@ -99,7 +99,7 @@ void unpack_mask(const UnpackMaskArgs& args, int64_t first, int64_t last) {
 
 void scale_by_mask(const ScaleByMaskArgs& args, int64_t first, int64_t last) {
   alignas(64) uint8_t bits[kMaskGroup + 2 * kSlack];
-  const Simd::F on = Simd::set1(args.on), off = Simd::set1(0.0f);
+  const Simd::F on = Simd::set1(args.on), off = Simd::set1(args.off);
   for (int64_t g = first; g < last; ++g) {
     const int64_t n = mask_group_size(g, args.numel);
     const uint8_t* codes = args.codes + g * (kMaskGroup / 8);
@@ -108,7 +108,7 @@ void scale_by_mask(const ScaleByMaskArgs& args, int64_t first, int64_t last) {
       each_choice(codes, on, off, [&](int e, Simd::F v) { Simd::store(x + e, Simd::mul(Simd::load(x + e), v)); });
     } else {
       unpack_group<1>(codes, n, bits);
-      for (int64_t i = 0; i < n; ++i) x[i] *= bits[i] != 0 ? args.on : 0.0f;
+      for (int64_t i = 0; i < n; ++i) x[i] *= bits[i] != 0 ? args.on : args.off;
     }
   }
 }

@@ -137,9 +137,9 @@ void normalize_of(uintptr_t values, int64_t numel, int64_t width, uintptr_t mean
             pointer<const float>(weight), pointer<const float>(bias), Target{device, queue});
 }
 
-void scale_by_mask_of(uintptr_t values, int dtype, uintptr_t codes, int64_t numel, double on, int device,
+void scale_by_mask_of(uintptr_t values, int dtype, uintptr_t codes, int64_t numel, double on, double off, int device,
                       uintptr_t queue) {
-  scale_by_mask(pointer<void>(values), dtype, pointer<const uint8_t>(codes), numel, on, Target{device, queue});
+  scale_by_mask(pointer<void>(values), dtype, pointer<const uint8_t>(codes), numel, on, off, Target{device, queue});
 }
 
 void spread(uintptr_t x, int dtype, int64_t numel, int64_t row_length, int64_t group_size, int64_t samples,

@@ -59,7 +59,8 @@ void affine(void* values, int dtype, int64_t numel, int64_t channels, int64_t in
             const float* shift, const Target& target);
 void normalize(float* values, int64_t numel, int64_t width, const float* mean, const float* factor, const float* weight,
                const float* bias, const Target& target);
-void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, const Target& target);
+void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, double off,
+                   const Target& target);
 // Writes places from numbers of the host, which travel as arguments of the launch: no copy that a stream would have to
 // wait for, or a captured graph would repeat from memory that is gone.
 void place_samples(const int64_t* host, int64_t samples, int64_t* places, const Target& target);

@@ -62,15 +62,15 @@ struct Bits {
   }
   // Of V neighbours from a multiple of V on.
   template <int V>
-  __device__ __forceinline__ void scale(float (&y)[V], uint32_t position, float on) const {
+  __device__ __forceinline__ void scale(float (&y)[V], uint32_t position, float on, float off) const {
     if (position + V <= full) {
       const uint32_t e = position % kMaskGroup;
       const Bytes<V> bytes = load_bytes<V>(codes + position / kMaskGroup * (kMaskGroup / 8) + e % 32);
 #pragma unroll
-      for (int i = 0; i < V; ++i) y[i] *= (bytes.w[i / 4] >> (8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f;
+      for (int i = 0; i < V; ++i) y[i] *= (bytes.w[i / 4] >> (8 * (i % 4) + e / 32) & 1u) != 0 ? on : off;
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) y[i] *= at(position + (uint32_t)i) ? on : 0.0f;
+      for (int i = 0; i < V; ++i) y[i] *= at(position + (uint32_t)i) ? on : off;
     }
   }
 };
@@ -126,7 +126,7 @@ struct ByChannel {
     const uint4 stored = vec_of_floats<T, false>(y);  // what is stored without a mask
 #pragma unroll
     for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i);
-    bits.scale(y, position, on);
+    bits.scale(y, position, on, 0.0f);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
@@ -250,17 +250,17 @@ template <class T>
 struct ByMask {
   using Element = T;
   Bits bits;
-  float on;
+  float on, off;
   T* out;
 
   bool aligned() const { return hf_actnn::aligned(out, 16) && hf_actnn::aligned(bits.codes, 8); }
   template <int V>
   __device__ __forceinline__ uint4 of(float (&y)[V], int64_t index, Nothing) const {
-    bits.scale(y, (uint32_t)index * V, on);
+    bits.scale(y, (uint32_t)index * V, on, off);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
-    return rounded(T{}, to_float(value) * (bits.at((uint32_t)at) ? on : 0.0f));
+    return rounded(T{}, to_float(value) * (bits.at((uint32_t)at) ? on : off));
   }
 };
 
@@ -375,12 +375,13 @@ void normalize(float* values, int64_t numel, int64_t width, const float* mean, c
   apply_to(numel, by_row<float, float>(mean, factor, weight, bias, width, values), target);
 }
 
-void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, const Target& target) {
+void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, double off,
+                   const Target& target) {
   if (numel == 0) return;
   check_size(numel);
   with_narrow(dtype, [&](auto type) {
     using T = decltype(type);
-    apply_to(numel, ByMask<T>{bits_of_mask(codes, numel), (float)on, (T*)values}, target);
+    apply_to(numel, ByMask<T>{bits_of_mask(codes, numel), (float)on, (float)off, (T*)values}, target);
   });
 }
 

@@ -31,13 +31,14 @@ def _kernels(values: Tensor, *others: Tensor) -> Any:
     return ops._direct(values)
 
 
-def scale_by_mask_(values: Tensor, codes: Tensor, on: float) -> Tensor:
-    """Multiply by ``on`` where a mask's bit is set and by 0 elsewhere; nan times 0 stays nan.
+def scale_by_mask_(values: Tensor, codes: Tensor, on: float, off: float = 0.0) -> Tensor:
+    """Multiply by ``on`` where a mask's bit is set and by ``off`` elsewhere; nan times 0 stays nan.
 
     Args:
         values: any shape without gaps, whose storage order is the mask's.
         codes: from :func:`~hf_actnn.codec.pack_mask`.
         on: the factor of the set bits.
+        off: that of the others.
 
     Returns:
         ``values``, changed in place.
@@ -45,11 +46,11 @@ def scale_by_mask_(values: Tensor, codes: Tensor, on: float) -> Tensor:
     kernels, numel = _kernels(values), values.numel()
     if kernels is None:
         flat = values.as_strided((numel,), (1,), values.storage_offset())
-        flat.mul_(ops.unpack_mask(codes, numel, on, 0.0, values.dtype))
+        flat.mul_(ops.unpack_mask(codes, numel, on, off, values.dtype))
     elif ops._on_cpu(values):
-        kernels.scale_by_mask(values.data_ptr(), codes.data_ptr(), numel, on, torch.get_num_threads())
+        kernels.scale_by_mask(values.data_ptr(), codes.data_ptr(), numel, on, off, torch.get_num_threads())
     else:
-        arguments = (values.data_ptr(), ops._CODE[values.dtype], codes.data_ptr(), numel, on)
+        arguments = (values.data_ptr(), ops._CODE[values.dtype], codes.data_ptr(), numel, on, off)
         ops._launch(kernels.scale_by_mask, values, *arguments)
     return values
 

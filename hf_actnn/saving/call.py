@@ -79,7 +79,7 @@ class Call:
 
     __slots__ = (
         *("scope", "function", "rule", "args", "kwargs", "slots", "out", "output", "policy", "path", "before"),
-        *("name", "_where"),
+        *("name", "next", "_where"),
     )
 
     def __init__(self, scope: Scope, function: Callable, rule: Rule | None, args: tuple, kwargs: dict) -> None:
@@ -90,6 +90,8 @@ class Call:
         #: What the function returned; of several results the first.
         self.out: Any = None
         self.output: Any = None
+        #: The rule of the next function, where the rule of this one asks for it and its output is what that is given.
+        self.next: Rule | None = None
         #: What gives the first argument back, asked before an in-place operation overwrites it.
         self.before: Kept | None = None
         if rule is None:
@@ -474,13 +476,14 @@ class Call:
         moves: bool = False,
         at_once: AtOnce | None = None,
         output: Tensor | None = None,
-    ) -> None:
-        """Whoever saves the output from here on need not: it is rebuilt from ``parents``."""
+    ) -> Recipe | None:
+        """Whoever saves the output from here on need not: it is rebuilt from ``parents``. The recipe, or None where the
+        output is kept for itself."""
         output = self.output if output is None else output
         if self.policy.bits is None or None in parents or not fills_its_memory(output):
-            return
+            return None
         if type(parents[0]) is Exact and all(type(one) is Exact and one.parameter for one in parents):
-            return
+            return None
         if repeats and function is not None and not moves:
             function = as_now(function, output.device.type)
         known: Sequence[Kept] = parents  # type: ignore[assignment]
@@ -491,6 +494,7 @@ class Call:
         for parent in known:
             if type(parent) is Exact or type(parent) is View:
                 scope.session.lend(parent)
+        return kept
 
     def again_on_first(self) -> Callable[[Any], Tensor] | None:
         """This function of another first argument, all others being as they are now; None where one is a tensor.

@@ -104,7 +104,7 @@ class Recipe(Kept):
     gives a result that is. ``samples``: which parents run along the samples, as the first one does; the function may
     then be called with some of these. ``elementwise``: it may be called with any run of values of its parents.
     ``moves``: it only moves values, whatever their dtype. ``at_once``: computes the tensor from the codes of the first
-    parent, where a kernel can; see :data:`AtOnce`."""
+    parent, where a kernel can; see :data:`AtOnce`. ``half``: what a ReLU of it gives, where that is known already."""
 
     __slots__ = (
         "name",
@@ -118,6 +118,7 @@ class Recipe(Kept):
         "elementwise",
         "moves",
         "at_once",
+        "half",
     )
 
     def __init__(
@@ -138,6 +139,7 @@ class Recipe(Kept):
         self.name, self.function, self.parents, self.writes = name, function, tuple(parents), writes
         self.repeats, self.linear, self.samples, self.elementwise = repeats, linear, samples, elementwise
         self.moves, self.at_once = moves, at_once
+        self.half: Masked | None = None
         self.geometry = Geometry(like)
 
     def of(self, parents: Sequence[Kept]) -> Recipe:
@@ -255,21 +257,23 @@ class Recipe(Kept):
 
 
 class Masked(Kept):
-    """A kept tensor times the values of a mask: the output of a ReLU, or of dropout."""
+    """A kept tensor times ``on`` where a mask's bit is set and times ``off`` elsewhere: the output of a ReLU, or of
+    dropout, or what was folded by the sign. No name: it is called what the tensor is called."""
 
-    __slots__ = ("name", "source", "mask", "geometry", "on")
+    __slots__ = ("name", "source", "mask", "geometry", "on", "off")
 
-    def __init__(self, name: str, source: Kept, mask: Mask, on: float, like: Tensor) -> None:
-        self.name, self.source, self.mask, self.on = name, source, mask, on
+    def __init__(self, name: str, source: Kept, mask: Mask, on: float, like: Tensor, off: float = 0.0) -> None:
+        self.name, self.source, self.mask, self.on, self.off = name, source, mask, on, off
         self.geometry = Geometry(like)
 
     @property
     def kind(self) -> str:  # type: ignore[override]
-        return f"recipe: {self.name}"
+        return f"recipe: {self.name}" if self.name else self.source.kind
 
     def get(self) -> Tensor:
         source, geometry = self.source, self.geometry
-        if type(source) is Recipe and geometry.like(source.geometry) and geometry.like(self.mask.geometry):
+        plain = not self.off and geometry.like(self.mask.geometry)
+        if plain and type(source) is Recipe and geometry.like(source.geometry):
             flat = source.from_codes(geometry.dtype, self.mask, self.on)
             if flat is not None:
                 return geometry.from_flat(flat)
@@ -279,8 +283,11 @@ class Masked(Kept):
         value = self.geometry.fit(value)
         mask = self.mask
         if value.stride() == mask.geometry.stride and value.shape == mask.geometry.shape:
-            return codec.scale_by_mask_(value, mask.codes, self.on)
-        return value.mul_(mask.get() != mask.off).mul_(self.on)
+            return codec.scale_by_mask_(value, mask.codes, self.on, self.off)
+        return self._scaled(value, mask.get() != mask.off)
+
+    def _scaled(self, value: Tensor, bits: Tensor) -> Tensor:
+        return value.mul_(torch.where(bits, self.on, self.off)) if self.off else value.mul_(bits).mul_(self.on)
 
     @property
     def form(self) -> Geometry:
@@ -296,9 +303,9 @@ class Masked(Kept):
         value, mask = self.source.part(start, stop), self.mask
         codes, before, after = codec.mask_part(mask.codes, mask.geometry.shape.numel(), start, stop)
         if not before and not after:
-            return codec.scale_by_mask_(value, codes, self.on)
+            return codec.scale_by_mask_(value, codes, self.on, self.off)
         bits = codec.unpack_mask(codes, before + stop - start + after)[before : before + stop - start]
-        return value.mul_(bits).mul_(self.on)
+        return self._scaled(value, bits)
 
     def leaves(self) -> Iterator[Kept]:
         yield from self.source.leaves()

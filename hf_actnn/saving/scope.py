@@ -36,6 +36,7 @@ from hf_actnn.saving.tape import Tape, batch_size, seed_of
 from hf_actnn.saving.writes import tensors_in, written_by
 
 if TYPE_CHECKING:
+    from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.session import Adaptation, Session
 
 
@@ -91,6 +92,8 @@ class Scope:
         self.root = root
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
+        #: A call that is decided on when the next one begins.
+        self._waiting: Call | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._mode = _Watch(self)
         self._observers = observers()
@@ -147,7 +150,9 @@ class Scope:
 
     def _called(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         try:
-            return forward(*args, **kwargs)
+            out = forward(*args, **kwargs)
+            self._settle()
+            return out
         except BaseException:
             # Of a part that was interrupted no hook runs behind it.
             while _thread.pauses and _thread.scope is not self:
@@ -186,7 +191,7 @@ class Scope:
         self.registry.release()
         del self._hooks, self._mode, self.registry, self._first
         del self.root
-        self.tape = None
+        self.tape = self._waiting = None
         codec.settle()
 
     # -- autograd saves ------------------------------------------------------------------------------------------------
@@ -197,6 +202,7 @@ class Scope:
     def _pack(self, tensor: Tensor) -> Slot:
         call = self.call
         if call is None:
+            self._settle()
             if self.registry.sharded:
                 self._gather((tensor,))
             # An autograd.Function or a scripted function: nothing is known of what it does with its saves.
@@ -252,6 +258,8 @@ class Scope:
 
     def intercept(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         rule = rules.find(function)
+        if self._waiting is not None:
+            self._settle(rule, args)
         if rule is not None and rule.opened is not None:
             with self._mode:
                 return rule.opened(*args, **kwargs)
@@ -272,8 +280,20 @@ class Scope:
         if constant and out is None:  # an assignment to a part of a constant, which stays one
             for tensor in written:
                 self.registry.mark_derived(tensor)
-        self._finish(call, constant)
+        looks_ahead = rule is not None and rule.looks_ahead and not constant
+        if looks_ahead and call.slots and call.policy.bits is not None and self._receiver is None:
+            self._waiting = call
+        else:
+            self._finish(call, constant)
         return out
+
+    def _settle(self, rule: Rule | None = None, args: tuple = ()) -> None:
+        """Decide on the call that waits, if one does: a function of this rule and these arguments begins."""
+        call, self._waiting = self._waiting, None
+        if call is not None:
+            if rule is not None and args and isinstance(args[0], Tensor) and isinstance(call.out, Tensor):
+                call.next = rule if call.same_view(call.out, args[0]) else None
+            self._finish(call, False)
 
     def _gather(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among what an operation is given that were not there when the forward pass began."""
@@ -398,6 +418,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if type(func) is _GETTER:
             if getattr(func, "__self__", None) is _DATA and _has_storage(args[0]):
+                self._scope._settle()
                 self._scope.registry.close(args[0])
             return func(*args, **(kwargs or {}))
         if func in rules.TRANSPARENT and not (func is Tensor.__getitem__ and _gathers(args[1])):
@@ -557,6 +578,7 @@ def suspended(scope: Scope | None) -> Iterator[None]:
     if scope is None:
         yield
         return
+    scope._settle()
     mode, _thread.scope = scope._mode, None
     mode.__exit__(None, None, None)
     try:

@@ -29,9 +29,10 @@ def test_scale_by_mask(variant, threads, numel):
     x = torch.randn(numel)
     x[numel // 2] = float("nan")
     mask = torch.rand(numel) > 0.4
-    expected = x * mask * 1.25
-    found = scale_by_mask_(x.clone(), pack_mask(mask, "nonzero"), 1.25)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+    codes = pack_mask(mask, "nonzero")
+    for on, off in ((1.25, 0.0), (1.0, -1.0)):
+        found = scale_by_mask_(x.clone(), codes, on, off)
+        torch.testing.assert_close(found, x * torch.where(mask, on, off), rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_scale_by_mask_follows_storage_order():
@@ -46,6 +47,8 @@ def test_scale_by_mask_of_other_dtypes(dtype):
     x = torch.randn(300).to(dtype)
     mask = torch.rand(300) > 0.5
     assert torch.equal(scale_by_mask_(x.clone(), pack_mask(mask, "nonzero"), 2.0), x * mask * 2)
+    signs = torch.where(mask, 1, -1)
+    assert torch.equal(scale_by_mask_(x.clone(), pack_mask(mask, "nonzero"), 1.0, -1.0), x * signs)
 
 
 # One value per channel and sample, one channel, planes wider and narrower than a vector, two threads' worth.

@@ -155,7 +155,7 @@ int main() {
                   b[3]->of<float>(), target);
         break;
       case kScaleByMask:
-        scale_by_mask(b[1]->of<void>(), dtype, b[0]->of<uint8_t>(), job.numel, job.hi, target);
+        scale_by_mask(b[1]->of<void>(), dtype, b[0]->of<uint8_t>(), job.numel, job.hi, job.lo, target);
         break;
       case kPackMask:
         pack_mask(b[0]->of<void>(), dtype, job.numel, (int)job.predicate, job.lo, job.hi, b[1]->of<uint8_t>(), target);

@@ -328,9 +328,9 @@ class Shim:
         statistics = [Buffer(one.nbytes, bytes_of(one)) for one in (mean, factor)]
         return self._changed("normalize", [*statistics, *parameters], values, inner=values.numel() // mean.numel())
 
-    def scale_by_mask(self, values: Tensor, codes: Tensor, on: float) -> Tensor:
+    def scale_by_mask(self, values: Tensor, codes: Tensor, on: float, off: float = 0.0) -> Tensor:
         mask = Buffer(codes.nbytes, bytes_of(codes), self.offset % 16)
-        return self._changed("scale_by_mask", [mask], values, hi=on)
+        return self._changed("scale_by_mask", [mask], values, hi=on, lo=off)
 
     def rounding_variance(self, x: Tensor, meta: Tensor, row_length: int, group_size: int) -> Tensor:
         fields = {"numel": x.numel(), "row_length": row_length, "group_size": group_size, "bits": 1}

@@ -209,7 +209,7 @@ calls = [
     ("sample_spread", (at, 0, *cut[2:], 5, at, at)),
     ("affine", (at, 0, 2560, 5, 4, at, at)),
     ("normalize", (at, 2560, 256, at, at, at, 0)),
-    ("scale_by_mask", (at, 2, at, 2560, 1.5)),
+    ("scale_by_mask", (at, 2, at, 2560, 1.5, 0.0)),
     ("rounding_variance", (at, 0, at, *cut[2:], at)),
     ("pack_mask", (at, 0, 2560, 0, 0.0, 0.0, at)),
     ("unpack_mask", (at, 2560, 0, 1.0, 0.0, at)),

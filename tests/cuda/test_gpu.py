@@ -251,8 +251,8 @@ class InPlace:
         out = inplace.channel_affine_(there.view(rows, channels, inner), scale.cuda(), shift.cuda())
         return out.view(-1)[:n].cpu()
 
-    def scale_by_mask(self, values, codes, on):
-        return inplace.scale_by_mask_(values.cuda(), codes.cuda(), on).cpu()
+    def scale_by_mask(self, values, codes, on, off=0.0):
+        return inplace.scale_by_mask_(values.cuda(), codes.cuda(), on, off).cpu()
 
     def normalize(self, values, mean, factor, weight, bias):
         there = [None if one is None else one.cuda() for one in (mean[:, None], factor[:, None], weight, bias)]

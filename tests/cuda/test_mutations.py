@@ -85,8 +85,8 @@ MUTATIONS = {
     ),
     "a bit of a mask": (
         "rebuild.cu",
-        "(8 * (i % 4) + e / 32) & 1u) != 0 ? on : 0.0f",
-        "(8 * (i % 4) + e / 64) & 1u) != 0 ? on : 0.0f",
+        "(8 * (i % 4) + e / 32) & 1u) != 0 ? on : off",
+        "(8 * (i % 4) + e / 64) & 1u) != 0 ? on : off",
         False,
         lambda kernels: check_by_channel(kernels, values(256), 2, 256, 256, 4, 16),
     ),

@@ -94,9 +94,9 @@ def check_in_place(kernels, n: int, dtype: torch.dtype) -> None:
         scale, shift = coefficients(channels, 1), coefficients(channels, 2)
         assert alike(kernels.affine(values, scale, shift, inner), mapped(values, scale, shift, inner))
     mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
-    for on in (1.0, 1 / 0.9):
-        expected = (values.float() * reference.unpack_mask(mask, n, on, 0.0, torch.float32)).to(dtype)
-        assert alike(kernels.scale_by_mask(values, mask, on), expected)
+    for on, off in ((1.0, 0.0), (1 / 0.9, 0.0), (1.0, -1.0)):
+        expected = (values.float() * reference.unpack_mask(mask, n, on, off, torch.float32)).to(dtype)
+        assert alike(kernels.scale_by_mask(values, mask, on, off), expected)
     if dtype != torch.float32:
         return
     for width in (width for width in (1, 5, 16, 100, 256) if n % width == 0):

@@ -718,7 +718,7 @@ def test_track_memory_tells_host_from_device(simulation):
         away = sum(taken.nbytes for taken in swapper._taken.values() if taken.parts is None)
         assert memory.swapped_bytes == away > 0
         held = memory.saved_bytes
-        assert held < before.saved_bytes - away / 2
+        assert held < before.saved_bytes - away / 3  # the first of them are the largest, and held before they leave
         out.backward()
     assert held <= memory.saved_bytes < before.saved_bytes
     assert f"on the host  {memory.swapped_bytes / 1e6:10.3f}".split() == str(memory).splitlines()[-1].split()

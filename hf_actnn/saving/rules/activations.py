@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_actnn.codec import rebuild
 from hf_actnn.saving.identity import LAST
-from hf_actnn.saving.kept import Exact
+from hf_actnn.saving.kept import Exact, Geometry
 from hf_actnn.saving.recipes import Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
@@ -214,7 +214,13 @@ SOFTMAX = register(
 
 
 def _keep_relu(call: Call) -> None:
+    half = call.before.half if type(call.before) is Recipe else None
     for slot, result in call.open_slots():
+        if half is not None and half.geometry.like(Geometry(result)) and half.geometry.dtype == result.dtype:
+            call.keep(slot, half.mask)
+            call.fuse(slot, on_cuda=True)
+            call.scope.registry.learn(call.output, half)
+            continue
         # threshold_backward passes the gradient where not (y <= 0): nan passes it.
         mask = call.mask(slot, result, "not_le", 0.0, 0.0, on=1.0, off=0.0)
         call.fuse(slot, on_cuda=True)
@@ -262,19 +268,36 @@ LEAKY_RELU = register(
 )
 
 
-def _keep_between(
-    call: Call, low: float, high: float, predicate: str, again: Callable[[Tensor], Tensor], slope_is_one: bool = True
-) -> None:
-    """The derivative is constant between two corners and zero outside: one bit."""
+def _keep_between(call: Call, low: float, high: float, predicate: str, line: tuple[float, float] = (1.0, 0.0)) -> None:
+    """The derivative is constant between two corners and zero outside: one bit.
+
+    Between them the output is made of the code along the line, slope and offset, wherever the code may lie: cut off at
+    the corners it would not be right on average.
+    """
     on, off = inside_and_outside(low, high)
+    slope, offset = line
+    # Where no bit tells which, a code beyond this is taken for one above the upper corner.
+    middle = math.inf if math.isinf(high) else -math.inf if math.isinf(low) else (low + high) / 2
+
+    ends = [end * slope + offset for end in (low, high)]
+
+    def again(value: Tensor, side: Tensor) -> Tensor:
+        """Both are its own to write to."""
+        assert on is not None
+        inside = side.eq(on)
+        side.fill_(ends[0]).masked_fill_(value > middle, ends[1])
+        if line != (1.0, 0.0):
+            value.mul_(slope).add_(offset)
+        return torch.where(inside, value, side, out=value)
+
     for slot, tensor in call.open_slots():
         limit = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
         if on is None or off is None or not max(abs(on), abs(off)) * (1 + _MARGIN) < limit:
             continue
-        call.mask(slot, tensor, predicate, low, high, on=on, off=off)
-        if slope_is_one:
+        mask = call.mask(slot, tensor, predicate, low, high, on=on, off=off)
+        if slope == 1:
             call.fuse(slot, on_cuda=True)
-        call.output_recipe(call.name, again, [call.before])
+        call.output_recipe(call.name, again, [call.before, mask], writes=True)
 
 
 #: Further apart, relative to its size, than bfloat16 rounds any number.
@@ -298,11 +321,11 @@ def inside_and_outside(low: float, high: float) -> tuple[float | None, float | N
 
 def _keep_hardtanh(call: Call) -> None:
     low, high = call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0)
-    _keep_between(call, float(low), float(high), _within(call), lambda value: F.hardtanh(value, low, high))
+    _keep_between(call, float(low), float(high), _within(call))
 
 
 def _keep_relu6(call: Call) -> None:
-    _keep_between(call, 0.0, 6.0, _within(call), F.relu6)
+    _keep_between(call, 0.0, 6.0, _within(call))
 
 
 def _within(call: Call) -> str:
@@ -313,7 +336,7 @@ def _within(call: Call) -> str:
 
 def _keep_hardsigmoid(call: Call) -> None:
     # hardsigmoid_backward passes the gradient where -3 < x < 3: nan stops it.
-    _keep_between(call, -3.0, 3.0, "strict_inside", F.hardsigmoid, slope_is_one=False)
+    _keep_between(call, -3.0, 3.0, "strict_inside", (1 / 6, 0.5))
 
 
 _ONE_BIT: dict[str, Any] = {"bounded": "one exact bit per value", "needs_before": True, "lossless": True}

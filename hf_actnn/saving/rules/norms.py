@@ -16,10 +16,11 @@ from hf_actnn import codec
 from hf_actnn.codec import ops, rebuild
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
-from hf_actnn.saving.kept import Kept, fills_its_memory
-from hf_actnn.saving.recipes import Recipe
+from hf_actnn.saving.kept import Exact, Geometry, Kept, Mask, fills_its_memory
+from hf_actnn.saving.recipes import Masked, Recipe
 from hf_actnn.saving.rows import mixes_spreads
 from hf_actnn.saving.rules.rule import Rule, functions, register
+from hf_actnn.saving.values import flat_storage
 
 if TYPE_CHECKING:
     from hf_actnn.saving.call import Call, Slot
@@ -211,6 +212,108 @@ def _of_groups(data: Tensor, groups: int) -> _Statistics:
     return _Statistics(data.shape[0] * groups, normalise, {"function": again, "writes": True}, True)
 
 
+def _whole_input(call: Call) -> tuple[Slot, Tensor, list[Slot], int] | None:
+    """The save that is the input, the input, the saves that are neither this nor a weight, and how long rows of its
+    code are, where it may be coded in another form than it has: it is all that its storage holds, and not kept yet."""
+    data = call.argument(0, "input")
+    slot = next((one for one in call.slots if one.tensor is not None and call.same_view(one.tensor, data)), None)
+    if slot is None or call.in_place or slot.tensor is None:
+        return None
+    data = slot.tensor
+    rest = [one for one in call.slots if one.tensor is not None and one is not slot and not call.is_weight(one.tensor)]
+    whole = fills_its_memory(data) and data.numel() * data.itemsize == data.untyped_storage().nbytes()
+    if not whole or call.scope.registry.find(data) is not None or not data.is_floating_point():
+        return None
+    length = call.length_of_rows(data.shape, data.stride(), SAMPLE, data.itemsize)
+    return (slot, data, rest, length) if length else None
+
+
+def _factor_and_shift(weight: Any, bias: Any, channels: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Of the parameters by channel, or of ones and zeros where there are none, in the dtype of the statistics, which
+    may be wider than theirs. ``(scale, *parameters) -> (weight, bias)``."""
+    has_weight, has_bias = isinstance(weight, Tensor), isinstance(bias, Tensor)
+
+    def of(scale: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        factor = parameters[0].to(scale.dtype) if has_weight else scale.new_ones(channels)
+        return factor, parameters[-1].to(scale.dtype) if has_bias else scale.new_zeros(channels)
+
+    return of
+
+
+#: Deviations from the mean beyond which values are not folded: there is next to nothing on the other side.
+FAR = 3.0
+
+
+def _fold(factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """By channel: the normalised input at which the output is zero, or ``FAR`` on that side of the mean; and what the
+    distance from it is multiplied with, to be of one range in all channels and positive where the output is."""
+    corner = torch.nan_to_num(-shift / factor, nan=0.0).clamp_(-FAR, FAR)
+    return corner, torch.where(factor < 0, -FAR, FAR) / (FAR + corner.abs())
+
+
+def _keep_folded(call: Call, weight: Any, bias: Any, epsilon: float | None) -> bool:
+    """Code what is behind a ReLU's corner together with what is before it, as the distance from it; False, and nothing
+    done, where that cannot be.
+
+    The ReLU keeps one bit for each value, which says on which side it lies. With this for a sign, the levels of the
+    code have to span half as much: steps are half as wide, for eight bytes per channel. With `x'` the normalised input,
+    `c` the corner and `s` a factor of the weight's sign, the code is that of ``u = s (x' - c)`` where the bit is set
+    and of ``-u`` elsewhere, linear in the input either way, so that what comes back is right on average.
+
+    Args:
+        epsilon: that of running statistics; None where they are the batch's.
+    """
+    found = _whole_input(call)
+    output = call.output
+    if found is None or (output.stride(), output.dtype) != (found[1].stride(), found[1].dtype):
+        return False
+    slot, data, rest, length = found
+    channels = data.shape[1]
+    if epsilon is None:
+        statistics = _keep_statistics(call, rest, channels)
+    else:
+        running = _batch_norm_arguments(call)[2:4]
+        statistics = [exact(call.scope, value, call.where) for value in running]
+    if not statistics:
+        return False
+    parameters = _factor_and_shift(weight, bias, channels)
+
+    def reciprocal(scale: Tensor) -> Tensor:
+        return scale if epsilon is None else torch.rsqrt(scale + epsilon)
+
+    def to_input(fold: Tensor, middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        (corner, slope), scale = fold.unbind(), reciprocal(scale)
+        return (slope * scale).reciprocal(), corner / scale + middle
+
+    def to_output(fold: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        (corner, slope), (factor, shift) = fold.unbind(), parameters(fold[0], *others)
+        return factor / slope, factor * corner + shift
+
+    flat = flat_storage(output)
+    assert flat is not None
+    mask = Mask(codec.pack_mask(flat, "not_le", 0.0, 0.0), Geometry(output), 1.0, 0.0)
+    middle, scale = (one.get() for one in statistics)
+    own = [one.detach() for one in (weight, bias) if isinstance(one, Tensor)]
+    fold = torch.stack(_fold(*parameters(scale, *own)))
+    factor, middle = to_input(fold, middle, scale)
+    distance = _normalised(data.detach(), middle, factor.reciprocal_())
+    source = call.code(codec.scale_by_mask_(distance, mask.codes, 1.0, -1.0), length)
+    del distance
+    signed = Masked("", source, mask, 1.0, data, off=-1.0)
+    by = Exact(fold, where=call.where)
+    kept = Recipe("", parents=[signed, by, *statistics], like=data, samples=(True,) + (False,) * 3, **_affine(to_input))
+    call.scope.registry.learn(data, kept)
+    call.keep(slot, kept)
+    call.fuse(slot, summed=1)
+    others = [by, *_parameters(call, weight, bias)]
+    how = {"samples": (True,) + (False,) * len(others), **_affine(to_output)}
+    recipe = call.output_recipe(call.name, parents=[signed, *others], **how)
+    if recipe is not None:
+        half = Recipe(call.name, parents=[source, *others], like=output, **how)
+        recipe.half = Masked("relu", half, mask, 1.0, output)
+    return True
+
+
 def _keep_normalised(call: Call, weight: Any, bias: Any, how: _Statistics) -> bool:
     """Code the normalised input in place of the input, which is then a recipe of it; False, and nothing done, where
     that cannot be.
@@ -218,18 +321,10 @@ def _keep_normalised(call: Call, weight: Any, bias: Any, how: _Statistics) -> bo
     A group of values of several channels has a step for the widest of them, which is many times the deviation of the
     narrowest; and the backward pass divides by each one's own.
     """
-    data, registry = call.argument(0, "input"), call.scope.registry
-    slot = next((one for one in call.slots if one.tensor is not None and call.same_view(one.tensor, data)), None)
-    if slot is None or call.in_place or slot.tensor is None:
+    found = _whole_input(call)
+    if found is None:
         return False
-    data = slot.tensor
-    rest = [one for one in call.slots if one.tensor is not None and one is not slot and not call.is_weight(one.tensor)]
-    whole = fills_its_memory(data) and data.numel() * data.itemsize == data.untyped_storage().nbytes()
-    if not whole or registry.find(data) is not None or not data.is_floating_point():
-        return False
-    length = call.length_of_rows(data.shape, data.stride(), SAMPLE, data.itemsize)
-    if length == 0:
-        return False
+    slot, data, rest, length = found
     statistics = _keep_statistics(call, rest, how.size)
     if not statistics:
         return False
@@ -238,16 +333,10 @@ def _keep_normalised(call: Call, weight: Any, bias: Any, how: _Statistics) -> bo
         return False
     source = call.code(normalised, length)
     del normalised
-    has_weight, has_bias, channels = isinstance(weight, Tensor), isinstance(bias, Tensor), data.shape[1]
-
-    def to_output(scale: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """In the dtype of the statistics, which may be wider than that of the parameters."""
-        factor = parameters[0].to(scale.dtype) if has_weight else scale.new_ones(channels)
-        return factor, parameters[-1].to(scale.dtype) if has_bias else scale.new_zeros(channels)
-
+    to_output = _factor_and_shift(weight, bias, data.shape[1])
     parents, apart = [source, *statistics], how.by_sample
     kept = Recipe("", parents=parents, like=data, samples=(True, apart, apart), **how.to_input)
-    registry.learn(data, kept)
+    call.scope.registry.learn(data, kept)
     call.keep(slot, kept)
     call.fuse(slot, summed=1)
     output = [source, statistics[1], *_parameters(call, weight, bias)]
@@ -265,6 +354,11 @@ def _may_be_normalised(call: Call, data: Tensor, channels: int = 1) -> bool:
 def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     use_batch, data = training or running_mean is None, call.argument(0, "input")
+    folds = call.next is not None and call.next.name == "relu" and not call.policy.exact_norms
+    # No kernel of CUDA decodes with a sign yet: there it takes passes, which small maps alone are worth.
+    folds = folds and (data.is_cpu or _may_be_normalised(call, data))
+    if folds and _keep_folded(call, weight, bias, None if use_batch else eps):
+        return
     if use_batch and _may_be_normalised(call, data) and _keep_normalised(call, weight, bias, _of_channels(data)):
         return
     source, rest = _keep_input(call, SAMPLE)
@@ -386,7 +480,8 @@ def _keep_rms_norm(call: Call) -> None:
 
 
 BATCH_NORM = register(
-    Rule("batch_norm", _keep_batch_norm, _BOUNDED, exact_reason="a statistic"), functions("batch_norm")
+    Rule("batch_norm", _keep_batch_norm, _BOUNDED, exact_reason="a statistic", looks_ahead=True),
+    functions("batch_norm"),
 )
 INSTANCE_NORM = register(
     Rule("instance_norm", _keep_instance_norm, _BOUNDED, exact_reason="a statistic"), functions("instance_norm")

@@ -26,6 +26,7 @@ class Rule:
         opened: a function to call instead, under which the composite's parts meet their own rules.
         without_saves: whether ``keep`` has something to do even where autograd saves nothing.
         needs_before: whether ``keep`` asks what gave the first argument back before the call.
+        looks_ahead: whether ``keep`` asks which function comes next; it then decides when that one begins.
         integers: whether ``keep`` has something to do with outputs that are no floating-point numbers.
         lossless: whether what ``keep`` does loses nothing, so that it may be done to what is computed from parameters.
         exact_reason: the report's reason for what stays exact.
@@ -40,6 +41,7 @@ class Rule:
     needs_before: bool = False
     lossless: bool = False
     integers: bool = False
+    looks_ahead: bool = False
     exact_reason: str = "a statistic, an index or a parameter"
 
 
