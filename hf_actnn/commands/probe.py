@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import hf_actnn
 from hf_actnn.codec import native
 from hf_actnn.commands.training import (
     OPTIMIZERS,
@@ -38,6 +37,7 @@ from hf_actnn.commands.training import (
     trained,
 )
 from hf_actnn.commands.watch import PAGES, high_water, watched
+from hf_actnn.convert import controller, is_converted
 from hf_actnn.errors import ActNNError, ActNNWarning, NativeError, message
 from hf_actnn.integrations import named
 from hf_actnn.memory import own_storages
@@ -138,7 +138,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     found = named.load(run.model, run.image_size)
     model = found.model.to(device)
     after = _prepare(model, run.way, device)
-    choosing = hf_actnn.controller(model) if hf_actnn.is_converted(model) else None
+    choosing = controller(model) if is_converted(model) else None
     chosen = run.steps if choosing is not None and choosing.adaptive else 0
     parameters = trained(model, run.model)
     optimizer = OPTIMIZERS[run.optimizer](parameters)
