@@ -136,6 +136,7 @@ class Controller:
         self._averages = dict.fromkeys(("minibatch", "squared", "drawn"), math.nan)
         self._readings = 0
         self._plan: dict[str, float] = {}
+        self._loaded = False  # a state that no update has been made with yet
 
     # -- what the user calls ------------------------------------------------------------------------------------------
 
@@ -159,8 +160,9 @@ class Controller:
             reading = sensitivity.merge(_of_all_processes(readings))
             if reading is not None and reading.is_finite and reading.scale > 0:
                 self._fruitless = 0
-                if self._kept and reading.kept and self._kept.keys().isdisjoint(reading.kept):
+                if self._loaded and self._kept and reading.kept and self._kept.keys().isdisjoint(reading.kept):
                     self._unlearn(reading.kept)
+                self._loaded = False
                 self._learn(reading)
                 self._solve(reading.kept)
             else:
@@ -301,7 +303,7 @@ class Controller:
         self.steps, self._forwards, self._due = int(state["steps"]), int(state["forwards"]), bool(state["due"])
         self._kept, self._plan, self.history, self.chosen = kept, plan, history, chosen
         self._averages, self._readings, self._fruitless, self._tape = averages, readings, fruitless, None
-        self._watching, self._drawing = bool(state["watching"]), drawing
+        self._watching, self._drawing, self._loaded = bool(state["watching"]), drawing, True
 
     # -- what a forward pass asks -------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class Call:
 
     __slots__ = (
         *("scope", "function", "rule", "args", "kwargs", "slots", "out", "output", "policy", "path", "before"),
-        *("name", "next", "_where"),
+        *("name", "next", "changed", "_where"),
     )
 
     def __init__(self, scope: Scope, function: Callable, rule: Rule | None, args: tuple, kwargs: dict) -> None:
@@ -92,6 +92,8 @@ class Call:
         self.output: Any = None
         #: The rule of the next function, where the rule of this one asks for it and its output is what that is given.
         self.next: Rule | None = None
+        #: Whether the output holds something else by now.
+        self.changed = False
         #: What gives the first argument back, asked before an in-place operation overwrites it.
         self.before: Kept | None = None
         if rule is None:
@@ -480,7 +482,7 @@ class Call:
         """Whoever saves the output from here on need not: it is rebuilt from ``parents``. The recipe, or None where the
         output is kept for itself."""
         output = self.output if output is None else output
-        if self.policy.bits is None or None in parents or not fills_its_memory(output):
+        if self.policy.bits is None or None in parents or self.changed or not fills_its_memory(output):
             return None
         if type(parents[0]) is Exact and all(type(one) is Exact and one.parameter for one in parents):
             return None

@@ -92,8 +92,9 @@ class Scope:
         self.root = root
         self.places: list[tuple[str, Policy]] = []
         self.call: Call | None = None
-        #: A call that is decided on when the next one begins.
+        #: A call that is decided on when the next one begins, and the version that its output had.
         self._waiting: Call | None = None
+        self._version = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._mode = _Watch(self)
         self._observers = observers()
@@ -154,6 +155,8 @@ class Scope:
             self._settle()
             return out
         except BaseException:
+            with contextlib.suppress(Exception):  # what was made so far may still be differentiated
+                self._settle()
             # Of a part that was interrupted no hook runs behind it.
             while _thread.pauses and _thread.scope is not self:
                 _thread.pauses.pop().__exit__(None, None, None)
@@ -281,8 +284,9 @@ class Scope:
             for tensor in written:
                 self.registry.mark_derived(tensor)
         looks_ahead = rule is not None and rule.looks_ahead and not constant
-        if looks_ahead and call.slots and call.policy.bits is not None and self._receiver is None:
-            self._waiting = call
+        here = self._receiver is None and not self.registry.sharded and isinstance(out, Tensor)
+        if looks_ahead and here and call.slots and call.policy.bits is not None:
+            self._waiting, self._version = call, out._version
         else:
             self._finish(call, constant)
         return out
@@ -290,9 +294,13 @@ class Scope:
     def _settle(self, rule: Rule | None = None, args: tuple = ()) -> None:
         """Decide on the call that waits, if one does: a function of this rule and these arguments begins."""
         call, self._waiting = self._waiting, None
-        if call is not None:
-            if rule is not None and args and isinstance(args[0], Tensor) and isinstance(call.out, Tensor):
-                call.next = rule if call.same_view(call.out, args[0]) else None
+        if call is None:
+            return
+        call.changed = call.out._version != self._version  # by scripted code, say, which no function mode sees
+        follows = rule is not None and args and isinstance(args[0], Tensor) and not call.changed
+        if follows and self.position()[1].bits is not None and call.same_view(call.out, args[0]):
+            call.next = rule
+        with torch._C.DisableTorchFunction():  # where it is not the function mode that asks
             self._finish(call, False)
 
     def _gather(self, tensors: Iterable[Tensor]) -> None:

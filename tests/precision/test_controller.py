@@ -878,6 +878,15 @@ def test_state_of_another_model_is_told_and_let_go_of():
     assert controller.steps == 7
 
 
+def test_parts_that_take_turns_keep_what_is_known_of_both():
+    model = hf_actnn.convert(nn.ModuleList([net(), net()]), level="L3", min_numel=64, update_interval=1)
+    chooses = hf_actnn.controller(model)
+    with our_warnings(0):
+        for step in range(6):
+            train(model[step % 2], chooses, range(step, step + 1))
+    assert {name.split(".")[0] for name in chooses._kept} == {"0", "1"}
+
+
 def test_no_state_is_told_where_bits_are_chosen():
     _, controller = adaptive()
     with our_warnings(1) as found:

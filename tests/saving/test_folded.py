@@ -194,6 +194,7 @@ def test_gradients_are_close_at_eight_bits(form, dimensions, affine, monkeypatch
             one.norm.eval()
             one.norm.running_mean.normal_(generator=torch.Generator().manual_seed(3))
             one.norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(4))
+        x = torch.randn(2, 8, *{3: [4096], 4: [64, 64], 5: [16, 16, 16]}[dimensions])
     hf_actnn.convert(model, bits=8, min_numel=64)
     ran = watch(monkeypatch)
     found, expected = gradients(model, x, **autocast), gradients(exact, x, **autocast)
@@ -290,6 +291,75 @@ def test_a_normalisation_that_waits_is_decided_on_before_anything_else(monkeypat
     with pytest.raises(RuntimeError, match="on purpose"):
         hf_actnn.convert(Last("error"), bits=8, min_numel=64)(x)
     assert scopes.current() is None
+
+
+@torch.jit.script
+def doubled(x: Tensor) -> Tensor:
+    x.mul_(2)
+    return x
+
+
+@pytest.mark.parametrize("then", ["relu", "nothing"])
+def test_what_no_function_mode_sees_changes_the_output(then):
+    class Scripted(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = doubled(self.norm(self.first(x)))
+            return self.second(F.relu(y) if then == "relu" else y)
+
+    found = gradients(hf_actnn.convert(Scripted(), bits=8, min_numel=64), picture())
+    expected = gradients(Scripted(), picture())
+    assert F.cosine_similarity(found, expected, dim=0) > 0.999
+    assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=0.02)
+
+
+def test_a_forward_pass_that_is_interrupted_can_be_differentiated():
+    model, exact = hf_actnn.convert(Block(), bits=8, min_numel=64), Block()
+    found = []
+    for one in (model, exact):
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, out: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(out)
+            raise StopIteration
+
+        one.norm.register_forward_hook(stop)
+        with pytest.raises(StopIteration):
+            one(picture())
+        weights = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(1))
+        (seen[0] * weights).sum().backward()
+        found.append(one.first.weight.grad.flatten())
+    assert F.cosine_similarity(*found, dim=0) > 0.999
+
+
+def test_running_statistics_that_training_overwrites():
+    found = []
+    for model in (hf_actnn.convert(Block(), bits=8, min_numel=64), Block()):
+        model.norm.eval()
+        x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(5))
+        out = model(x)
+        model.norm.train()
+        model(3 * x + 1)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        (out * weights).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert F.cosine_similarity(*found, dim=0) > 0.999
+
+
+def test_a_channel_that_running_statistics_do_not_fit_spoils_no_other(monkeypatch):
+    model, exact, ran = hf_actnn.convert(Block(), bits=4, min_numel=64), Block(), watch(monkeypatch)
+    for one in (model, exact):
+        one.norm.eval()
+        one.norm.running_var[3] = 0.0
+        one.norm.weight.data[3] = 1e-3
+    found, expected = gradients(model, picture())[-520:], gradients(exact, picture())[-520:]
+    assert ran == [] and F.cosine_similarity(found, expected, dim=0) > 0.99
+
+
+def test_a_relu_that_is_left_out_folds_nothing(monkeypatch):
+    ran = watch(monkeypatch)
+    model = hf_actnn.convert(Block(activation=nn.ReLU()), bits=8, min_numel=64, skip=["activation"])
+    gradients(model, picture())
+    assert ran == []
 
 
 def test_parameters_that_change_before_the_backward_pass_are_told():

@@ -274,6 +274,8 @@ def _keep_folded(call: Call, weight: Any, bias: Any, epsilon: float | None) -> b
     else:
         running = _batch_norm_arguments(call)[2:4]
         statistics = [exact(call.scope, value, call.where) for value in running]
+        for one in statistics:  # which training overwrites, and their version does not tell
+            call.scope.session.lend(one)
     if not statistics:
         return False
     parameters = _factor_and_shift(weight, bias, channels)
@@ -356,7 +358,9 @@ def _keep_batch_norm(call: Call) -> None:
     use_batch, data = training or running_mean is None, call.argument(0, "input")
     folds = call.next is not None and call.next.name == "relu" and not call.policy.exact_norms
     # No kernel of CUDA decodes with a sign yet: there it takes passes, which small maps alone are worth.
-    folds = folds and (data.is_cpu or _may_be_normalised(call, data))
+    # And what running statistics normalise may be of any range, which groups of many channels would share.
+    mixed = folds and _may_be_normalised(call, data)
+    folds = folds and (mixed or data.is_cpu) and (use_batch or not mixed)
     if folds and _keep_folded(call, weight, bias, None if use_batch else eps):
         return
     if use_batch and _may_be_normalised(call, data) and _keep_normalised(call, weight, bias, _of_channels(data)):
