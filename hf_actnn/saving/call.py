@@ -292,18 +292,19 @@ class Call:
         registry = self.scope.registry
         first = slots[0].tensor
         assert first is not None
-        if registry.layout(first) is None and first._is_view() and first._base is not None:
-            registry.produced(first._base, None)  # views of a tensor that no operation here produced
+        distinct = {
+            (s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
+            for s in slots
+            if s.tensor is not None
+        }
+        whole = first._base if registry.layout(first) is None and first._is_view() else None
+        if whole is not None and sum(distinct.values()) >= whole.numel():
+            registry.produced(whole, None)  # views of a tensor that no operation here produced; of a crop it is the crop
         layout = registry.layout(first)
         within = 0
         if layout is not None and (layout.rows == LAST or len(layout.shape) < 4):
             within = row_length(layout.shape, layout.stride, LAST)
         if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
-            distinct = {
-                (s.tensor.storage_offset(), s.tensor.shape, s.tensor.stride()): s.tensor.numel()
-                for s in slots
-                if s.tensor is not None
-            }
             if 2 * sum(distinct.values()) < layout.numel:
                 layout = None  # a small part of a large tensor: the part alone is cheaper
         for slot in slots:

@@ -45,6 +45,36 @@ def test_views_of_one_storage_are_kept_once():
     assert held(model, x) == hf_actnn.quantize(x, 4, 256, row_length=96).nbytes
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[:, :, 4:36, 3:35],
+        lambda x: x[:, :, 4:36, 3:35].flip(-1),
+        lambda x: x[2:5],
+        lambda x: x.permute(0, 1, 3, 2)[:, :, :-1],
+    ],
+    ids=["cropped", "and mirrored", "a part of a data set", "transposed"],
+)
+def test_of_an_input_that_is_a_view_no_more_is_kept_than_it_shows(part):
+    """A crop of a padded batch is coded as the crop, and not with the padding around it that nothing reads."""
+    torch.manual_seed(0)
+    model = Bench(lambda m, x: F.conv2d(x, m.w), w=torch.randn(8, 3, 3, 3))
+    view = part(torch.randn(6, 3, 40, 40))
+    out = model(view)
+    out.backward(out.detach())
+    exact = model.w.grad.clone()
+    hf_actnn.convert(model, bits=8, min_numel=0)
+    kept = {}
+    for name, given in {"as it is": view, "copied": view.contiguous()}.items():
+        model.zero_grad()
+        with hf_actnn.track_memory(model) as memory:
+            out = model(given)
+        out.backward(out.detach())
+        kept[name] = memory.saved_bytes
+        assert torch.allclose(model.w.grad, exact, rtol=0, atol=0.01 * exact.abs().max().item())
+    assert kept["as it is"] == kept["copied"] <= 1.1 * view.numel()
+
+
 def test_relu_output_is_the_next_convolutions_input():
     """The input of a ReLU that someone keeps, and one bit: its output is a recipe."""
     x = torch.randn(4, 8, 10, 10)
