@@ -13,6 +13,7 @@ import docs_site  # in tools/, on the path by pyproject.toml
 import pytest
 
 from hf_actnn import cli
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -217,6 +218,7 @@ ELSEWHERE = {
     r"python benchmarks/step_gpu.py( --models .*)?": "needs a GPU",
     r"python benchmarks/max_batch.py --precision .*": "needs a GPU",
     r"hf-actnn estimate (vit_tiny|mine:).*": "takes minutes; those of the README and the quickstart are run",
+    r"accelerate launch --config_file examples/.*": "tests/integrations/test_examples.py runs each, with fewer images",
     r"python benchmarks/max_batch.py --device cpu .*": "takes an hour; tests/test_max_batch.py runs it small",
 }
 #: The commands of the README and of docs/ that no other test runs.
@@ -290,7 +292,7 @@ RUNS = sorted({script: None for _, words in COMMANDS if (found := script_and_opt
 
 @pytest.mark.parametrize("script", RUNS)
 def test_examples_take_the_options_their_pages_name(script):
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=180)
+    done = forks.server().run([script, "--help"], 180, ROOT, {**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     known = set(re.findall(r"--[\w-]+", done.stdout))
     for page, words in COMMANDS:

@@ -238,7 +238,10 @@ class Call:
         return slot.kept
 
     def data_all(self, slots: Sequence[Slot], rows: str | None = None) -> None:
-        """Keep several saves of one operation; views that cover most of one storage are kept as that storage, once."""
+        """Keep several saves of one operation; views that cover most of one storage are kept as that storage, once.
+
+        Of a storage that no operation here made, an input's, views are kept as it only where they cover all of it.
+        """
         registry = self.scope.registry
         pending: dict[int, list[Slot]] = {}
         for slot in slots:
@@ -299,14 +302,17 @@ class Call:
         }
         whole = first._base if registry.layout(first) is None and first._is_view() else None
         if whole is not None and sum(distinct.values()) >= whole.numel():
-            registry.produced(whole, None)  # views of a tensor that no operation here produced; of a crop it is the crop
+            registry.produced(whole, None)  # parts of a tensor that no operation here produced, and all of it
         layout = registry.layout(first)
         within = 0
         if layout is not None and (layout.rows == LAST or len(layout.shape) < 4):
             within = row_length(layout.shape, layout.stride, LAST)
-        if layout is not None and (layout.numel != first.numel() or not fills_its_memory(first)):
-            if 2 * sum(distinct.values()) < layout.numel:
-                layout = None  # a small part of a large tensor: the part alone is cheaper
+        if (
+            layout is not None
+            and (layout.numel != first.numel() or not fills_its_memory(first))
+            and 2 * sum(distinct.values()) < layout.numel
+        ):
+            layout = None  # a small part of a large tensor: the part alone is cheaper
         for slot in slots:
             tensor = slot.tensor
             assert tensor is not None

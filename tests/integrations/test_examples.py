@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.launching import free_port, run_to_end
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,9 +33,12 @@ SHORT = [
 
 
 def run(command: list[str], timeout: int = 240) -> str:
-    """What a command prints."""
+    """What a command prints. A launcher starts new processes; a script itself runs in a fork."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = run_to_end(command, timeout, ROOT, environment)
+    if command[0] == sys.executable and command[1] != "-m":
+        done = forks.server().run(command[1:], timeout, ROOT, environment)
+    else:
+        done = run_to_end(command, timeout, ROOT, environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

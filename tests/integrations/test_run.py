@@ -19,6 +19,7 @@ import torch
 from benchmarks.launching import run_to_end
 from hf_actnn.errors import ConfigError
 from hf_actnn.integrations.unmodified import parse
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,19 +79,27 @@ class Done(NamedTuple):
     said: str
 
 
-def start(command: list[str], folder: Path, **environment: str) -> Done:
+def start(command: list[str], folder: Path, *, forked: bool = False, **environment: str) -> Done:
     """Run to the end."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_ACTNN")}
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = run_to_end(command, 180, folder, {**inherited, **own})
+    if forked:
+        assert command[0] == sys.executable
+        done = forks.server().run(command[1:], 180, folder, {**inherited, **own})
+    else:
+        done = run_to_end(command, 180, folder, {**inherited, **own})
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def run(script: str, folder: Path, *words: str, before: tuple[str, ...] = (), **environment: str) -> Done:
-    """`hf-actnn run script.py words` with what was measured in report.json."""
+def run(script: str, folder: Path, *words: str, before: tuple[str, ...] = (), forked: bool = True) -> Done:
+    """`hf-actnn run script.py words` with what was measured in report.json.
+
+    Args:
+        forked: from a process that has imported what is changed, which is changed then; else it is as it is imported.
+    """
     (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "hf_actnn", "run", "--report", "report.json", *before, "script.py", *words]
-    return start(command, folder, **environment)
+    return start(command, folder, forked=forked)
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def test_a_record_that_has_no_place_stops_the_run_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("trainer", ["Mine = Trainer", "class Mine(Trainer):\n    pass"], ids=["trainer", "subclass"])
 def test_a_trainer(trainer, tmp_path):
-    done = run(TRAINER.replace("TRAINER", trainer), tmp_path, *SHORT, before=("--level", "L2"))
+    done = run(TRAINER.replace("TRAINER", trainer), tmp_path, *SHORT, before=("--level", "L2"), forked=False)
     assert done.code == 0, done.said
     found = assert_compressed(tmp_path, ratio=9, steps=3)
     assert found["config"]["level"] == "L2"
@@ -157,7 +166,7 @@ def test_two_trainers_one_after_the_other(tmp_path):
 def test_the_forward_pass_is_the_plain_one(tmp_path):
     """The first loss is the uncompressed script's; those after a step are near it."""
     compressed = run(TRAINER.replace("TRAINER", "Mine = Trainer"), tmp_path, *SHORT)
-    plain = start([sys.executable, "script.py", *SHORT], tmp_path)
+    plain = start([sys.executable, "script.py", *SHORT], tmp_path, forked=True)
     losses = [json.loads(re.search(r"^history (.+)$", done.printed, re.MULTILINE)[1]) for done in (compressed, plain)]
     assert losses[0][0] == losses[1][0]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -166,7 +175,7 @@ def test_the_forward_pass_is_the_plain_one(tmp_path):
 
 def test_a_loop_with_accumulation(tmp_path):
     """Eight micro-batches of two steps: the controller counts four."""
-    done = run(LOOP, tmp_path, before=("--level", "L3"))
+    done = run(LOOP, tmp_path, before=("--level", "L3"), forked=False)
     assert done.code == 0, done.said
     found = assert_compressed(tmp_path, ratio=9, steps=4)
     chosen = {row["bits"] for row in found["rows"] if row["kept"] == "quantized"}
@@ -354,13 +363,13 @@ def test_a_trainer_that_compiles_is_refused(tmp_path):
 
 def test_nothing_is_imported_that_the_script_does_not(tmp_path):
     names = ["transformers", "accelerate", "timm", "datasets"]
-    done = run(f"import sys\nprint([name for name in {names} if name in sys.modules])", tmp_path)
+    done = run(f"import sys\nprint([name for name in {names} if name in sys.modules])", tmp_path, forked=False)
     assert done.printed == "[]\n", done.said
 
 
 def test_a_script_that_raises_has_its_own_traceback(tmp_path):
     script = "def inner():\n    raise ValueError('mine')\n\ninner()\n"
-    done = run(script, tmp_path)
+    done = run(script, tmp_path, forked=False)
     plain = start([sys.executable, "script.py"], tmp_path)
     assert done.code == plain.code == 1
     assert re.sub(r'".*script.py"', "script.py", done.said) == re.sub(r'".*script.py"', "script.py", plain.said)
