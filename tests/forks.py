@@ -31,7 +31,9 @@ class Forks:
     """A process that has imported some modules, and forks. It ends with the process that made it."""
 
     def __init__(self, modules: Sequence[str] = HOSTS) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # HF_ACTNN is for a fork to have, and to act upon.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_ACTNN")}
+        environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,
@@ -48,7 +50,7 @@ class Forks:
         Args:
             timeout: in seconds; then the fork is ended, with all that it started.
             folder: to run it in.
-            environment: all of it. What torch reads as it is imported is the server's, but for OMP_NUM_THREADS.
+            environment: all of it. What modules read as they are imported is the server's, but for OMP_NUM_THREADS.
 
         Raises:
             subprocess.TimeoutExpired: it took longer.
@@ -57,14 +59,25 @@ class Forks:
         with tempfile.TemporaryDirectory() as place:
             files = Path(place, "stdout"), Path(place, "stderr")
             job = [list(words), timeout, str(folder), dict(environment), [str(file) for file in files]]
-            self._server.stdin.write(json.dumps(job) + "\n")
-            self._server.stdin.flush()
-            reply = self._server.stdout.readline()
-            assert reply, f"the process that forks has ended: {self._server.poll()}"
+            try:
+                self._server.stdin.write(json.dumps(job) + "\n")
+                self._server.stdin.flush()
+                reply = self._server.stdout.readline()
+            except BaseException:  # a reply that nobody took would be the next one's
+                self.end()
+                raise
+            if not reply:
+                self.end()
+                raise RuntimeError(f"the process that forks has ended: {self._server.wait()}")
             code = json.loads(reply)
             if code is None:
                 raise subprocess.TimeoutExpired(list(words), timeout)
             return subprocess.CompletedProcess(list(words), code, *(file.read_text() for file in files))
+
+    def end(self) -> None:
+        """With the fork that runs; the next who asks for a server gets another."""
+        self._server.terminate()
+        server.cache_clear()
 
 
 @functools.cache
@@ -81,14 +94,24 @@ def _serve(modules: Sequence[str]) -> Any:
     os.dup2(2, 1)
     for name in modules:
         importlib.import_module(name)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for line in requests:
         job = json.loads(line)
+        sys.stdout.flush()
+        sys.stderr.flush()
         child = os.fork()
         if not child:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             requests.close()
             replies.close()
             return job
-        replies.write(json.dumps(_wait(child, job[1])) + "\n")
+        try:
+            code = _wait(child, job[1])
+        except BaseException:
+            _kill(child)
+            raise
+        replies.write(json.dumps(code) + "\n")
         replies.flush()
     return None
 
@@ -101,9 +124,17 @@ def _wait(child: int, timeout: float) -> int | None:
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(PAUSE)
-    os.killpg(child, signal.SIGKILL)
+    _kill(child)
     os.waitpid(child, 0)
     return None
+
+
+def _kill(child: int) -> None:
+    """With what it has started, unless it has had no time to make a session of its own."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(child, signal.SIGKILL)
 
 
 def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
@@ -118,9 +149,11 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
     sys.argv = words[1:] if module else words
     first = folder if module else str(Path(words[0]).resolve().parent)
     own = [one for one in environment.get("PYTHONPATH", "").split(os.pathsep) if one]
-    sys.path = [first, *own, *(one for one in sys.path[1:] if one not in inherited)]
+    sys.path = [first, *own, *(one for one in sys.path if one not in inherited)]
+    import numpy
     import torch
 
+    numpy.random.seed()  # as a new process would, each of them otherwise
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     if module:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -129,7 +162,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder: what is in it has the names of packages
     work = _serve(sys.argv[1:])
     if work is not None:
-        os.setsid()
         _become(work[0], *work[2:])

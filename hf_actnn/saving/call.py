@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from hf_actnn.saving.rules import Rule
     from hf_actnn.saving.scope import Scope
 
+#: Share of an input that views show from which on all of it is coded: other views of it then cost nothing.
+NEARLY = 0.9
+
 
 class Slot:
     """What autograd holds in place of one saved tensor.
@@ -240,7 +243,8 @@ class Call:
     def data_all(self, slots: Sequence[Slot], rows: str | None = None) -> None:
         """Keep several saves of one operation; views that cover most of one storage are kept as that storage, once.
 
-        Of a storage that no operation here made, an input's, views are kept as it only where they cover all of it.
+        Of a storage that no operation here made, an input's, that is so where they show nearly all of it; of a crop
+        the crop is coded. Parts that overlap, and that separate operations read, are then kept each for itself.
         """
         registry = self.scope.registry
         pending: dict[int, list[Slot]] = {}
@@ -301,8 +305,8 @@ class Call:
             if s.tensor is not None
         }
         whole = first._base if registry.layout(first) is None and first._is_view() else None
-        if whole is not None and sum(distinct.values()) >= whole.numel():
-            registry.produced(whole, None)  # parts of a tensor that no operation here produced, and all of it
+        if whole is not None and sum(distinct.values()) >= NEARLY * whole.numel():
+            registry.produced(whole, None)
         layout = registry.layout(first)
         within = 0
         if layout is not None and (layout.rows == LAST or len(layout.shape) < 4):
@@ -319,10 +323,10 @@ class Call:
             found = registry.find(tensor)
             if found is None or self._dearer_than_code(found, tensor):
                 base = tensor
-                if layout is not None:
+                if layout is not None and layout.holds(tensor):
                     base = tensor.detach().as_strided(layout.shape, layout.stride, layout.offset)
                 kept = self.pack(base, (layout.rows if layout is not None else None) or rows, within)
-                if isinstance(kept, Exact) and layout is not None:
+                if isinstance(kept, Exact) and base is not tensor:
                     registry.learn(base, kept)
                     found = registry.find(tensor)
                 else:

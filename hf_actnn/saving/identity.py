@@ -42,6 +42,14 @@ class Layout:
             and tensor.dtype == self.dtype
         )
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this storage and dtype lies within the memory of the one that filled it."""
+        start = int(tensor.storage_offset()) - self.offset
+        if start < 0:
+            return False
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.numel() == 0 or start + last < self.numel
+
 
 class _Entry:
     """What is known of one storage.
@@ -194,7 +202,7 @@ class Registry:
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         if entry is None or entry.layout is None or entry.layout.dtype != tensor.dtype:
             return None
-        return entry.layout
+        return entry.layout if entry.layout.holds(tensor) else None
 
     def rows(self, tensor: Tensor) -> str | None:
         """How the rows of a tensor's storage run, where its producer said so."""
@@ -217,6 +225,8 @@ class Registry:
         kept = None if views is None else views.get(key)
         if kept is not None or whole is None or layout is None or layout.dtype != tensor.dtype:
             return kept
+        if not layout.holds(tensor):
+            return None  # another part of the storage
         kept = View(whole, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - layout.offset)
         if views is None:
             views = entry.views = {}
