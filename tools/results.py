@@ -316,7 +316,8 @@ def speed(pictures: bool) -> list[str]:
     memory, step, steps, cpu = load("memory"), load("step"), load("step_gpu"), load("front")
     lines = ["# Memory and speed", "", *beaten(steps, cpu)]
     lines += [
-        "What each table counts is said in the file that made it. Peaks are of the whole process, or of the device.",
+        "What each table counts is said in the file that made it. Peaks are of the whole process, or of the device. "
+        "A date is that of a file's last measurement: other models may be from before, and from another processor.",
         "",
     ]
     if memory and step:
