@@ -18,8 +18,9 @@ loss, backward, optimizer. The methods:
   by ``aot_eager``, which has the same partitioner and needs no compiler.
 * ``L0`` to ``L5`` and ``auto``: hf_actnn. Peaks are those of the first steps, the measuring one among them; the bits
   that ``auto`` chooses are those for random weights and images, and may be others later in a training.
-* ``free``: the ceiling. Saved tensors cost nothing and come back as zeros, so what remains are weights, optimizer and
-  the transients of single operations. Its gradients mean nothing.
+* ``free``: saved tensors cost nothing and come back as zeros, so what remains are weights, optimizer and the transients
+  of single operations. Its gradients mean nothing. With what hf_actnn keeps in codes on top it is the ceiling of a
+  level: the largest batch, were there no other cost than the codes.
 
 ``--limit`` is in GB (10^9 bytes) or GiB. On a GPU it holds for PyTorch's allocator: the CUDA context comes on top, and
 what swaps is limited by the host's memory as well. On a CPU it holds for the resident set of the whole process, Python
@@ -185,7 +186,8 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
 
     Returns:
         ``peak``: bytes that the limit holds for, the allocator's reserved on a GPU, else the peak resident set;
-        ``seconds`` of a step, the median without the first; on a GPU ``allocated`` and ``resident`` too.
+        ``seconds`` of a step, the median without the first; on a GPU ``allocated`` and ``resident`` too. Of hf_actnn
+        ``kept``: accounted bytes in the last step, codes, metadata and exact tensors.
 
     Raises:
         NativeError: hf_actnn without its kernels.
@@ -203,12 +205,18 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     optimizer = OPTIMIZERS[point["optimizer"]](model.parameters())
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    seconds = []
-    for _ in range(point["steps"]):
+    seconds, kept = [], None
+    for number in range(point["steps"]):
+        counts = number == point["steps"] - 1 and hf_actnn.is_converted(model)
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with method.around(), torch.autocast(device.type, torch.bfloat16, enabled=point["precision"] == "bf16"):
+        with (
+            hf_actnn.track_memory(model) if counts else contextlib.nullcontext() as counted,
+            method.around(),
+            torch.autocast(device.type, torch.bfloat16, enabled=point["precision"] == "bf16"),
+        ):
             loss = F.cross_entropy(method.forward(images), labels)
+        kept = counted.saved_bytes if counted else None
         loss.backward()
         method.after()
         optimizer.step()
@@ -216,6 +224,8 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     found = {"seconds": statistics.median(seconds[1:] or seconds), "peak": high_water()}
+    if kept is not None:
+        found["kept"] = kept
     if device.type == "cuda":
         found |= {"resident": found["peak"], "allocated": torch.cuda.max_memory_allocated(device)}
         found["peak"] = torch.cuda.max_memory_reserved(device)
@@ -373,13 +383,28 @@ def is_of(row: dict[str, Any], point: dict[str, Any]) -> bool:
     return all(row.get(key) == value for key, value in point.items())
 
 
+def ceiling(row: dict[str, Any], free: dict[str, Any] | None) -> float | None:
+    """The largest batch that a row of hf_actnn could have, had it no other cost than what it keeps: along the line
+    through the smallest and the largest try of training whose saved tensors cost nothing, with what is kept of a sample
+    on top. None where that is not known."""
+    if free is None or row["vary"] != "batch" or not row["largest"]:
+        return None
+    kept = sorted((found["size"], found["kept"]) for found in row["tries"] if "kept" in found)
+    fits = sorted((found["size"], found["peak"]) for found in free["tries"] if found["status"] == "ok")
+    if not kept or len(fits) < 2:
+        return None
+    (small, low), (large, high) = fits[0], fits[-1]
+    slope = (high - low) / (large - small)
+    return (limit_of(row) - (low - small * slope)) / (slope + kept[-1][1] / kept[-1][0])
+
+
 def table(rows: list[dict[str, Any]]) -> None:
     """Print the largest sizes of one quantity under one limit; beside each how many times that of plain training it is,
-    and how many times the ceiling is."""
+    how many times training is whose saved tensors cost nothing, and the share of its ceiling."""
     models, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "method"))
     found = {(row["model"], row["method"]): row for row in rows}
     print(f"\nlargest {rows[0]['vary']} under {rows[0]['limit']}, {rows[0]['precision']}, {rows[0]['device_name']}")
-    print("(times plain / times plain of saved tensors that cost nothing)")
+    print("(times plain / times plain of saved tensors that cost nothing; share of the ceiling, codes included)")
     print(" " * 12 + "".join(f"{model[:26]:>28s}" for model in models))
     for method in methods:
         cells = []
@@ -389,6 +414,8 @@ def table(rows: list[dict[str, Any]]) -> None:
             text = "-" if row is None else "error" if size is None else f"{'>=' if row['capped'] else ''}{size}"
             if size and plain:
                 text += f"  {size / plain:.2f}" + (f" / {free / plain:.2f}" if free else "")
+            most = ceiling(row, found.get((model, "free"))) if row else None
+            text += f"; {size / most:.2f}" if most else ""
             cells.append(f"{text:>28s}")
         print(f"{method:12s}" + "".join(cells), flush=True)
 

@@ -198,6 +198,23 @@ def test_what_is_known_is_not_tried_again(tmp_path, monkeypatch, capsys):
     assert set(tried) == {"plain", "L2", "free"} and len(rows) == 6
 
 
+def test_the_ceiling_of_a_level_is_what_its_codes_alone_would_allow():
+    """400 MB and 10 a sample that nothing can save, 6 a sample in codes and 1 MB of them whatever the batch."""
+
+    def tries(slope, kept=None):
+        found = [{"size": size, "status": "ok", "peak": 4e8 + slope * size} for size in (8, 40)]
+        return [*({**one, "kept": kept(one["size"])} if kept else one for one in found), {"size": 999, "status": "out"}]
+
+    shared = {"vary": "batch", "limit": "2GB"}
+    free = {**shared, "largest": 40, "tries": tries(1e7)}
+    row = {**shared, "largest": 40, "tries": tries(2e7, lambda size: 1e6 + 6e6 * size)}
+    assert max_batch.ceiling(row, free) == pytest.approx(1.6e9 / (1e7 + 6e6 + 1e6 / 40))
+    assert max_batch.ceiling(free, free) is None  # which keeps nothing
+    assert max_batch.ceiling(row, None) is None
+    assert max_batch.ceiling(row, {**free, "tries": tries(1e7)[:1]}) is None
+    assert max_batch.ceiling({**row, "vary": "width"}, free) is None
+
+
 @pytest.mark.parametrize("options", [("--limit", "all"), ("--limit", "much"), ("--methods", "L9")])
 def test_options_that_mean_nothing_are_refused(options, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
@@ -257,3 +274,11 @@ def test_more_fits_at_l2(tmp_path, monkeypatch):
     rows = {row["method"]: row for row in run(monkeypatch, tmp_path / "rows", *options)}
     assert not any(row["error"] for row in rows.values())
     assert rows["L2"]["largest"] > rows["plain"]["largest"] > 0
+    kept = {found["size"]: found["kept"] for found in rows["L2"]["tries"] if found["status"] == "ok"}
+    model = max_batch.build("test_resnet", "batch", 1, 160)
+    with hf_actnn.track_memory(hf_actnn.convert(model, "L2")) as counted:
+        loss = model(torch.randn(2, 3, 160, 160)).square().mean()
+    size = max(kept)
+    assert kept[size] == pytest.approx(counted.saved_bytes * size / 2, rel=0.05)
+    del loss
+    assert not any("kept" in found for found in rows["plain"]["tries"])

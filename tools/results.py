@@ -210,6 +210,33 @@ def cpu_checkpointing(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), *source("checkpointing", "python benchmarks/checkpointing.py", machine)]
 
 
+def largest(results: dict[str, Any]) -> list[str]:
+    """The largest batches under a limit of memory, and how near to what the codes alone would allow."""
+    import max_batch
+
+    found = [row for row in results["rows"] if row["vary"] == "batch" and row["error"] is None]
+    by_point = {(row["model"], row["limit"], row["precision"], row["device"], row["method"]): row for row in found}
+    rows = []
+    for (*point, method), row in by_point.items():
+        plain, free = (by_point.get((*point, way)) for way in ("plain", "free"))
+        if plain is None or not plain["largest"]:
+            continue
+        most = max_batch.ceiling(row, free)
+        title = "saved tensors cost nothing" if method == "free" else method
+        cells = [row["model"], row["limit"], title, f"{'at least ' if row['capped'] else ''}{row['largest']}"]
+        cells += ["" if method == "plain" else f"{row['largest'] / plain['largest']:.1f}x"]
+        cells += [f"{most:.0f} ({most / plain['largest']:.1f}x)", f"{row['largest'] / most:.2f}"] if most else ["", ""]
+        rows.append(cells)
+    head = ["model", "limit", "way", "largest batch", "plain training's", "ceiling", "share of it"]
+    said = (
+        "The limit is that of a process's resident set, Python and weights included, on a CPU, and of the allocator on "
+        "a GPU. *Ceiling*: the batch that would fit if there were no other cost than the codes, from training whose "
+        "saved tensors cost nothing."
+    )
+    machine = results["environment"]
+    return [*table(head, rows), "", said, *source("max_batch", "python benchmarks/max_batch.py", machine)]
+
+
 def gpu_steps(results: dict[str, Any]) -> list[str]:
     """Time and peaks of steps on a GPU."""
     rows = []
@@ -327,6 +354,7 @@ def speed(pictures: bool) -> list[str]:
     for title, name, made in (
         ("Gradient checkpointing, on a CPU", "checkpointing", cpu_checkpointing),
         ("torch.compile, on a CPU", "compiled", cpu_compiled),
+        ("The largest batch under a limit", "max_batch", largest),
         ("On a GPU", "step_gpu", gpu_steps),
     ):
         results = load(name)
