@@ -31,6 +31,10 @@ class _Probe(threading.local):
     kept: Quantized | None = None
     noise: Any = None
     values: dict[int, list[Tensor]] | None = None
+    #: What a function of single values has given undisturbed; who works through them in parts may give no result then,
+    #: but the squared distance to it.
+    undisturbed: Tensor | None = None
+    energy: Tensor | None = None
 
     def begin(self) -> None:
         """A node that is listened to begins."""
@@ -50,12 +54,13 @@ class _Probe(threading.local):
         self.read, self.task = None, -1
 
     @contextlib.contextmanager
-    def disturbing(self, kept: Quantized, noise: Any) -> Iterator[None]:
+    def disturbing(self, kept: Quantized, noise: Any, undisturbed: Tensor | None = None) -> Iterator[None]:
         self.kept, self.noise, self.values = kept, noise, {}
+        self.undisturbed, self.energy = undisturbed, None
         try:
             yield
         finally:
-            self.kept = self.noise = self.values = None
+            self.kept = self.noise = self.values = self.undisturbed = self.energy = None
 
 
 probe = _Probe()

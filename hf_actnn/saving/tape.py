@@ -17,6 +17,7 @@ missing. Nothing outlives its node but a few sums: `hf_actnn.precision.sensitivi
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -48,6 +49,16 @@ _DIAGONAL = (
 _MOVES = (
     *("View", "UnsafeView", "Reshape", "Permute", "Transpose", "T", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Alias"),
     *("AsStrided", "Slice", "Select", "Split", "Unbind", "Contiguous"),
+)
+
+#: Noise has the size behind them that it has before: behind the first always, behind the others where nothing is summed
+#: over what was broadcast.
+_PASSED, _KEEPS = _MOVES, (*_MOVES, "Add", "Sub", "Neg", "Roll")
+
+#: One value of the output is one of the input's, so noise that is independent from value to value goes on as it came.
+_POINTWISE = (
+    *("Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid", "Tanh", "Hardtanh", "Hardswish"),
+    *("Hardsigmoid", "LeakyRelu", "Clamp", "Pow", "Exp"),
 )
 
 _numbers = itertools.count()
@@ -122,7 +133,7 @@ class Node:
         "parameters",
         "apart",
         "replayable",
-        "diagonal",
+        "name",
         "samples",
     )
 
@@ -132,14 +143,14 @@ class Node:
         entries: list[int],
         owners: list[int],
         replayable: bool,
-        diagonal: bool,
+        name: str,
         samples: int,
     ) -> None:
         #: For each input the node its gradient goes to, or LEAF for a parameter, or NOTHING; which of that node's
         #: outputs it belongs to; and the `id` of the parameter it ends in, or a number below zero for what is computed
         #: from parameters, a standardised weight say, whose gradient is in other units than theirs.
         self.following, self.entries, self.owners = following, entries, owners
-        self.replayable, self.diagonal, self.samples = replayable, diagonal, samples
+        self.replayable, self.name, self.samples = replayable, name, samples
         self.out: Tensor | None = None
         self.ins: list[Tensor | None] = [None] * len(following)
         #: Gradients of parameters made here; their response to random signs for each value; and to one for each sample,
@@ -243,7 +254,7 @@ class Tape:
             node.register_prehook(_begin)
             node.register_hook(_Hook(self, len(self.nodes)))
             entries = [entry for _, entry in node.next_functions]
-            self.nodes.append(Node(following, entries, owners, replayable, name in _DIAGONAL, samples))
+            self.nodes.append(Node(following, entries, owners, replayable, name, samples))
 
     def measure(self, at: int, grad_inputs: tuple, grad_outputs: tuple) -> None:
         """After a node has run: what it did with the gradient, and what else it would have done."""
@@ -263,7 +274,7 @@ class Tape:
                     harmful.setdefault(id(kept), (kept, kept.item))
         again: Any = torch._C._current_autograd_node()
         white = None
-        if node.replayable and (leaves or (harmful and not node.diagonal)):
+        if node.replayable and (leaves or (harmful and node.name not in _DIAGONAL)):
             white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
         if white is None:
             for j in others:
@@ -286,21 +297,31 @@ class Tape:
             for key, _, noise, _ in self._coming.pop(at, ()):
                 self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
             return
+        alone = others[0] if node.name in _POINTWISE and len(others) == 1 and not leaves else None
         for kept, item in harmful.values():
-            with probe.disturbing(kept, self._noise(kept, item)):
+            with probe.disturbing(kept, self._noise(kept, item), None if alone is None else grad_inputs[alone]):
                 moved = self._run(node, again, grad_outputs, grad_inputs)
+                energy = probe.energy
             if moved is None:
                 continue
-            self._harm(item.key, at, _differences(moved, grad_inputs, grad_outputs), leaves, others, FOLLOWED)
+            if alone is not None and energy is not None:
+                self.harms.append(Harm(item.key, at, {}, [(node.following[alone], energy)]))
+                continue
+            further = FOLLOWED if alone is None else 0
+            self._harm(item.key, at, _differences(moved, grad_inputs, grad_outputs), leaves, others, further)
             del moved
         for key, entry, noise, further in self._coming.pop(at, ()):
-            alone = [noise if place == entry else None for place in range(len(grad_outputs))]
-            moved = self._run(node, again, alone, grad_inputs)
+            if node.name in _KEEPS and not leaves and all(grad_inputs[j].numel() == noise.numel() for j in others):
+                size = _energy((noise,))
+                self.harms.append(Harm(key, at, {}, [(node.following[j], size) for j in others]))
+                continue
+            one = [noise if place == entry else None for place in range(len(grad_outputs))]
+            moved = self._run(node, again, one, grad_inputs)
             if moved is None:
                 self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
                 continue
             self._harm(key, at, moved, leaves, others, further)
-            del alone, noise, moved
+            del one, noise, moved
 
     def _harm(
         self, key: str, at: int, moved: list[Tensor | None], leaves: list[int], others: list[int], further: int
@@ -314,9 +335,9 @@ class Tape:
         carried = []
         for j in others:
             noise, into = moved[j], node.following[j]
-            if noise is None or (noise.is_cpu and not noise.any()):
+            if noise is None or (noise.is_cpu and not torch.linalg.vector_norm(noise, math.inf)):
                 continue  # elsewhere to look would mean to wait
-            if further > 0 and self.nodes[into].replayable and node.out is not None:
+            if further > 0 and self.nodes[into].replayable and self.nodes[into].name not in _PASSED:
                 self._coming.setdefault(into, []).append((key, node.entries[j], noise, further - 1))
             else:
                 carried.append((into, _energy((noise,))))

@@ -17,6 +17,8 @@ import hf_actnn
 from hf_actnn import codec
 from hf_actnn.precision import sensitivity, variance
 from hf_actnn.precision.sensitivity import Reading, amplification
+from hf_actnn.saving import fused
+from hf_actnn.saving import tape as tapes
 
 #: Of a prediction for one operation, and for a whole network.
 LAYER, NETWORK = 0.05, 0.15
@@ -287,6 +289,69 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 def classify(x: Tensor) -> Callable[[nn.Module], None]:
     labels = torch.randint(0, 10, (len(x),), generator=torch.Generator().manual_seed(5))
     return lambda model: F.cross_entropy(model(x), labels).backward()
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU])
+def test_an_activation_that_is_read_in_parts(monkeypatch, act):
+    """Says what it says as a whole, without a third tensor of its size."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(24, 64), act(), nn.Linear(64, 8)))
+    run = weighted(normal(96, 24), normal(96, 8, seed=9))
+    followed: list[str] = []
+    harm = tapes.Tape._harm
+
+    def noted(self, key, *rest):
+        followed.append(key)
+        return harm(self, key, *rest)
+
+    monkeypatch.setattr(tapes.Tape, "_harm", noted)
+    monkeypatch.setattr(fused, "RUN", 512)
+    found = {}
+    for smallest in (math.inf, 1):
+        followed.clear()
+        monkeypatch.setattr(fused, "SMALLEST", {"cpu": smallest})
+        found[smallest] = read(model, run, 2)
+        # Also the layer behind reads it, with which nothing goes on.
+        assert sum(key.startswith("1:") for key in followed) == (2 if smallest > 1 else 1), followed
+    whole, parts = found.values()
+    assert parts.kept.keys() == whole.kept.keys() and len(whole.kept) >= 2
+    for key, one in whole.kept.items():
+        assert parts.kept[key].variance == pytest.approx(one.variance, rel=1e-4) and one.variance > 0, key
+
+
+class Residual(nn.Module):
+    """Noise that comes to nodes which only move it, or add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+        self.qkv, self.last = nn.Linear(32, 96), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        q, k, v = self.qkv(self.norm(x)).reshape(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.last(self.norm(x + attended))
+
+
+def test_noise_that_is_only_moved_on_is_not_run_again(monkeypatch):
+    model, run = seeded(Residual), weighted(normal(6, 10, 32), normal(6, 10, 8, seed=9))
+    runs: list[int] = []
+    again = tapes.Tape._run
+
+    def counted(self, node, *rest):
+        runs.append(1)
+        return again(self, node, *rest)
+
+    monkeypatch.setattr(tapes.Tape, "_run", counted)
+    found = read(model, run, 2)
+    fewer = len(runs)
+    runs.clear()
+    monkeypatch.setattr(tapes, "_PASSED", ())
+    monkeypatch.setattr(tapes, "_KEEPS", ())
+    expected = read(model, run, 2)
+    assert fewer + 4 <= len(runs)  # of queries, keys and values, and of a normalisation
+    for key, one in expected.kept.items():
+        assert found.kept[key].variance == pytest.approx(one.variance, rel=1e-4), key
 
 
 @pytest.mark.parametrize("name", NETWORKS)
