@@ -23,6 +23,11 @@ TASKS = {
     "camvid-upernet": "UperNet, CamVid, mIoU",
     "bccd-rtdetr": "RT-DETR, BCCD, mAP50",
 }
+LARGEST = {
+    "resnet50": "ResNet-50",
+    "swin_tiny_patch4_window7_224": "Swin-T",
+    "vit_base_patch16_224": "ViT-B/16",
+}
 SEEDS = 3
 NAMES = {"vit": "Hugging Face ViT", "resnet": "Hugging Face ResNet"}
 
@@ -131,6 +136,29 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
     ]
 
 
+def largest(results: dict[str, Any]) -> list[str]:
+    """A sentence on the largest batches under a limit of memory on a CPU."""
+    found = {
+        (row["model"], row["limit"], row["method"]): row["largest"]
+        for row in results["rows"]
+        if row["vary"] == "batch" and row["device"] == "cpu" and row["precision"] == "fp32" and row["largest"]
+    }
+    said = [
+        f"{LARGEST[model]} in {limit} {ours} images at L3, {found[model, limit, 'plain']} plainly"
+        for (model, limit, method), ours in found.items()
+        if method == "L3" and model in LARGEST and (model, limit, "plain") in found
+    ]
+    if not said:
+        return []
+    machine = results["environment"]
+    return [
+        "",
+        f"The largest batches: {'; '.join(said)}. The memory is that of the whole process, Python, weights and momentum "
+        f"included; 224 px, fp32, `benchmarks/max_batch.py`; {machine['cpu']}, {machine['cpus']} cores "
+        "([Memory and speed](docs/results/speed.md), [max_batch.json](benchmarks/results/max_batch.json)).",
+    ]
+
+
 def limits() -> str:
     """What of all that was measured speaks most against us, in one line of a list."""
     found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
@@ -198,6 +226,8 @@ def region() -> str:
     lines = demo(json.loads(path.read_text()))
     if (RESULTS / "memory.json").exists() and (RESULTS / "step.json").exists():
         lines += full_size(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("memory", "step")))
+    if (RESULTS / "max_batch.json").exists():
+        lines += largest(json.loads((RESULTS / "max_batch.json").read_text()))
     if (RESULTS / "fidelity.json").exists():
         lines += chosen_bits(json.loads((RESULTS / "fidelity.json").read_text()))
     if (RESULTS / "accuracy.json").exists():
