@@ -153,7 +153,7 @@ def largest(results: dict[str, Any]) -> list[str]:
     machine = results["environment"]
     return [
         "",
-        f"The largest batches: {'; '.join(said)}. The memory is that of the whole process, Python, weights and momentum "
+        f"The largest batches: {'; '.join(said)}. The memory is that of the process, Python, weights and momentum "
         f"included; 224 px, fp32, `benchmarks/max_batch.py`; {machine['cpu']}, {machine['cpus']} cores "
         "([Memory and speed](docs/results/speed.md), [max_batch.json](benchmarks/results/max_batch.json)).",
     ]
