@@ -13,11 +13,11 @@ into a mean square, as their losses add nothing that a way to train could save. 
 
 ``save_on_cpu`` has no place on a CPU, where it copies what is there already.
 
-A way's turn is a process of its own, whose C library gives large tensors pages of their own, so that the resident set
-is what is in use. Memory is the slope of the peak over the batch, between a third of the batch and all of it, both in
-the first turn's process. Time is the processor's, of all threads, for forward and backward pass: the median of three
-steps, and of the rounds, in each of which all ways of a model have their turn one after the other. Bytes kept are
-PyTorch's and hf_actnn's own count before the backward pass; a checkpoint keeps what it has where that does not see it.
+A point is a process of its own, whose C library gives large tensors pages of their own, so that the resident set is
+what is in use. Memory is the slope of the peak over the batch, between a third of the batch and all of it. Time is the
+processor's, of all threads, for forward and backward pass: the median of three steps, and of the rounds, in each of
+which all ways of a model have their turn one after the other. Bytes kept are PyTorch's and hf_actnn's own count before
+the backward pass; a checkpoint keeps what it has where that does not see it.
 
 Each finished model is written to benchmarks/results/front.json at once; what is known is not measured again without
 ``--again``.
@@ -49,9 +49,9 @@ from hf_actnn.errors import ActNNError, ActNNWarning
 from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results" / "front.json"
-#: Timed steps. Before them bits are chosen in each step, and then not until they are over: where peaks are measured
-#: there are bits that were chosen before, and gradients of an earlier step.
-STEPS, INTERVAL = 3, 1
+#: Untimed steps, in each of which bits are chosen, and timed ones, in which they are not. The peak is that of all but
+#: the first, which compiles: in the second there are bits that were chosen before, and no later one needs more.
+FIRST, STEPS, INTERVAL = 2, 3, 1
 COMPILE = "compile"
 
 
@@ -137,58 +137,56 @@ def prepared(model: nn.Module, way: str) -> tuple[Callable[..., Any], Callable[[
     return model, training.compress(model, training.level_of(way), update_interval=INTERVAL)
 
 
-def train(name: str, way: str, sizes: list[int]) -> dict[str, Any]:
-    """Some steps of each batch size in this process: ``peaks`` by size; of the last one ``seconds`` and
-    ``saved_bytes``."""
-    # A compiler that made one graph for all sizes would make another than for the one that is trained with.
-    torch._dynamo.config.automatic_dynamic_shapes = False
+def train(name: str, way: str, batch_size: int, timed: bool) -> dict[str, Any]:
+    """Some steps in this process: the ``peak``, and where they are ``timed`` ``seconds`` and ``saved_bytes``."""
     found = named.load(name)
     run, after = prepared(found.model, way)
-    gauge, seconds = Gauge(torch.device("cpu")), []
+    batch, gauge = found.batch(batch_size), Gauge(torch.device("cpu"))
+    peaks, seconds = [], []
 
-    def step(batch: Any) -> int:
+    def step() -> None:
         found.model.zero_grad(set_to_none=True)
         gauge.reset()
         start = time.process_time()
         named.loss(run, batch).backward()
         seconds.append(time.process_time() - start)
         after()
-        return gauge.peak()
+        peaks.append(gauge.peak())
 
-    last = sizes[-1]
-    # What compiling leaves behind, and what is allocated once, is there before the first peak that counts.
-    for size in sizes:
-        step(found.batch(size))
-    batches = {size: found.batch(size) for size in sizes}
-    peaks = {str(size): step(batch) for size, batch in batches.items()}
+    for _ in range(FIRST):
+        step()
+    if not timed:
+        return {"peak": max(peaks[1:])}
     if training.level_of(way) != training.PLAIN and COMPILE not in way:
         hf_actnn.controller(found.model).active = False
     seconds.clear()
-    peaks[str(last)] = max(peaks[str(last)], *(step(batches[last]) for _ in range(STEPS)))
-    told = {"peaks": peaks, "seconds": statistics.median(seconds)}
+    for _ in range(STEPS):
+        step()
+    told = {"peak": max(peaks[1:]), "seconds": statistics.median(seconds)}
     if way.startswith("checkpoint"):
         return told
     with hf_actnn.track_memory(found.model) as memory:
-        held = named.loss(run, batches[last])
+        held = named.loss(run, batch)
     del held
     return {**told, "saved_bytes": memory.saved_bytes}
 
 
-def child(name: str, way: str, sizes: list[int]) -> dict[str, Any]:
+def child(name: str, way: str, batch_size: int, timed: bool) -> dict[str, Any]:
     """What came of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ActNNWarning)
         try:
-            return {"status": "ok", **train(name, way, sizes)}
+            return {"status": "ok", **train(name, way, batch_size, timed)}
         except ActNNError as error:
             return {"status": "refused", "error": str(error)}
         except Exception as error:
             return {"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]}
 
 
-def attempt(model: Model, way: str, sizes: list[int]) -> dict[str, Any]:
+def attempt(model: Model, way: str, batch_size: int, timed: bool = True) -> dict[str, Any]:
     """The same from a process of its own."""
-    return watched([sys.executable, __file__, "--point", model.name, way, *map(str, sizes)], environment=PAGES)
+    command = [sys.executable, __file__, "--point", model.name, way, str(batch_size), "timed" if timed else "peak"]
+    return watched(command, environment=PAGES)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -203,25 +201,33 @@ def measure(key: str, ways: list[str], rounds: int, told: Callable[[str], None])
     """Points of one model."""
     model = MODELS[key]
     small = max(1, model.batch // 3)
-    rows: dict[str, Any] = {way: {"status": "ok", "peaks": {}, "seconds": []} for way in ways}
+    rows: dict[str, Any] = {}
+    for way in ways:
+        told(f"{key}: {way}, a batch of {small}")
+        first = attempt(model, way, small, timed=False)
+        rows[way] = {"status": first["status"]}
+        if first["status"] == "ok":
+            rows[way] |= {"peaks": {str(small): first["peak"], str(model.batch): []}, "seconds": []}
+        else:
+            rows[way]["error"] = first.get("error", "")
     for at in range(rounds):
         for way in ways[:: 1 if at % 2 == 0 else -1]:
             row = rows[way]
             if row["status"] != "ok":
                 continue
             told(f"{key}: {way}, round {at + 1}")
-            found = attempt(model, way, [model.batch] if at else [small, model.batch])
+            found = attempt(model, way, model.batch)
             if found["status"] != "ok":
-                rows[way] = {"status": found["status"], "error": found.get("error", "")}
+                row |= {"status": found["status"], "error": found.get("error", "")}
                 continue
-            for size, peak in found["peaks"].items():
-                row["peaks"].setdefault(size, peak)
+            row["peaks"][str(model.batch)].append(found["peak"])
             row["seconds"].append(found["seconds"] / model.batch)
             if "saved_bytes" in found:
                 row["kept_per_image"] = found["saved_bytes"] / model.batch
     for row in rows.values():
         if row["status"] == "ok":
-            row["peak_per_image"] = (row["peaks"][str(model.batch)] - row["peaks"][str(small)]) / (model.batch - small)
+            large = statistics.median(row["peaks"][str(model.batch)])
+            row["peak_per_image"] = (large - row["peaks"][str(small)]) / (model.batch - small)
             row["seconds_per_image"] = statistics.median(row["seconds"])
     return rows
 
@@ -232,12 +238,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure what is known already")
-    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--point", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        name, way, *sizes = options.point
+        name, way, size, kind = options.point
         with contextlib.redirect_stdout(sys.stderr):  # what a model prints is no result
-            result = child(name, way, [int(size) for size in sizes])
+            result = child(name, way, int(size), kind == "timed")
         print(json.dumps(result))
         return
     with Progress(len(options.models)) as progress:

@@ -19,8 +19,9 @@ loss, backward, optimizer. The methods:
 * ``L0`` to ``L5`` and ``auto``: hf_actnn. Peaks are those of the first steps, the measuring one among them; the bits
   that ``auto`` chooses are those for random weights and images, and may be others later in a training.
 * ``free``: saved tensors cost nothing and come back as zeros, so what remains are weights, optimizer and the transients
-  of single operations. Its gradients mean nothing. With what hf_actnn keeps in codes on top it is the ceiling of a
-  level: the largest batch, were there no other cost than the codes.
+  of single operations. Its gradients mean nothing. With what hf_actnn keeps in codes on top it is what a level is
+  measured against, here called its ceiling. A level may lie above it: where it reads codes in parts its transients are
+  smaller than those of whole tensors, and its codes need not all be there when these are.
 
 ``--limit`` is in GB (10^9 bytes) or GiB. On a GPU it holds for PyTorch's allocator: the CUDA context comes on top, and
 what swaps is limited by the host's memory as well. On a CPU it holds for the resident set of the whole process, Python
@@ -384,9 +385,9 @@ def is_of(row: dict[str, Any], point: dict[str, Any]) -> bool:
 
 
 def ceiling(row: dict[str, Any], free: dict[str, Any] | None) -> float | None:
-    """The largest batch that a row of hf_actnn could have, had it no other cost than what it keeps: along the line
-    through the smallest and the largest try of training whose saved tensors cost nothing, with what is kept of a sample
-    on top. None where that is not known."""
+    """The batch that would fit if what hf_actnn keeps came on top of the peak of training whose saved tensors cost
+    nothing: along the line through the latter's smallest and largest try, with what is kept of a sample on top. None
+    where that is not known. No bound: see above."""
     if free is None or row["vary"] != "batch" or not row["largest"]:
         return None
     kept = sorted((found["size"], found["kept"]) for found in row["tries"] if "kept" in found)

@@ -45,7 +45,7 @@ def test_points_are_measured_and_kept(monkeypatch, tmp_path):
 
 
 def test_a_way_that_cannot_be_is_written_down():
-    found = front.child("test_resnet", "no level", [2])
+    found = front.child("test_resnet", "no level", 2, True)
     assert found["status"] in ("refused", "error") and "no level" in found["error"]
 
 

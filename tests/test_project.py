@@ -35,14 +35,14 @@ def test_the_page_shows_the_largest_batches():
     def row(method, largest, kept=None):
         tries = [{"size": size, "status": "ok", "peak": 1e9 + 1e7 * size} for size in (10, 50)]
         tries = [{**one, "kept": 1e7 * one["size"]} for one in tries] if kept else tries
-        shared = {"model": "a_model", "limit": "2GB", "precision": "fp32", "device": "cpu", "vary": "batch"}
+        shared = {"model": "a_model", "limit": "2GB", "precision": "fp32", "device_name": "it", "vary": "batch"}
         return {**shared, "method": method, "largest": largest, "tries": tries, "error": None, "capped": False}
 
     machine = {"cpu": "a processor", "cpus": 2, "torch": "2.13", "date": "2026-01-01"}
     rows = [row("plain", 10), row("L3", 45, kept=True), row("free", 100), {**row("L2", None), "error": "what it was"}]
     text = "\n".join(results.largest({"environment": machine, "rows": rows}))
-    assert "| a_model | 2GB | L3 | 45 | 4.5x | 50 (5.0x) | 0.90 |" in text
-    assert "| a_model | 2GB | saved tensors cost nothing | 100 | 10.0x |  |  |" in text
+    assert "| it | fp32 | a_model | 2GB | L3 | 45 | 4.5x | 50 (5.0x) | 0.90 |" in text
+    assert "| it | fp32 | a_model | 2GB | saved tensors cost nothing | 100 | 10.0x |  |  |" in text
     assert "L2" not in text
 
 

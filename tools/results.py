@@ -215,7 +215,8 @@ def largest(results: dict[str, Any]) -> list[str]:
     import max_batch
 
     found = [row for row in results["rows"] if row["vary"] == "batch" and row["error"] is None]
-    by_point = {(row["model"], row["limit"], row["precision"], row["device"], row["method"]): row for row in found}
+    settings = ("device_name", "precision", "model", "limit", "image_size", "optimizer", "steps", "threads", "torch")
+    by_point = {(*(row.get(name) for name in settings), row["method"]): row for row in found}
     rows = []
     for (*point, method), row in by_point.items():
         plain, free = (by_point.get((*point, way)) for way in ("plain", "free"))
@@ -223,15 +224,33 @@ def largest(results: dict[str, Any]) -> list[str]:
             continue
         most = max_batch.ceiling(row, free)
         title = "saved tensors cost nothing" if method == "free" else method
-        cells = [row["model"], row["limit"], title, f"{'at least ' if row['capped'] else ''}{row['largest']}"]
+        cells = [
+            row["device_name"],
+            row["precision"],
+            row["model"],
+            row["limit"],
+            title,
+            f"{'at least ' if row['capped'] else ''}{row['largest']}",
+        ]
         cells += ["" if method == "plain" else f"{row['largest'] / plain['largest']:.1f}x"]
         cells += [f"{most:.0f} ({most / plain['largest']:.1f}x)", f"{row['largest'] / most:.2f}"] if most else ["", ""]
         rows.append(cells)
-    head = ["model", "limit", "way", "largest batch", "plain training's", "ceiling", "share of it"]
+    head = [
+        "device",
+        "precision",
+        "model",
+        "limit",
+        "way",
+        "largest batch",
+        "plain training's",
+        "ceiling",
+        "share of it",
+    ]
     said = (
         "The limit is that of a process's resident set, Python and weights included, on a CPU, and of the allocator on "
-        "a GPU. *Ceiling*: the batch that would fit if there were no other cost than the codes, from training whose "
-        "saved tensors cost nothing."
+        "a GPU. *Ceiling*: the batch that would fit if the codes came on top of the peak of training whose saved "
+        "tensors cost nothing. A level may lie above it: where it reads codes in parts its transients are smaller than "
+        "those of whole tensors."
     )
     machine = results["environment"]
     return [*table(head, rows), "", said, *source("max_batch", "python benchmarks/max_batch.py", machine)]

@@ -51,9 +51,9 @@ _MOVES = (
     *("AsStrided", "Slice", "Select", "Split", "Unbind", "Contiguous"),
 )
 
-#: Noise has the size behind them that it has before: behind the first always, behind the others where nothing is summed
-#: over what was broadcast.
-_PASSED, _KEEPS = _MOVES, (*_MOVES, "Add", "Sub", "Neg", "Roll")
+#: Noise has the size behind them that it has before: behind the first always, behind the others where nothing is scaled
+#: or summed over what was broadcast.
+_PASSED, _KEEPS = tuple(name for name in _MOVES if name != "AsStrided"), ("Add", "Sub", "Neg", "Roll")
 
 #: One value of the output is one of the input's, so noise that is independent from value to value goes on as it came.
 _POINTWISE = (
@@ -274,7 +274,10 @@ class Tape:
                     harmful.setdefault(id(kept), (kept, kept.item))
         again: Any = torch._C._current_autograd_node()
         white = None
-        if node.replayable and (leaves or (harmful and node.name not in _DIAGONAL)):
+        # What was broadcast gets a sum: of another size for a gradient that is alike everywhere than for noise.
+        incoming = [grad.numel() for grad in grad_outputs if grad is not None]
+        sums = len(incoming) == 1 and any(grad_inputs[j].numel() < incoming[0] for j in others)
+        if node.replayable and (leaves or sums or (harmful and node.name not in _DIAGONAL)):
             white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
         if white is None:
             for j in others:
@@ -297,8 +300,10 @@ class Tape:
             for key, _, noise, _ in self._coming.pop(at, ()):
                 self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
             return
-        alone = others[0] if node.name in _POINTWISE and len(others) == 1 and not leaves else None
+        single = others[0] if node.name in _POINTWISE and len(others) == 1 and not leaves else None
         for kept, item in harmful.values():
+            # One value of a tensor that was broadcast disturbs many, all alike.
+            alone = single if single is not None and kept.form.numel == grad_inputs[single].numel() else None
             with probe.disturbing(kept, self._noise(kept, item), None if alone is None else grad_inputs[alone]):
                 moved = self._run(node, again, grad_outputs, grad_inputs)
                 energy = probe.energy
@@ -311,7 +316,10 @@ class Tape:
             self._harm(item.key, at, _differences(moved, grad_inputs, grad_outputs), leaves, others, further)
             del moved
         for key, entry, noise, further in self._coming.pop(at, ()):
-            if node.name in _KEEPS and not leaves and all(grad_inputs[j].numel() == noise.numel() for j in others):
+            keeps = node.name in _KEEPS and not leaves and getattr(again, "_saved_alpha", 1) == 1
+            if keeps and all(
+                (grad_inputs[j].shape, grad_inputs[j].dtype) == (noise.shape, noise.dtype) for j in others
+            ):
                 size = _energy((noise,))
                 self.harms.append(Harm(key, at, {}, [(node.following[j], size) for j in others]))
                 continue
@@ -335,7 +343,9 @@ class Tape:
         carried = []
         for j in others:
             noise, into = moved[j], node.following[j]
-            if noise is None or (noise.is_cpu and not torch.linalg.vector_norm(noise, math.inf)):
+            if noise is None or not noise.numel():
+                continue
+            if noise.is_cpu and not torch.linalg.vector_norm(noise, math.inf):
                 continue  # elsewhere to look would mean to wait
             if further > 0 and self.nodes[into].replayable and self.nodes[into].name not in _PASSED:
                 self._coming.setdefault(into, []).append((key, node.entries[j], noise, further - 1))

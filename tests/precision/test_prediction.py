@@ -303,15 +303,26 @@ def test_an_activation_that_is_read_in_parts(monkeypatch, act):
         followed.append(key)
         return harm(self, key, *rest)
 
+    results: list[int] = []
+    again = tapes.Tape._run
+
+    def stored(self, node, *rest):
+        undisturbed, given = tapes.probe.undisturbed, again(self, node, *rest)
+        if undisturbed is not None:
+            results.append(given[0].untyped_storage().nbytes())
+        return given
+
     monkeypatch.setattr(tapes.Tape, "_harm", noted)
+    monkeypatch.setattr(tapes.Tape, "_run", stored)
     monkeypatch.setattr(fused, "RUN", 512)
     found = {}
     for smallest in (math.inf, 1):
-        followed.clear()
+        followed.clear(), results.clear()
         monkeypatch.setattr(fused, "SMALLEST", {"cpu": smallest})
         found[smallest] = read(model, run, 2)
         # Also the layer behind reads it, with which nothing goes on.
         assert sum(key.startswith("1:") for key in followed) == (2 if smallest > 1 else 1), followed
+        assert results == [4 * 96 * 64 if smallest > 1 else 4]
     whole, parts = found.values()
     assert parts.kept.keys() == whole.kept.keys() and len(whole.kept) >= 2
     for key, one in whole.kept.items():
@@ -352,6 +363,65 @@ def test_noise_that_is_only_moved_on_is_not_run_again(monkeypatch):
     assert fewer + 4 <= len(runs)  # of queries, keys and values, and of a normalisation
     for key, one in expected.kept.items():
         assert found.kept[key].variance == pytest.approx(one.variance, rel=1e-4), key
+
+
+class Sum(nn.Module):
+    """A normalisation's noise comes to a sum, whose second part may be scaled."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.first, self.second, self.norm, self.last = (
+            nn.Linear(8, 32),
+            nn.Linear(32, 32),
+            nn.LayerNorm(32),
+            nn.Linear(32, 4),
+        )
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.norm(torch.add(x, self.second(x), alpha=self.alpha)))
+
+
+@pytest.mark.parametrize("alpha", [1, 0.1, 10])
+def test_noise_behind_a_sum(monkeypatch, alpha):
+    model, run = seeded(lambda: Sum(alpha)), weighted(normal(64, 8), normal(64, 4, seed=9))
+    found = read(model, run, 2)
+    monkeypatch.setattr(tapes, "_KEEPS", ())
+    for key, one in read(model, run, 2).kept.items():
+        assert found.kept[key].variance == pytest.approx(one.variance, rel=1e-4), key
+
+
+class Condition(nn.Module):
+    """One value for each channel of a sample is added to what an activation gets, or multiplied with it."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.condition, self.join = nn.Linear(6, 16), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, condition = x[:, 6:].unflatten(1, (16, 25)), self.condition(x[:, :6])[:, :, None]
+        return F.silu(self.join(values, condition)).sum(2)
+
+
+@pytest.mark.parametrize("join", [torch.add, torch.mul])
+def test_an_activation_behind_a_broadcast(join):
+    """Its noise does not add up as a gradient does that is alike everywhere: some hundred times too much without."""
+    model, run = seeded(lambda: Condition(join)), weighted(normal(12, 406), torch.ones(12, 16))
+    expected = sum(predict(model, run, 2, 40).values())
+    _, errors = draws(model, run, 2, 200)
+    measured = float(errors.square().sum(1).mean())
+    assert measured / 2 < expected < 2 * measured
+
+
+def test_a_gradient_without_values_stops_no_training():
+    """Of an image without boxes, say."""
+    linear, norm, last = nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 4)
+    model = nn.ModuleList([linear, norm, last]).train()
+    model.forward = lambda x, none: last(norm(torch.cat([linear(x), none * 2])))  # type: ignore[method-assign]
+    none = torch.zeros(0, 64, requires_grad=True)
+    reading = read(model, lambda net: net(normal(48, 16), none).square().sum().backward(), 2)
+    assert reading.is_finite and any(one.variance > 0 for one in reading.kept.values())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
