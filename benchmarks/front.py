@@ -50,7 +50,7 @@ from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results" / "front.json"
 #: Untimed steps, in each of which bits are chosen, and timed ones, in which they are not. The peak is that of all but
-#: the first, which compiles: in the second there are bits that were chosen before, and no later one needs more.
+#: the first, which compiles: in the second there are bits that were chosen before.
 FIRST, STEPS, INTERVAL = 2, 3, 1
 COMPILE = "compile"
 

@@ -36,6 +36,7 @@ def test_the_page_shows_the_largest_batches():
         tries = [{"size": size, "status": "ok", "peak": 1e9 + 1e7 * size} for size in (10, 50)]
         tries = [{**one, "kept": 1e7 * one["size"]} for one in tries] if kept else tries
         shared = {"model": "a_model", "limit": "2GB", "precision": "fp32", "device_name": "it", "vary": "batch"}
+        shared |= {"device": "cpu", "steps": 2, "tolerance": 0.04}
         return {**shared, "method": method, "largest": largest, "tries": tries, "error": None, "capped": False}
 
     machine = {"cpu": "a processor", "cpus": 2, "torch": "2.13", "date": "2026-01-01"}

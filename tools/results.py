@@ -210,6 +210,10 @@ def cpu_checkpointing(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), *source("checkpointing", "python benchmarks/checkpointing.py", machine)]
 
 
+#: Of benchmarks/max_batch.py, that decide what a row says.
+_OPTIONS = ("device", "limit", "steps", "tolerance")
+
+
 def largest(results: dict[str, Any]) -> list[str]:
     """The largest batches under a limit of memory, and how near to what the codes alone would allow."""
     import max_batch
@@ -252,8 +256,10 @@ def largest(results: dict[str, Any]) -> list[str]:
         "tensors cost nothing. A level may lie above it: where it reads codes in parts its transients are smaller than "
         "those of whole tensors."
     )
-    machine = results["environment"]
-    return [*table(head, rows), "", said, *source("max_batch", "python benchmarks/max_batch.py", machine)]
+    of = [[str(value) for value in sorted({row[name] for row in by_point.values()})] for name in _OPTIONS]
+    words = " ".join(f"--{name} {' '.join(values)}" for name, values in zip(_OPTIONS, of, strict=True))
+    command = f"python benchmarks/max_batch.py --methods plain free L3 {words}"
+    return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 
 def gpu_steps(results: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a backward pass shows of the gradient while it runs: whom quantisation harms, and how far the harm is carried.
 
 On the one step in many that collects, every node of the autograd graph gets a hook. Where a node read quantised tensors
-or made gradients of parameters, the hook runs that node's own backward formula again, on the spot:
+or made gradients of parameters, or a sum of what was broadcast, the hook runs that node's own backward formula again,
+on the spot:
 
 * with one of the quantised tensors disturbed by noise of the size that its rounding has. How far the results move is
   the variance that this tensor adds here: exactly so for gradients of parameters, while what moves in gradients of
@@ -37,12 +38,18 @@ _HALVES = 32
 LEAF, NOTHING = -1, -2
 #: Nodes that noise is followed through before it counts as independent from value to value.
 FOLLOWED = 1
-#: Their Jacobian has one entry per row, so any signs come through as the gradient itself does.
+#: One value of the output is one of the input's, so noise that is independent from value to value goes on as it came.
+_POINTWISE = (
+    *("Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid", "Tanh", "Hardtanh", "Hardswish"),
+    *("Hardsigmoid", "LeakyRelu", "Clamp", "Pow", "Exp"),
+)
+#: Their Jacobian has one entry per row, so any signs come through as the gradient itself does, unless what was
+#: broadcast gets a sum.
 _DIAGONAL = (
-    *("Add", "Sub", "Neg", "Mul", "Div", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid"),
-    *("Tanh", "Hardtanh", "Hardswish", "Hardsigmoid", "LeakyRelu", "Clamp", "Dropout", "NativeDropout", "Pow", "Exp"),
-    *("View", "UnsafeView", "Reshape", "Permute", "Transpose", "T", "Expand", "Unsqueeze", "Squeeze", "Slice", "Cat"),
-    *("Select", "Split", "Unbind", "Clone", "ToCopy", "Alias", "AsStrided", "Stack", "Roll", "MaxPool", "Index"),
+    *_POINTWISE,
+    *("Add", "Sub", "Neg", "Mul", "Div", "Dropout", "NativeDropout", "View", "UnsafeView", "Reshape", "Permute"),
+    *("Transpose", "T", "Expand", "Unsqueeze", "Squeeze", "Slice", "Cat", "Select", "Split", "Unbind", "Clone"),
+    *("ToCopy", "Alias", "AsStrided", "Stack", "Roll", "MaxPool", "Index"),
 )
 
 #: They give a weight on as it is, in another shape, order or precision: squared gradients before and after are alike.
@@ -54,12 +61,6 @@ _MOVES = (
 #: Noise has the size behind them that it has before: behind the first always, behind the others where nothing is scaled
 #: or summed over what was broadcast.
 _PASSED, _KEEPS = tuple(name for name in _MOVES if name != "AsStrided"), ("Add", "Sub", "Neg", "Roll")
-
-#: One value of the output is one of the input's, so noise that is independent from value to value goes on as it came.
-_POINTWISE = (
-    *("Relu", "Threshold", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Sigmoid", "Tanh", "Hardtanh", "Hardswish"),
-    *("Hardsigmoid", "LeakyRelu", "Clamp", "Pow", "Exp"),
-)
 
 _numbers = itertools.count()
 
