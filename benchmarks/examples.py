@@ -154,13 +154,21 @@ TASKS = {
 
 
 def run(
-    task: Task, seed: int, data: Path, words: Sequence[str] = (), launcher: Sequence[str | Path] = ()
+    task: Task,
+    seed: int,
+    data: Path,
+    words: Sequence[str] = (),
+    launcher: Sequence[str | Path] = (),
+    device: str = "cpu",
+    threads: int = 1,
 ) -> dict[str, Any]:
     """One training: its score, its losses, seconds, and what it kept per image.
 
     Args:
         words: further arguments of train.py.
         launcher: a script and its arguments that run train.py, in place of Python.
+        device: `cpu`, or `cuda` for the GPU that transformers' Trainer finds.
+        threads: of torch's operations on the CPU.
 
     Raises:
         RuntimeError: train.py ended in an error.
@@ -169,11 +177,12 @@ def run(
         command = [
             *(sys.executable, *map(str, launcher), str(ROOT / "examples" / task.example / "train.py")),
             *task.arguments,
-            *("--dataset", str(data / task.data), "--seed", str(seed), "--output_dir", folder, "--use_cpu"),
+            *("--dataset", str(data / task.data), "--seed", str(seed), "--output_dir", folder),
+            *(["--use_cpu"] if device == "cpu" else []),
             *("--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no", "--logging_steps", "50"),
             *words,
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         begin = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode:

@@ -110,7 +110,7 @@ def test_fractions_of_a_bit_are_for_chosen_ones(net):
 
 def test_the_grid_has_every_cell_once():
     cells = list(run.grid())
-    assert len(cells) == len(set(cells)) == 4 * 5 * 3 + 10 * 2 * 2
+    assert len(cells) == len(set(cells)) == 4 * 5 * 3 + 3 + 10 * 2 * 2
     assert {key.scheme for key in cells} == set(run.SCHEMES)
 
 
@@ -126,6 +126,22 @@ def test_pairs_are_compared_by_seed():
     assert found["interval"] == pytest.approx([-0.02 - 0.04303 / 3**0.5, -0.02 + 0.04303 / 3**0.5])
     assert not found["as_good"]
     assert run.line(runs, "cifar10-vit", "L3").startswith("| L3 | 3 | 58.0 ± 9.0 | -2.0 (-4.5 to +0.5) | +")
+
+
+def test_devices_are_not_paired_with_each_other():
+    runs = {
+        f"cifar10-vit/{scheme}/{end}": {"score": score, "losses": [score]}
+        for scheme, end, score in (
+            *((run.PLAIN, "0", 0.5), (run.PLAIN, "0@cuda", 0.9), (run.PLAIN, "1", 0.6)),
+            *(("L3", "0", 0.4), ("L3", "0@cuda", 0.7), ("L3", "2", 0.1)),
+        )
+    }
+    (found,) = run.comparisons(runs)
+    assert found["pairs"] == 2 and found["difference"] == pytest.approx(-0.15)
+    assert run.loss(runs, "cifar10-vit", "L3")[0] == pytest.approx((0.4 / 0.5 + 0.7 / 0.9) / 2 - 1)
+    assert str(run.Key("cifar10-vit", "L3", 0, "cuda")) in runs
+    assert run.done(runs, run.Key("cifar10-vit", "L3", 0)) and not run.done(runs, run.Key("cifar10-vit", "L3", 1))
+    assert run.done({"cifar10-vit/L3/1@cuda": {}}, run.Key("cifar10-vit", "L3", 1))
 
 
 def test_losses_and_bytes_are_those_of_the_same_task():
@@ -150,19 +166,22 @@ def test_losses_and_bytes_are_those_of_the_same_task():
 
 def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):
     """Whatever else runs train.py: the model of the ResNet's task is known to timm by that alone."""
-    calls = []
+    calls, of_threads = [], []
 
-    def run_one(task, seed, data, words=(), launcher=()):
+    def run_one(task, seed, data, words=(), launcher=(), device="cpu", threads=1):
+        assert device == "cuda"
         calls.append([*map(str, launcher)])
+        of_threads.append(threads)
         return {"score": 0.0, "losses": []}
 
     monkeypatch.setattr(run.examples, "run", run_one)
     for scheme in run.SCHEMES:
-        run.trained(run.Key("cifar10-resnet", scheme, 0), Path("data"))
-        run.trained(run.Key("camvid-segformer", scheme, 0), Path("data"))
+        run.trained(run.Key("cifar10-resnet", scheme, 0, "cuda"), Path("data"))
+        run.trained(run.Key("camvid-segformer", scheme, 0, "cuda"), Path("data"))
     assert all(one[0].endswith("small.py") for one in calls[::2])
     assert not any("small.py" in part for one in calls[1::2] for part in one)
     assert sum(any("original.py" in part for part in one) for one in calls[::2]) == 4
+    assert sorted(of_threads) == [1] * (2 * len(run.SCHEMES) - 2) + [2, 2]  # the control alone
 
 
 def test_variance_over_a_training(monkeypatch):

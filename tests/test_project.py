@@ -53,7 +53,7 @@ def test_the_readme_shows_scores_of_tasks_whose_seeds_are_all_there():
     results = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
     task, name = next(iter(readme.TASKS.items()))
     assert any(name in line for line in readme.scores(results))
-    del results["runs"][f"{task}/auto/2"]
+    results["runs"] = {key: one for key, one in results["runs"].items() if not key.startswith(f"{task}/auto/2")}
     lines = readme.scores(results)
     assert not any(name in line for line in lines) and len(lines) > 3
 

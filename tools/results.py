@@ -6,6 +6,7 @@ python tools/results.py --check    # exit 1 if a page is not what the files say
 
 from __future__ import annotations
 
+import collections
 import json
 import statistics
 import sys
@@ -48,6 +49,7 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
     rows = []
     for task in run.TASKS:
         for scheme, other, claim in (
+            (run.REPEATED, run.PLAIN, "the control: uncompressed, repeated"),
             ("auto", run.PLAIN, '`bits="auto"` no worse than uncompressed'),
             ("L3", run.PLAIN, "L3 no worse than uncompressed"),
             ("L3", "original-2", "L3 above the original scheme at 2 bits"),
@@ -57,7 +59,9 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
             if found is None:
                 continue
             mean, low, high = (100 * value for value in (found["difference"], *found["interval"]))
-            if other == run.PLAIN:
+            if scheme == run.REPEATED:
+                said = "pairs scatter so much without any codes"
+            elif other == run.PLAIN:
                 shown = low >= -100 * run.POINT
                 said = ("yes" if shown else "yes; more than a point is not excluded") if found["as_good"] else "**no**"
             else:
@@ -74,13 +78,14 @@ def accuracy(pictures: bool) -> list[str] | None:
     import run
 
     runs = results["runs"]
-    machines = sorted({json.dumps(one["machine"], sort_keys=True) for one in runs.values()})
-    latest = max(map(json.loads, machines), key=lambda machine: machine["date"])
+    latest = max((one["machine"] for one in runs.values()), key=lambda machine: machine["date"])
+    machines = collections.Counter(one["machine"].get("gpu", one["machine"]["cpu"]) for one in runs.values())
     lines = [
         "# Accuracy against bits",
         "",
         "Small models trained from random weights on real images, by the examples' own scripts. A seed fixes weights, "
-        "order and augmentation, so runs of one seed differ in the rounding alone, and differences are paired by seed. "
+        "order and augmentation, so runs of one seed on one device differ in the rounding alone, and differences are "
+        "paired by both. "
         "The original scheme is that of the paper: every save for itself, groups of 256 values along a sample, bits "
         "uniform or by its rule (`benchmarks/accuracy/original.py` says what is the same and what is not).",
         "",
@@ -104,17 +109,14 @@ def accuracy(pictures: bool) -> list[str] | None:
                 draw_losses(runs, task, picture)
             if picture.exists():
                 lines += [f"![Training loss by step, a line for each scheme]({picture.name})", ""]
-    missing = [str(key) for key in run.grid() if str(key) not in runs]
+    missing = [key for key in run.grid() if not run.done(runs, key)]
     lines += ["## Where it comes from", ""]
     lines += source("accuracy", "python benchmarks/accuracy/run.py --data DATA", latest, " One thread a run.")
-    if len(machines) > 1:
-        lines += [
-            f"Runs are of {len(machines)} machines and days, each of which is with its run; this is the last.",
-            "",
-        ]
+    said = ", ".join(f"{count} on {name}" for name, count in machines.most_common())
+    lines += [f"Of the {len(runs)} runs {said}; each has its machine, versions and date beside it in the file.", ""]
     if missing:
         lines += [
-            f"Of the grid's {len(missing) + len([k for k in run.grid() if str(k) in runs])} runs {len(missing)} are "
+            f"Of the grid's {len(list(run.grid()))} runs {len(missing)} are "
             "still to be done: tasks and schemes that are missing above, or have fewer seeds.",
             "",
         ]

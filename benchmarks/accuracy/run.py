@@ -5,8 +5,10 @@
 
 `--data` is a folder with the parquet files of `cifar10`, `camvid` and `bccd` in folders of these names. Every run is an
 example's own train.py in a process of one thread; a seed fixes weights, order and augmentation, so that runs of one
-seed differ in the rounding alone. Each finished run is kept in benchmarks/results/accuracy.json at once, and is not
-done again without --again. Rows of one's own are printed beside the published ones and kept only with --keep.
+seed differ in the rounding alone. The control is "uncompressed, repeated": the same seed, and sums of floats in another
+order, which two threads, or the atomic additions of a GPU, bring about. With `--device cuda` all `--jobs` share a GPU.
+Each finished run is kept in benchmarks/results/accuracy.json at once, and is not done again without --again. Rows of
+one's own are printed beside the published ones and kept only with --keep.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import timing  # noqa: E402
+import torch  # noqa: E402
 
 import examples  # noqa: E402
 from hf_actnn.commands.progress import Progress  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 PLAIN = "uncompressed"
+#: The same training again, its sums in another order: how far apart two runs of one seed come to lie without any codes.
+REPEATED = "repeated"
 #: Steps between two updates of adaptive bits: of some hundred steps, the default of 200 would see two.
 INTERVAL = 20
 _IMAGES = ["--image_size", "32", "--max_train_samples", "20000", "--max_eval_samples", "5000"]
@@ -78,6 +83,7 @@ def _chosen(**fields: Any) -> dict[str, Any]:
 
 SCHEMES = {
     PLAIN: Scheme(PLAIN),
+    REPEATED: Scheme("uncompressed, repeated"),
     "L1": Scheme("L1", {"level": "L1"}),
     "L2": Scheme("L2", {"level": "L2"}),
     "L2.5": Scheme("L2.5", _chosen(level="L2.5")),
@@ -96,6 +102,7 @@ SCHEMES = {
 #: Schemes, tasks and seeds of the published tables.
 GRID = (
     ((PLAIN, "L3", "auto", "original-2"), tuple(TASKS), (0, 1, 2)),
+    ((REPEATED,), ("bccd-rtdetr",), (0, 1, 2)),
     (
         (
             *("L1", "L2", "L2.5", "average-4", "average-1.5", "average-1.25", "average-1"),
@@ -108,18 +115,19 @@ GRID = (
 
 
 class Key(NamedTuple):
-    """One run."""
+    """One run. Those of a seed on two devices are not paired: sums have another order, and all that follows differs."""
 
     task: str
     scheme: str
     seed: int
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return "/".join(map(str, self))
+        return f"{self.task}/{self.scheme}/{self.seed}{'' if self.device == 'cpu' else '@' + self.device}"
 
 
 def grid() -> Iterator[Key]:
-    """Runs of the published tables, all of one seed before the next."""
+    """Runs of the published tables, all of one seed before the next; on which device is free."""
     cells = [Key(*cell) for schemes, tasks, seeds in GRID for cell in itertools.product(tasks, schemes, seeds)]
     yield from sorted(cells, key=lambda key: (key.seed, list(TASKS).index(key.task)))
 
@@ -133,11 +141,12 @@ def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
     if scheme.original is not None:
         launcher += [Path(__file__).parent / "original.py", *scheme.original]
     if scheme.fields is None:
-        return examples.run(task, key.seed, data, launcher=launcher)
+        threads = 2 if key.scheme == REPEATED else 1
+        return examples.run(task, key.seed, data, launcher=launcher, device=key.device, threads=threads)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(scheme.fields, file)
         file.flush()
-        return examples.run(task, key.seed, data, ["--actnn_config", file.name], launcher)
+        return examples.run(task, key.seed, data, ["--actnn_config", file.name], launcher, key.device)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -148,14 +157,19 @@ def known() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
 
 
-def scores(runs: dict[str, Any], task: str, scheme: str) -> dict[int, float]:
-    """By seed."""
-    found = {seed: runs.get(str(Key(task, scheme, seed))) for seed in range(10)}
-    return {seed: run["score"] for seed, run in found.items() if run}
+def done(runs: dict[str, Any], key: Key) -> bool:
+    """Whether a cell of the grid is known, on whichever device."""
+    return any(str(key._replace(device=device)) in runs for device in ("cpu", "cuda"))
+
+
+def scores(runs: dict[str, Any], task: str, scheme: str) -> dict[str, float]:
+    """By seed and device, as the runs' keys end."""
+    start = f"{task}/{scheme}/"
+    return {key.removeprefix(start): run["score"] for key, run in sorted(runs.items()) if key.startswith(start)}
 
 
 def compared(runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN) -> dict[str, Any] | None:
-    """A scheme's scores minus another's, paired by seed: mean, standard error, 95 % interval."""
+    """A scheme's scores minus another's, paired by seed and device: mean, standard error, 95 % interval."""
     ours, theirs = scores(runs, task, scheme), scores(runs, task, other)
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
@@ -181,6 +195,8 @@ def keep(key: Key, found: dict[str, Any]) -> None:
     """Write a finished run down, beside those that others may be writing."""
     machine = timing.environment()
     found = {**found, "machine": {name: machine[name] for name in ("date", "cpu", "torch")}}
+    if key.device == "cuda":
+        found["machine"]["gpu"] = torch.cuda.get_device_name()
     with open(RESULTS.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         runs = {**known(), str(key): found}
@@ -205,7 +221,7 @@ def loss(runs: dict[str, Any], task: str, scheme: str) -> tuple[float, float] | 
     pairs = [
         (run, runs[other])
         for key, run in runs.items()
-        if key.startswith(f"{task}/{scheme}/") and (other := str(Key(task, PLAIN, int(key.split("/")[-1])))) in runs
+        if key.startswith(f"{task}/{scheme}/") and (other := f"{task}/{PLAIN}/{key.rpartition('/')[2]}") in runs
     ]
     over = [_last(run["losses"]) / _last(other["losses"]) - 1 for run, other in pairs]
     if not over:
@@ -243,7 +259,7 @@ def table(runs: dict[str, Any], task: str, schemes: Iterable[str] = SCHEMES) -> 
     rows = [line(runs, task, scheme) for scheme in schemes if scores(runs, task, scheme)]
     score = TASKS[task].score
     head = (
-        f"| {task} | seeds | {score}, mean ± deviation | to uncompressed, 95 % interval | training loss | fewer bytes |"
+        f"| {task} | runs | {score}, mean ± deviation | to uncompressed, 95 % interval | training loss | fewer bytes |"
     )
     return [head, "|---|---|---|---|---|---|", *rows]
 
@@ -259,20 +275,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="so many seeds, from 0 on; those of the grid if not given")
     parser.add_argument("--short", action="store_true", help="60 steps: whether it runs, not how well")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; seconds are then no measurement")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--keep", action="store_true", help="keep rows of one's own")
     parser.add_argument("--again", action="store_true", help="do what is known already")
     options = parser.parse_args()
     if options.data is None or not Path(options.data).is_dir():
         raise SystemExit("--data names no folder: give one with cifar10, camvid and bccd")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; leave the option out to train on the CPU")
     options.data = Path(options.data).resolve()  # train.py runs in a folder of its own
     own = bool(options.level)
     published = known()
     if own:
         seeds = range(options.seeds or 1)
-        todo = [Key(task, scheme, seed) for seed in seeds for task in options.task or TASKS for scheme in options.level]
+        cells = itertools.product(seeds, options.task or TASKS, options.level)
+        todo = [Key(task, scheme, seed, options.device) for seed, task, scheme in cells]
     else:
         todo = [key for key in grid() if not options.task or key.task in options.task]
         todo = [key for key in todo if options.seeds is None or key.seed < options.seeds]
+        if not options.again:
+            todo = [key for key in todo if not done(published, key)]
+        todo = [key._replace(device=options.device) for key in todo]
     kept = not options.short and (options.keep or not own)
     if kept and not options.again:
         todo = [key for key in todo if str(key) not in published]

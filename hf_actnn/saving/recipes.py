@@ -200,6 +200,8 @@ class Recipe(Kept):
         if self.at_once is None:
             return None
         source = self.parents[0]
+        if type(source) is Recipe and source.widens:  # autocast had a normalisation read an fp32 copy
+            source = source.parents[0]
         if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes
             return None
         if not self.geometry.like(source.form) or not rebuild.may_be(source.form):
@@ -207,6 +209,13 @@ class Recipe(Kept):
         packed = source.packed
         values = [parent.get() for parent in self.parents[1:]]
         return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on)
+
+    @property
+    def widens(self) -> bool:
+        """Whether this is its parent's values in fp32, at the same places, which half precision goes into exactly."""
+        form = self.parents[0].form
+        exact = form is not None and form.dtype.is_floating_point and form.dtype.itemsize <= 2
+        return self.function is None and exact and self.geometry.dtype == torch.float32 and self.geometry.like(form)
 
     @property
     def form(self) -> Geometry:

@@ -243,6 +243,42 @@ def test_what_recipes_make_in_one_pass(kernels, monkeypatch, name, memory_format
         torch.testing.assert_close(on_cuda[key], one, rtol=1e-5, atol=1e-5 * float(one.abs().max()), msg=key)
 
 
+@pytest.fixture
+def autocast_like_cuda():
+    """Layer normalisations under autocast read an fp32 copy, of which torch functions see nothing; on a CPU they do
+    not of themselves."""
+    library = torch.library.Library("aten", "IMPL")
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return torch.ops.aten.layer_norm(x.float(), shape, weight, bias, eps, cudnn_enable)
+
+    library.impl("layer_norm", layer_norm, "AutocastCPU")
+    yield
+    library._destroy()
+
+
+def test_a_normalisation_of_a_half_under_autocast(kernels, monkeypatch, autocast_like_cuda):
+    """Its input is coded in half precision, and comes out of the codes as its output, cast for the next layer."""
+    monkeypatch.setattr("hf_actnn.saving.fused.SMALLEST", {"cpu": 2**40})
+
+    def step():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(48, 48), nn.LayerNorm(48), nn.Linear(48, 96), nn.Linear(96, 8))
+        made = hf_actnn.convert(layers, "L2", min_numel=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = made(torch.randn(4, 30, 48))
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        return gradients(made)
+
+    on_cuda = step()
+    assert kernels.calls["rebuild_by_row"] == 1
+    monkeypatch.undo()
+    assert_same(on_cuda, step())
+
+
 def test_a_disturbed_tensor_is_not_made_of_its_codes(kernels, monkeypatch):
     """A step that measures adds noise to what was decoded: it sees what it sees on a CPU."""
 
