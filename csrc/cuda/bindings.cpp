@@ -96,13 +96,13 @@ Cut any_cut(int64_t numel, int64_t row_length, int64_t group_size, int bits, uin
 
 void rebuild_by_channel_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size,
                            int bits, uintptr_t widths, int64_t samples, uintptr_t places, int dtype, uintptr_t scale,
-                           uintptr_t shift, int64_t channels, int64_t inner, uintptr_t mask, double on, uintptr_t out,
-                           int device, uintptr_t queue) {
+                           uintptr_t shift, int64_t channels, int64_t inner, uintptr_t mask, double on, bool signs,
+                           uintptr_t out, int device, uintptr_t queue) {
   const Target target{device, queue};
   rebuild_by_channel(pointer<const uint8_t>(codes), pointer<const uint32_t>(meta),
                      any_cut(numel, row_length, group_size, bits, widths, samples, places, target), dtype,
                      pointer<const float>(scale), pointer<const float>(shift), channels, inner,
-                     pointer<const uint8_t>(mask), on, pointer<void>(out), target);
+                     pointer<const uint8_t>(mask), on, signs, pointer<void>(out), target);
 }
 
 void rebuild_by_row_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64_t row_length, int64_t group_size, int bits,
@@ -126,9 +126,9 @@ void rebuild_activation_of(uintptr_t codes, uintptr_t meta, int64_t numel, int64
 }
 
 void affine_of(uintptr_t values, int dtype, int64_t numel, int64_t channels, int64_t inner, uintptr_t scale,
-               uintptr_t shift, int device, uintptr_t queue) {
-  affine(pointer<void>(values), dtype, numel, channels, inner, pointer<const float>(scale), pointer<const float>(shift),
-         Target{device, queue});
+               uintptr_t shift, uintptr_t mask, double on, double off, uintptr_t out, int device, uintptr_t queue) {
+  affine(pointer<const void>(values), dtype, numel, channels, inner, pointer<const float>(scale),
+         pointer<const float>(shift), pointer<const uint8_t>(mask), on, off, pointer<void>(out), Target{device, queue});
 }
 
 void normalize_of(uintptr_t values, int64_t numel, int64_t width, uintptr_t mean, uintptr_t factor, uintptr_t weight,

@@ -44,9 +44,10 @@ void activation_backward(const uint8_t* codes, const uint32_t* meta, const Cut& 
 //
 // value * scale[c] + shift[c], c the channel: `inner` values of one lie side by side, after them those of the next.
 // With a mask of as many bits what is stored is times `on`, an fp32 number, where a bit is set, and times 0 elsewhere.
+// Or, where the mask holds `signs`, a value whose bit is not set is negative: times -1 before it is scaled.
 void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, const float* scale,
-                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
-                        const Target& target);
+                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, bool signs,
+                        void* out, const Target& target);
 // (value - mean[r]) * factor[r] * weight[i] + bias[i], r the row and i the place in it; weight and bias may be missing.
 // Of fp32 values the result may be of any of the dtypes.
 void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int out_dtype,
@@ -54,9 +55,10 @@ void rebuild_by_row(const uint8_t* codes, const uint32_t* meta, const Cut& cut, 
                     void* out, const Target& target);
 void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, int function, void* out,
                         const Target& target);
-// The same of values, in place: by channel, by row, and times a mask.
-void affine(void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
-            const float* shift, const Target& target);
+// The same of values, in place: by channel, by row, and times a mask. By channel out of place too, `out` then being
+// other memory; with a mask what is stored is times `on` where a bit is set and times `off` elsewhere.
+void affine(const void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
+            const float* shift, const uint8_t* mask, double on, double off, void* out, const Target& target);
 void normalize(float* values, int64_t numel, int64_t width, const float* mean, const float* factor, const float* weight,
                const float* bias, const Target& target);
 void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, double off,

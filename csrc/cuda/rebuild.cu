@@ -91,7 +91,8 @@ struct ByChannel {
   Channels where;
   int way;
   Bits bits;
-  float on;
+  float on, off;
+  bool signs;  // the mask's, of the values; else it scales what is stored
   T* out;
 
   bool aligned() const { return hf_actnn::aligned(out, 16) && hf_actnn::aligned(bits.codes, 8); }
@@ -102,6 +103,7 @@ struct ByChannel {
     const uint32_t position = (uint32_t)index * V;
     uint32_t in_run, channel = where.of(position, in_run);
     if constexpr (Raw) round_to<T>(y);
+    if (signs) bits.scale(y, position, 1.0f, -1.0f);
     if (way == kOneChannel) {
       const float a = scale[channel], b = shift[channel];
 #pragma unroll
@@ -122,20 +124,21 @@ struct ByChannel {
         }
       }
     }
-    if (bits.codes == nullptr) return vec_of_floats<T, false>(y);
+    if (bits.codes == nullptr || signs) return vec_of_floats<T, false>(y);
     const uint4 stored = vec_of_floats<T, false>(y);  // what is stored without a mask
 #pragma unroll
     for (int i = 0; i < V; ++i) y[i] = element(T{}, stored, i);
-    bits.scale(y, position, on, 0.0f);
+    bits.scale(y, position, on, off);
     return vec_of_floats<T, false>(y);
   }
   __device__ __forceinline__ T of(T value, int64_t at) const {
     const uint32_t position = (uint32_t)at;
     uint32_t in_run;
     const uint32_t channel = where.of(position, in_run);
-    const T y = rounded(T{}, to_float(value) * scale[channel] + shift[channel]);
-    if (bits.codes == nullptr) return y;
-    return rounded(T{}, to_float(y) * (bits.at(position) ? on : 0.0f));
+    const float signed_value = signs && !bits.at(position) ? -to_float(value) : to_float(value);
+    const T y = rounded(T{}, signed_value * scale[channel] + shift[channel]);
+    if (bits.codes == nullptr || signs) return y;
+    return rounded(T{}, to_float(y) * (bits.at(position) ? on : off));
   }
 };
 
@@ -243,7 +246,7 @@ void forward_of(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int 
   });
 }
 
-// ---------------------------------------------------------------- of values, in place
+// ---------------------------------------------------------------- of values
 
 // Times `on` where a mask's bit is set, and times 0 elsewhere.
 template <class T>
@@ -264,27 +267,30 @@ struct ByMask {
   }
 };
 
-// A thread makes a vector, or as many elements one by one.
+// A thread makes a vector, or as many elements one by one. `from` may be where they go.
 template <class Use>
-__global__ void __launch_bounds__(kThreads) apply(int64_t numel, bool vectors, Use use) {
+__global__ void __launch_bounds__(kThreads)
+    apply(int64_t numel, bool vectors, const typename Use::Element* from, Use use) {
   using T = typename Use::Element;
   constexpr int V = Vec<T>::kElements;
   const int64_t index = block_index() * kThreads + thread_index(), first = index * V;
   if (vectors && first + V <= numel) {
-    const uint4 v = load_vec(use.out, index);
+    const uint4 v = load_vec(from, index);
     float y[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) y[i] = element(T{}, v, i);
     store_vec(use.out, index, use.of(y, index, Nothing{}));
     return;
   }
-  for (int64_t at = first; at < numel && at < first + V; ++at) use.out[at] = use.of(use.out[at], at);
+  for (int64_t at = first; at < numel && at < first + V; ++at) use.out[at] = use.of(from[at], at);
 }
 
 template <class Use>
-void apply_to(int64_t numel, const Use& use, const Target& target) {
-  const int64_t threads = ceil_div(numel, Vec<typename Use::Element>::kElements);
-  launch(apply<Use>, ceil_div(threads, kThreads), 0, target, numel, use.aligned(), use);
+void apply_to(int64_t numel, const void* from, const Use& use, const Target& target) {
+  using T = typename Use::Element;
+  const int64_t threads = ceil_div(numel, Vec<T>::kElements);
+  launch(apply<Use>, ceil_div(threads, kThreads), 0, target, numel, use.aligned() && aligned(from, 16), (const T*)from,
+         use);
 }
 
 // ----------------------------------------------------------------
@@ -300,11 +306,12 @@ Bits bits_of_mask(const uint8_t* codes, int64_t numel) {
 
 template <class T, bool Raw>
 ByChannel<T, Raw> by_channel(const float* scale, const float* shift, int64_t channels, int64_t inner, const Bits& bits,
-                             double on, void* out) {
+                             double on, double off, bool signs, void* out) {
   constexpr int V = Vec<T>::kElements;
   const bool neighbours = inner == 1 && channels % V == 0 && aligned(scale, 16) && aligned(shift, 16);
   const int way = inner % V == 0 ? kOneChannel : neighbours ? kSideBySide : kOneByOne;
-  return ByChannel<T, Raw>{scale, shift, Channels{Divider(inner), Divider(channels)}, way, bits, (float)on, (T*)out};
+  const Channels where{Divider(inner), Divider(channels)};
+  return ByChannel<T, Raw>{scale, shift, where, way, bits, (float)on, (float)off, signs, (T*)out};
 }
 
 template <class T, class S>
@@ -317,13 +324,13 @@ ByRow<T, S> by_row(const float* mean, const float* factor, const float* weight, 
 }  // namespace
 
 void rebuild_by_channel(const uint8_t* codes, const uint32_t* meta, const Cut& cut, int dtype, const float* scale,
-                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, void* out,
-                        const Target& target) {
+                        const float* shift, int64_t channels, int64_t inner, const uint8_t* mask, double on, bool signs,
+                        void* out, const Target& target) {
   if (cut.numel == 0) return;
   check_size(cut.numel);
   with_narrow(dtype, [&](auto type) {
-    const auto use =
-        by_channel<decltype(type), true>(scale, shift, channels, inner, bits_of_mask(mask, cut.numel), on, out);
+    const auto use = by_channel<decltype(type), true>(scale, shift, channels, inner, bits_of_mask(mask, cut.numel), on,
+                                                      0.0, signs && mask != nullptr, out);
     dequantize_for(use, codes, meta, groups_of(cut), target);
   });
 }
@@ -358,13 +365,14 @@ void rebuild_activation(const uint8_t* codes, const uint32_t* meta, const Cut& c
   }
 }
 
-void affine(void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
-            const float* shift, const Target& target) {
+void affine(const void* values, int dtype, int64_t numel, int64_t channels, int64_t inner, const float* scale,
+            const float* shift, const uint8_t* mask, double on, double off, void* out, const Target& target) {
   if (numel == 0) return;
   check_size(numel);
   with_narrow(dtype, [&](auto type) {
-    const Bits none{nullptr, 0, 1};
-    apply_to(numel, by_channel<decltype(type), false>(scale, shift, channels, inner, none, 1.0, values), target);
+    const Bits bits = bits_of_mask(mask, numel);
+    const auto use = by_channel<decltype(type), false>(scale, shift, channels, inner, bits, on, off, false, out);
+    apply_to(numel, values, use, target);
   });
 }
 
@@ -372,7 +380,7 @@ void normalize(float* values, int64_t numel, int64_t width, const float* mean, c
                const float* bias, const Target& target) {
   if (numel == 0) return;
   check_size(numel);
-  apply_to(numel, by_row<float, float>(mean, factor, weight, bias, width, values), target);
+  apply_to(numel, values, by_row<float, float>(mean, factor, weight, bias, width, values), target);
 }
 
 void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel, double on, double off,
@@ -381,7 +389,7 @@ void scale_by_mask(void* values, int dtype, const uint8_t* codes, int64_t numel,
   check_size(numel);
   with_narrow(dtype, [&](auto type) {
     using T = decltype(type);
-    apply_to(numel, ByMask<T>{bits_of_mask(codes, numel), (float)on, (float)off, (T*)values}, target);
+    apply_to(numel, values, ByMask<T>{bits_of_mask(codes, numel), (float)on, (float)off, (T*)values}, target);
   });
 }
 

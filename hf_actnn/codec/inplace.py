@@ -75,8 +75,36 @@ def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if ops._on_cpu(values):
         kernels.affine(values.data_ptr(), *cut, torch.get_num_threads())
     else:
-        ops._launch(kernels.affine, values, values.data_ptr(), ops._CODE[values.dtype], *cut)
+        at = values.data_ptr()
+        ops._launch(kernels.affine, values, at, ops._CODE[values.dtype], *cut, 0, 1.0, 1.0, at)
     return values
+
+
+def channel_affine(
+    values: Tensor, scale: Tensor, shift: Tensor, codes: Tensor | None = None, off: float = -1.0
+) -> Tensor:
+    """The same, elsewhere; with a mask, times ``off`` where its bit is not set. One pass on CUDA.
+
+    Args:
+        values: ``[N, C, ...]`` without gaps, in any order.
+        scale: ``[C]``.
+        shift: ``[C]``.
+        codes: from :func:`~hf_actnn.codec.pack_mask`, of as many values in storage order.
+        off: the factor.
+
+    Returns:
+        A new tensor in the order of ``values``.
+    """
+    channels, side_by_side = values.shape[1], inner(values.shape, values.stride())
+    kernels = _kernels(values, scale, shift) if side_by_side and not ops._on_cpu(values) else None
+    if kernels is None:
+        made = channel_affine_(values.clone(), scale, shift)
+        return made if codes is None else scale_by_mask_(made, codes, 1.0, off)
+    made = torch.empty_like(values)
+    mask = 0 if codes is None else codes.data_ptr()
+    cut = (values.numel(), channels, side_by_side, scale.data_ptr(), shift.data_ptr(), mask, 1.0, off)
+    ops._launch(kernels.affine, values, values.data_ptr(), ops._CODE[values.dtype], *cut, made.data_ptr())
+    return made
 
 
 def normalize_(values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -29,10 +29,15 @@ def possible(packed: PackedTensor) -> bool:
 
 
 def by_channel(
-    packed: PackedTensor, scale: Tensor, shift: Tensor, mask: Tensor | None = None, on: float = 1.0
+    packed: PackedTensor,
+    scale: Tensor,
+    shift: Tensor,
+    mask: Tensor | None = None,
+    on: float = 1.0,
+    signs: bool = False,
 ) -> Tensor | None:
     """``values * scale + shift`` by channel, rounded to the packed tensor's dtype; with a mask, times ``on`` where its
-    bit is set and times 0 elsewhere.
+    bit is set and times 0 elsewhere, or with ``signs`` of values that are negative where its bit is not set.
 
     Args:
         packed: ``[N, C, ...]``, contiguous or in channels_last.
@@ -53,6 +58,7 @@ def by_channel(
         side_by_side,
         0 if mask is None else mask.data_ptr(),
         on,
+        signs,
     )
     return _made(kernels.rebuild_by_channel, packed, packed.dtype, *arguments)
 

@@ -25,9 +25,9 @@ from hf_actnn.saving.kept import (
     probe,
 )
 
-#: (packed, values of the other parents, dtype of the result, codes of a mask or None, factor of its set bits) -> flat
-#: in storage order, or None; see `codec.rebuild`.
-AtOnce = Callable[[codec.PackedTensor, list[Tensor], torch.dtype, Tensor | None, float], Tensor | None]
+#: (packed, values of the other parents, dtype of the result, codes of a mask or None, factor of its set bits, whether
+#: it holds the values' signs instead) -> flat in storage order, or None; see `codec.rebuild`.
+AtOnce = Callable[[codec.PackedTensor, list[Tensor], torch.dtype, Tensor | None, float, bool], Tensor | None]
 
 
 class _Form(NamedTuple):
@@ -202,13 +202,16 @@ class Recipe(Kept):
         source = self.parents[0]
         if type(source) is Recipe and source.widens:  # autocast had a normalisation read an fp32 copy
             source = source.parents[0]
+        signs = False
+        if mask is None and isinstance(source, Masked) and source.holds_signs:
+            source, mask, signs = source.source, source.mask, True
         if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes
             return None
         if not self.geometry.like(source.form) or not rebuild.may_be(source.form):
             return None
         packed = source.packed
         values = [parent.get() for parent in self.parents[1:]]
-        return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on)
+        return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on, signs)
 
     @property
     def widens(self) -> bool:
@@ -278,6 +281,11 @@ class Masked(Kept):
     @property
     def kind(self) -> str:  # type: ignore[override]
         return f"recipe: {self.name}" if self.name else self.source.kind
+
+    @property
+    def holds_signs(self) -> bool:
+        """Whether the mask says which of the source's values are negative, in the order of both."""
+        return (self.on, self.off) == (1.0, -1.0) and self.geometry.like(self.mask.geometry)
 
     def get(self) -> Tensor:
         source, geometry = self.source, self.geometry

@@ -130,7 +130,8 @@ int main() {
         break;
       case kByChannel:
         rebuild_by_channel(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, b[3]->of<float>(), b[4]->of<float>(),
-                           job.channels, job.inner, b[5]->of<uint8_t>(), job.hi, b[6]->of<void>(), target);
+                           job.channels, job.inner, b[5]->of<uint8_t>(), job.hi, job.predicate != 0, b[6]->of<void>(),
+                           target);
         break;
       case kByRow:
         rebuild_by_row(b[1]->of<uint8_t>(), b[2]->of<uint32_t>(), cut, dtype, (int)job.out_dtype, b[3]->of<float>(),
@@ -147,7 +148,8 @@ int main() {
         sample_spread(b[1]->of<void>(), dtype, cut, b[2]->of<float>(), b[3]->of<double>(), target);
         break;
       case kAffine:
-        affine(b[2]->of<void>(), dtype, job.numel, job.channels, job.inner, b[0]->of<float>(), b[1]->of<float>(),
+        affine(b[3]->of<void>() != nullptr ? b[3]->of<void>() : b[4]->of<void>(), dtype, job.numel, job.channels,
+               job.inner, b[0]->of<float>(), b[1]->of<float>(), b[2]->of<uint8_t>(), job.hi, job.lo, b[4]->of<void>(),
                target);
         break;
       case kNormalize:

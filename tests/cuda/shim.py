@@ -259,6 +259,7 @@ class Shim:
         inner: int,
         mask: Tensor | None = None,
         on: float = 1.0,
+        signs: bool = False,
     ) -> Tensor:
         places, fields, _ = cut(numel, bits, row_length, group_size)
         mask = torch.empty(0, dtype=torch.uint8) if mask is None else mask
@@ -269,7 +270,7 @@ class Shim:
             Buffer(mask.nbytes, bytes_of(mask), self.offset % 16),
             self._out(numel, dtype),
         ]
-        fields |= {"channels": scale.numel(), "inner": inner}
+        fields |= {"channels": scale.numel(), "inner": inner, "predicate": int(signs)}
         return tensor(self.run("rebuild_by_channel", buffers, dtype=ops._CODE[dtype], hi=on, **fields)[0], dtype)
 
     def rebuild_by_row(
@@ -317,9 +318,18 @@ class Shim:
             self.run(kernel, buffers, dtype=ops._CODE[values.dtype], numel=values.numel(), **fields)[0], values.dtype
         )
 
-    def affine(self, values: Tensor, scale: Tensor, shift: Tensor, inner: int) -> Tensor:
+    def affine(
+        self, values: Tensor, scale: Tensor, shift: Tensor, inner: int, mask: Tensor | None = None, off: float = 0.0
+    ) -> Tensor:
+        """In place; with a mask, whose bits stand for 1 and ``off``, out of place."""
+        fields = {"channels": scale.numel(), "inner": inner, "hi": 1.0, "lo": off}
         buffers = [self._of(scale), self._of(shift)]
-        return self._changed("affine", buffers, values, channels=scale.numel(), inner=inner)
+        if mask is None:
+            return self._changed("affine", [*buffers, Buffer(0, b""), Buffer(0, b"")], values, **fields)
+        bits = Buffer(mask.nbytes, bytes_of(mask), self.offset % 16)
+        buffers += [bits, self._of(values), self._out(values.numel(), values.dtype)]
+        found = self.run("affine", buffers, dtype=ops._CODE[values.dtype], numel=values.numel(), **fields)
+        return tensor(found[0], values.dtype)
 
     def normalize(
         self, values: Tensor, mean: Tensor, factor: Tensor, weight: Tensor | None, bias: Tensor | None

@@ -207,7 +207,7 @@ calls = [
     ("dequantize_mixed", (*cut, at, 5, at, 0, at)),
     ("activation_backward_mixed", (*cut, at, 5, at, 0, 0, at, at)),
     ("sample_spread", (at, 0, *cut[2:], 5, at, at)),
-    ("affine", (at, 0, 2560, 5, 4, at, at)),
+    *(("affine", (at, 0, 2560, 5, 4, at, at, mask, 1.0, -1.0, at)) for mask in (0, at)),
     ("normalize", (at, 2560, 256, at, at, at, 0)),
     ("scale_by_mask", (at, 2, at, 2560, 1.5, 0.0)),
     ("rounding_variance", (at, 0, at, *cut[2:], at)),
@@ -222,7 +222,11 @@ for code in range(4):
     calls += [("activation_backward", (*cut, 2, code, number, at, at)) for number in range(3)]
 for code in range(3):
     for bits in (one, mixed):
-        calls += [("rebuild_by_channel", (*cut, *bits, code, at, at, 5, 4, mask, 1.5, at)) for mask in (0, at)]
+        calls += [
+            ("rebuild_by_channel", (*cut, *bits, code, at, at, 5, 4, mask, 1.5, signs, at))
+            for mask in (0, at)
+            for signs in (False, True)
+        ]
         calls += [("rebuild_by_row", (*cut, *bits, code, code, at, at, at, at, 256, at))]
         calls += [("rebuild_by_row", (*cut, *bits, 0, code, at, at, 0, at, 256, at))]
         calls += [("rebuild_activation", (*cut, *bits, code, number, at)) for number in range(3)]

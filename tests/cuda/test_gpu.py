@@ -214,9 +214,9 @@ class Rebuilding:
 
     def rebuild_by_channel(self, *arguments):
         *coded, scale, shift, inner = arguments[:10]
-        mask, on = (*arguments[10:], None, 1.0)[:2]
+        mask, on, signs = arguments[10:] + (None, 1.0, False)[len(arguments[10:]) :]
         out = torch.empty(coded[5], dtype=coded[6], device="cuda")
-        return self.made("rebuild_by_channel", coded, scale, shift, scale.numel(), inner, mask, on, out)
+        return self.made("rebuild_by_channel", coded, scale, shift, scale.numel(), inner, mask, on, signs, out)
 
     def rebuild_by_row(self, *arguments):
         *coded, dtype, mean, factor, weight, bias, width = arguments
@@ -243,12 +243,18 @@ def test_tensors_made_of_codes_in_one_pass(name, dtype):
 class InPlace:
     """What changes tensors in place, through its functions in Python."""
 
-    def affine(self, values, scale, shift, inner):
+    def affine(self, values, scale, shift, inner, mask=None, off=0.0):
         channels, n = scale.numel(), values.numel()
         rows = -(-n // (channels * inner))  # the last sample may be a part of one in the tests
         there = torch.zeros(rows * channels * inner, dtype=values.dtype, device="cuda")
         there[:n] = values.cuda()
-        out = inplace.channel_affine_(there.view(rows, channels, inner), scale.cuda(), shift.cuda())
+        there, scale, shift = there.view(rows, channels, inner), scale.cuda(), shift.cuda()
+        if mask is None:
+            out = inplace.channel_affine_(there, scale, shift)
+        else:
+            bits = torch.zeros(there.numel(), device="cuda")
+            bits[:n] = reference.unpack_mask(mask, n, 1.0, 0.0, torch.float32).cuda()
+            out = inplace.channel_affine(there, scale, shift, pack_mask(bits, "gt"), off)
         return out.view(-1)[:n].cpu()
 
     def scale_by_mask(self, values, codes, on, off=0.0):
@@ -567,8 +573,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             continue
         scale, cut = torch.randn(row, device="cuda"), (*cut[:5], 3, 0, 0, 0, code)
         for inner, channels in ((1, row), (4, row // 4), (7, 1)):
-            arguments = (scale.data_ptr(), scale.data_ptr(), channels, inner, mask.data_ptr(), 1.5, into[1])
-            ops._launch(kernels.rebuild_by_channel, flat, *cut, *arguments)
+            for signs in (False, True):
+                arguments = (scale.data_ptr(), scale.data_ptr(), channels, inner, mask.data_ptr(), 1.5, signs, into[1])
+                ops._launch(kernels.rebuild_by_channel, flat, *cut, *arguments)
         rows = torch.randn(15, device="cuda")
         arguments = (rows.data_ptr(), rows.data_ptr(), scale.data_ptr(), scale.data_ptr(), row, into[1])
         ops._launch(kernels.rebuild_by_row, flat, *cut, code, *arguments)
@@ -576,6 +583,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             ops._launch(kernels.rebuild_activation, flat, *cut, function, into[1])
         inplace.scale_by_mask_(flat, mask, 1.5)
         inplace.channel_affine_(x.view(15, row, 1), scale, scale)
+        inplace.channel_affine(x.view(15, row, 1), scale, scale, mask, -1.0)
         if dtype is torch.float32:
             inplace.normalize_(x, rows[:, None], rows[:, None], scale, scale)
         rounding_variance(x, quantize(x, 2, row_length=row))

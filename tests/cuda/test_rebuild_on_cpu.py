@@ -53,6 +53,9 @@ def check_by_channel(kernels, x, bits, row_length: int, group_size: int, channel
     for on in (1.0, 1 / 0.9):
         masked = (expected.float() * reference.unpack_mask(mask, x.numel(), on, 0.0, torch.float32)).to(x.dtype)
         assert alike(kernels.rebuild_by_channel(*cut, scale, shift, inner, mask, on), masked), (channels, inner, on)
+    sign = reference.unpack_mask(mask, x.numel(), 1.0, -1.0, x.dtype)
+    signed = kernels.rebuild_by_channel(*cut, scale, shift, inner, mask, 1.0, True)
+    assert alike(signed, mapped(values * sign, scale, shift, inner)), (channels, inner, "signs")
 
 
 def check_by_row(kernels, x, bits, row_length: int, group_size: int, width: int) -> None:
@@ -90,10 +93,14 @@ def check_activation(kernels, x, bits, row_length: int, group_size: int = 256) -
 
 def check_in_place(kernels, n: int, dtype: torch.dtype) -> None:
     values = sample(n, dtype, n)
+    mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
     for channels, inner in ((5, 3), (3, 16), (8, 1), (64, 1), (1, 1), (7, 49)):
         scale, shift = coefficients(channels, 1), coefficients(channels, 2)
-        assert alike(kernels.affine(values, scale, shift, inner), mapped(values, scale, shift, inner))
-    mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
+        plain = mapped(values, scale, shift, inner)
+        assert alike(kernels.affine(values, scale, shift, inner), plain)
+        for off in (-1.0, 0.0):
+            expected = (plain.float() * reference.unpack_mask(mask, n, 1.0, off, torch.float32)).to(dtype)
+            assert alike(kernels.affine(values, scale, shift, inner, mask, off), expected)
     for on, off in ((1.0, 0.0), (1 / 0.9, 0.0), (1.0, -1.0)):
         expected = (values.float() * reference.unpack_mask(mask, n, on, off, torch.float32)).to(dtype)
         assert alike(kernels.scale_by_mask(values, mask, on, off), expected)

@@ -92,7 +92,12 @@ def _at_once(name: str, approximate: str) -> AtOnce | None:
         return None
 
     def made(
-        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+        packed: codec.PackedTensor,
+        others: list[Tensor],
+        dtype: torch.dtype,
+        mask: Tensor | None,
+        on: float,
+        signs: bool,
     ) -> Tensor | None:
         return rebuild.activation(packed, name, approximate) if mask is None and dtype == packed.dtype else None
 

@@ -140,24 +140,33 @@ def _affine(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any
         return codec.channel_affine_(_widened(value, scale), scale, shift)
 
     def at_once(
-        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+        packed: codec.PackedTensor,
+        others: list[Tensor],
+        dtype: torch.dtype,
+        mask: Tensor | None,
+        on: float,
+        signs: bool,
     ) -> Tensor | None:
-        return rebuild.by_channel(packed, *coefficients(*others), mask, on) if dtype == packed.dtype else None
+        if dtype != packed.dtype:
+            return None
+        return rebuild.by_channel(packed, *coefficients(*others), mask, on, signs)
 
     return {"function": again, "writes": True, "at_once": at_once}
 
 
-def _normalised(data: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+def _normalised(data: Tensor, middle: Tensor, scale: Tensor, signs: Tensor | None = None) -> Tensor:
     """``(data - middle) * scale`` by channel, in the dtype of the data and computed in fp32 or more: a half
-    times a scale may be more than a half can be, before the mean is taken off."""
+    times a scale may be more than a half can be, before the mean is taken off. ``signs``, codes of a mask: times -1
+    where its bit is not set."""
     wide = torch.promote_types(scale.dtype, torch.float32)
     middle, scale = middle.to(wide), scale.to(wide)
     shift = -middle * scale
-    # Broadcasting is slow on a CPU where maps are small; on a GPU it saves the copy where no dtype changes.
-    if data.is_cpu == (data.dtype == scale.dtype) and ops._direct(data) is not None:
-        return codec.channel_affine_(data.clone(), scale, shift)
+    # Broadcasting is slow on a CPU where maps are small; there the compiled pass knows fp32 alone.
+    if ops._direct(data) is not None and (data.dtype == scale.dtype or not ops._on_cpu(data)):
+        return codec.channel_affine(data, scale, shift, signs)
     view = _channel_view(data.dim())
-    return torch.addcmul(view(shift), data.to(scale.dtype), view(scale)).to(data.dtype)
+    made = torch.addcmul(view(shift), data.to(scale.dtype), view(scale)).to(data.dtype)
+    return made if signs is None else codec.scale_by_mask_(made, signs, 1.0, -1.0)
 
 
 class _Statistics(NamedTuple):
@@ -298,8 +307,8 @@ def _keep_folded(call: Call, weight: Any, bias: Any, epsilon: float | None) -> b
     own = [one.detach() for one in (weight, bias) if isinstance(one, Tensor)]
     fold = torch.stack(_fold(*parameters(scale, *own)))
     factor, middle = to_input(fold, middle, scale)
-    distance = _normalised(data.detach(), middle, factor.reciprocal_())
-    source = call.code(codec.scale_by_mask_(distance, mask.codes, 1.0, -1.0), length)
+    distance = _normalised(data.detach(), middle, factor.reciprocal_(), mask.codes)
+    source = call.code(distance, length)
     del distance
     signed = Masked("", source, mask, 1.0, data, off=-1.0)
     by = Exact(fold, where=call.where)
@@ -357,7 +366,7 @@ def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     use_batch, data = training or running_mean is None, call.argument(0, "input")
     folds = call.next is not None and call.next.name == "relu" and not call.policy.exact_norms
-    # No kernel of CUDA decodes with a sign yet: there it takes passes, which small maps alone are worth.
+    # On CUDA a pass over the activation is a larger part of a step: small maps alone are worth it, for more than range.
     # And what running statistics normalise may be of any range, which groups of many channels would share.
     mixed = folds and _may_be_normalised(call, data)
     folds = folds and (mixed or data.is_cpu) and (use_batch or not mixed)
@@ -425,7 +434,12 @@ def _keep_layer_norm(call: Call) -> None:
         return codec.normalize_(_widened(value, others[1]), *coefficients(*others))
 
     def at_once(
-        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Tensor | None, on: float
+        packed: codec.PackedTensor,
+        others: list[Tensor],
+        dtype: torch.dtype,
+        mask: Tensor | None,
+        on: float,
+        signs: bool,
     ) -> Tensor | None:
         return rebuild.by_row(packed, *coefficients(*others), dtype) if mask is None else None
 
