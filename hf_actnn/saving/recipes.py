@@ -204,7 +204,8 @@ class Recipe(Kept):
             source = source.parents[0]
         signs = False
         if mask is None and isinstance(source, Masked) and source.holds_signs:
-            source, mask, signs = source.source, source.mask, True
+            mask, signs = source.mask, True
+            source = source.source
         if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes
             return None
         if not self.geometry.like(source.form) or not rebuild.may_be(source.form):
