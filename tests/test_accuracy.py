@@ -144,6 +144,23 @@ def test_devices_are_not_paired_with_each_other():
     assert run.done({"cifar10-vit/L3/1@cuda": {}}, run.Key("cifar10-vit", "L3", 1))
 
 
+def test_without_pairs_the_repeated_runs_are_uncompressed_ones():
+    """Means 0.5 of four and 0.4 of two, variances 0.02 / 3 and 0.02."""
+    runs = {
+        f"bccd-rtdetr/{key}": {"score": score}
+        for key, score in (
+            *((f"{run.PLAIN}/0", 0.4), (f"{run.PLAIN}/1", 0.5), (f"{run.REPEATED}/0@cuda", 0.5)),
+            *((f"{run.REPEATED}/1@cuda", 0.6), ("L3/0", 0.3), ("L3/1", 0.5), ("auto/0", 0.3)),
+        )
+    }
+    found = run.unpaired(runs, "bccd-rtdetr", "L3")
+    assert found["runs"] == 2 and found["others"] == 4
+    assert found["difference"] == pytest.approx(-0.1)
+    assert found["standard_error"] == pytest.approx((0.02 / 3 / 4 + 0.02 / 2) ** 0.5)
+    assert run.unpaired(runs, "bccd-rtdetr", "auto") is None
+    assert run.unpaired(runs, "cifar10-vit", "L3") is None
+
+
 def test_losses_and_bytes_are_those_of_the_same_task():
     """A tenth more at the end of one seed, three tenths at that of the other: a fifth, and a tenth of error."""
 

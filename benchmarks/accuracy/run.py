@@ -184,6 +184,21 @@ def compared(runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN) -
     }
 
 
+def unpaired(runs: dict[str, Any], task: str, scheme: str) -> dict[str, Any] | None:
+    """The same without pairs, for a task whose control shows that pairs have next to nothing in common: the repeated
+    runs count as uncompressed ones. Standard errors of both means add up (Welch)."""
+    ours = list(scores(runs, task, scheme).values())
+    theirs = [*scores(runs, task, PLAIN).values(), *scores(runs, task, REPEATED).values()]
+    if not scores(runs, task, REPEATED) or min(len(ours), len(theirs)) < 2:
+        return None
+    return {
+        "runs": len(ours),
+        "others": len(theirs),
+        "difference": statistics.mean(ours) - statistics.mean(theirs),
+        "standard_error": math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, theirs))),
+    }
+
+
 def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
     """All that can be made."""
     return [
