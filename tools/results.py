@@ -141,8 +141,8 @@ def without_pairs(runs: dict[str, Any], task: str) -> list[str]:
         return []
     return [
         "The control, a training of the same seed whose sums alone have another order, ends about as far from the "
-        "first as one of another seed: pairs tell little here. All runs against all uncompressed ones, the repeated included, mean "
-        f"and standard error: {', '.join(said)}.",
+        "first as one of another seed: pairs tell little here. All runs against all uncompressed ones, the repeated "
+        f"included, mean and standard error: {', '.join(said)}.",
         "",
     ]
 
@@ -286,7 +286,12 @@ def largest(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 
-def gpu_steps(results: dict[str, Any]) -> list[str]:
+def gpu_steps_shared(results: dict[str, Any]) -> list[str]:
+    """The same of a later state, on a machine that had other work."""
+    return gpu_steps(results, "step_gpu_shared", " Trainings lay stopped on the same GPU, and the host was slower.")
+
+
+def gpu_steps(results: dict[str, Any], name: str = "step_gpu", more: str = "") -> list[str]:
     """Time and peaks of steps on a GPU."""
     rows = []
     for model, row in results["models"].items():
@@ -298,8 +303,8 @@ def gpu_steps(results: dict[str, Any]) -> list[str]:
             rows[-1].append(f"{seconds / medians['plain']:.2f}")
     head = ["model", "batch", "way", "peak allocated, GiB", "peak reserved, GiB", "ms a step", "time / plain"]
     machine = next(iter(results["models"].values()))["environment"]
-    more = f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}."
-    return [*table(head, rows), *source("step_gpu", "python benchmarks/step_gpu.py", machine, more)]
+    more = f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}.{more}"
+    return [*table(head, rows), *source(name, "python benchmarks/step_gpu.py", machine, more)]
 
 
 def over(points: dict[str, tuple[float, float]], others: Iterable[str], model: str) -> list[str]:
@@ -321,12 +326,12 @@ def over(points: dict[str, tuple[float, float]], others: Iterable[str], model: s
     return found
 
 
-def beaten(steps: dict[str, Any] | None, cpu: dict[str, Any] | None) -> list[str]:
+def beaten(steps: list[dict[str, Any]], cpu: dict[str, Any] | None) -> list[str]:
     """Where something else lies at both less memory and less time than levels of ours: said first."""
     lines = []
-    if steps is not None:
-        found = []
-        for model, row in steps["models"].items():
+    if steps:
+        found: list[str] = []
+        for model, row in (pair for one in steps for pair in one["models"].items()):
             seconds = {way: statistics.median(values) for way, values in row["seconds"].items()}
             points = {way: (row["methods"][way]["allocated"], seconds[way]) for way in seconds}
             found += over(points, ("plain", "checkpoint"), model)
@@ -335,7 +340,7 @@ def beaten(steps: dict[str, Any] | None, cpu: dict[str, Any] | None) -> list[str
             if {"L4", "save_on_cpu"} <= slow.keys() and all(memory for memory, _ in slow_points.values()):
                 worse = over(slow_points, ("save_on_cpu",), f"{model} at a batch of {row['slow_batch']}")
                 found += [f"{one}, against L4" for one in worse]  # the only level that took turns with it
-        lines += sentence("GPU", "neither plain training nor checkpointing", found)
+        lines += sentence("GPU", "neither plain training nor checkpointing", list(dict.fromkeys(found)))
     if cpu is not None:
         import front
 
@@ -390,7 +395,8 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
 def speed(pictures: bool) -> list[str]:
     """The page of memory and time."""
     memory, step, steps, cpu = load("memory"), load("step"), load("step_gpu"), load("front")
-    lines = ["# Memory and speed", "", *beaten(steps, cpu)]
+    shared = load("step_gpu_shared")
+    lines = ["# Memory and speed", "", *beaten([one for one in (steps, shared) if one is not None], cpu)]
     lines += [
         "What each table counts is said in the file that made it. Peaks are of the whole process, or of the device. "
         "A date is that of a file's last measurement: other models may be from before, and from another processor.",
@@ -405,6 +411,7 @@ def speed(pictures: bool) -> list[str]:
         ("torch.compile, on a CPU", "compiled", cpu_compiled),
         ("The largest batch under a limit", "max_batch", largest),
         ("On a GPU", "step_gpu", gpu_steps),
+        ("On a GPU, a later state", "step_gpu_shared", gpu_steps_shared),
     ):
         results = load(name)
         if results is not None:
