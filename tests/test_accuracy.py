@@ -133,32 +133,42 @@ def test_devices_are_not_paired_with_each_other():
         f"cifar10-vit/{scheme}/{end}": {"score": score, "losses": [score]}
         for scheme, end, score in (
             *((run.PLAIN, "0", 0.5), (run.PLAIN, "0@cuda", 0.9), (run.PLAIN, "1", 0.6)),
-            *(("L3", "0", 0.4), ("L3", "0@cuda", 0.7), ("L3", "2", 0.1)),
+            *(("L3", "0", 0.4), ("L3", "0@cuda", 0.7), ("L3", "1", 0.7), ("L3", "2", 0.1)),
         )
     }
     (found,) = run.comparisons(runs)
-    assert found["pairs"] == 2 and found["difference"] == pytest.approx(-0.15)
-    assert run.loss(runs, "cifar10-vit", "L3")[0] == pytest.approx((0.4 / 0.5 + 0.7 / 0.9) / 2 - 1)
+    assert found["pairs"] == 3 and found["seeds"] == 2  # a seed's two devices as one: -0.15, and 0.1
+    assert found["difference"] == pytest.approx(-0.025)
+    assert run.loss(runs, "cifar10-vit", "L3")[0] == pytest.approx(((0.4 / 0.5 + 0.7 / 0.9) / 2 + 0.7 / 0.6) / 2 - 1)
     assert str(run.Key("cifar10-vit", "L3", 0, "cuda")) in runs
-    assert run.done(runs, run.Key("cifar10-vit", "L3", 0)) and not run.done(runs, run.Key("cifar10-vit", "L3", 1))
+    assert run.done(runs, run.Key("cifar10-vit", "L3", 0)) and not run.done(runs, run.Key("cifar10-vit", "L3", 3))
     assert run.done({"cifar10-vit/L3/1@cuda": {}}, run.Key("cifar10-vit", "L3", 1))
 
 
 def test_without_pairs_the_repeated_runs_are_uncompressed_ones():
-    """Means 0.5 of four and 0.4 of two, variances 0.02 / 3 and 0.02."""
+    """By seed: 0.5 and 0.6 uncompressed, the first of two runs; 0.3 and 0.5 at L3."""
     runs = {
         f"bccd-rtdetr/{key}": {"score": score}
         for key, score in (
-            *((f"{run.PLAIN}/0", 0.4), (f"{run.PLAIN}/1", 0.5), (f"{run.REPEATED}/0@cuda", 0.5)),
-            *((f"{run.REPEATED}/1@cuda", 0.6), ("L3/0", 0.3), ("L3/1", 0.5), ("auto/0", 0.3)),
+            *((f"{run.PLAIN}/0@cuda", 0.4), (f"{run.REPEATED}/0@cuda", 0.6), (f"{run.PLAIN}/1@cuda", 0.6)),
+            *(("L3/0", 0.3), ("L3/1", 0.5), ("auto/0", 0.3), ("auto/0@cuda", 0.5)),
         )
     }
     found = run.unpaired(runs, "bccd-rtdetr", "L3")
-    assert found["runs"] == 2 and found["others"] == 4
-    assert found["difference"] == pytest.approx(-0.1)
-    assert found["standard_error"] == pytest.approx((0.02 / 3 / 4 + 0.02 / 2) ** 0.5)
-    assert run.unpaired(runs, "bccd-rtdetr", "auto") is None
+    assert found["runs"] == 2 and found["others"] == 3
+    assert found["difference"] == pytest.approx(0.4 - 0.55)
+    assert found["standard_error"] == pytest.approx((0.005 / 2 + 0.02 / 2) ** 0.5)
+    assert run.unpaired(runs, "bccd-rtdetr", "auto") is None  # of one seed
     assert run.unpaired(runs, "cifar10-vit", "L3") is None
+    assert run.distances(runs, "bccd-rtdetr") == (pytest.approx(0.2), pytest.approx(0.2), 1)
+    runs["bccd-rtdetr/uncompressed/1"] = {"score": 0.0}  # another device: neither distance
+    assert run.distances(runs, "bccd-rtdetr") == (pytest.approx(0.2), pytest.approx(0.2), 1)
+
+
+def test_a_grid_that_goes_on_elsewhere_has_partners_there():
+    todo = [run.Key("cifar10-vit", scheme, seed, "cuda") for seed in (0, 1) for scheme in ("L3", "auto")]
+    found = run.with_partners(todo, {"cifar10-vit/uncompressed/0@cuda": {}, "cifar10-vit/uncompressed/1": {}})
+    assert found == [*todo[:2], run.Key("cifar10-vit", run.PLAIN, 1, "cuda"), *todo[2:]]
 
 
 def test_losses_and_bytes_are_those_of_the_same_task():

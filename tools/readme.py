@@ -122,14 +122,16 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
         found = {way: run.scores(accuracy["runs"], task, way) for way in ways}
         # Of the same seeds in the whole row: a scheme that has more of them has others.
         ends = sorted(set.intersection(*(set(values) for values in found.values())))
-        if len(ends) < SEEDS:
+        seeds = {end.partition("@")[0] for end in ends}
+        if len(seeds) < SEEDS:
             continue  # a task counts when all of its seeds are there
         runs = {key: one for key, one in accuracy["runs"].items() if key.rpartition("/")[2] in ends}
         cells = []
         for way, values in found.items():
             more = "" if way == run.PLAIN else f" ({100 * run.loss(runs, task, way)[0]:+.1f} %)"
             cells.append(f"{100 * statistics.mean(values[end] for end in ends):.1f}{more}")
-        lines.append(f"| {name} | {' | '.join([*cells, str(len(ends))])} |")
+        where = " (on a GPU)" if all("@" in end for end in ends) else ""
+        lines.append(f"| {name}{where} | {' | '.join([*cells, str(len(seeds))])} |")
     if len(lines) == 3:
         return []
     return [
@@ -204,7 +206,7 @@ def limits() -> str:
     lost, reach = (100 * abs(value) for value in (worst["difference"], worst["interval"][1] - worst["difference"]))
     lines.append(
         f"the largest mean loss of score {lost:.1f} ± {reach:.1f} points ({worst['scheme']}, {TASKS[worst['task']]}; "
-        f"95 %, {worst['pairs']} pairs; [Accuracy against bits](docs/results/accuracy.md))."
+        f"95 %, {worst['seeds']} seeds; [Accuracy against bits](docs/results/accuracy.md))."
     )
     return "\n  ".join(lines) + "\n"
 

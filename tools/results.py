@@ -66,8 +66,8 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
                 said = ("yes" if shown else "yes; more than a point is not excluded") if found["as_good"] else "**no**"
             else:
                 said = "yes" if low > 0 else "**no**" if mean <= 0 else "yes, within the noise"
-            rows.append([task, claim, str(found["pairs"]), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", said])
-    return table(["task", "claim", "pairs", "difference, 95 % interval", "held"], rows) if rows else []
+            rows.append([task, claim, str(found["seeds"]), f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", said])
+    return table(["task", "claim", "seeds", "difference, 95 % interval", "held"], rows) if rows else []
 
 
 def accuracy(pictures: bool) -> list[str] | None:
@@ -79,13 +79,16 @@ def accuracy(pictures: bool) -> list[str] | None:
 
     runs = results["runs"]
     latest = max((one["machine"] for one in runs.values()), key=lambda machine: machine["date"])
-    machines = collections.Counter(one["machine"].get("gpu", one["machine"]["cpu"]) for one in runs.values())
+    machines = collections.Counter(
+        f"{one['machine'].get('gpu', one['machine']['cpu'])} and torch {one['machine']['torch']}"
+        for one in runs.values()
+    )
     lines = [
         "# Accuracy against bits",
         "",
         "Small models trained from random weights on real images, by the examples' own scripts. A seed fixes weights, "
-        "order and augmentation, so runs of one seed on one device differ in the rounding alone, and differences are "
-        "paired by both. "
+        "order and augmentation, so runs of one seed on a CPU differ in the rounding alone, on a GPU in the order of "
+        "sums too, and differences are paired by seed and device. "
         "The original scheme is that of the paper: every save for itself, groups of 256 values along a sample, bits "
         "uniform or by its rule (`benchmarks/accuracy/original.py` says what is the same and what is not).",
         "",
@@ -95,9 +98,9 @@ def accuracy(pictures: bool) -> list[str] | None:
         lines += ["## What the pairs say", "", *found, ""]
         lines += [
             "No worse: the mean difference is no lower than minus the larger of one point and two standard errors. "
-            "With two or three pairs intervals are wide (Student's t). *Training loss*: of the last quarter of the "
-            "steps, relative to uncompressed runs of the same seeds, with its standard error; these see the same "
-            "batches, so it tells schemes apart that the score does not.",
+            "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
+            "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
+            "its standard error; these see the same batches, so it tells schemes apart that the score does not.",
             "",
         ]
     for task in run.TASKS:
@@ -113,8 +116,12 @@ def accuracy(pictures: bool) -> list[str] | None:
     missing = [key for key in run.grid() if not run.done(runs, key)]
     lines += ["## Where it comes from", ""]
     lines += source("accuracy", "python benchmarks/accuracy/run.py --data DATA", latest, " One thread a run.")
-    said = ", ".join(f"{count} on {name}" for name, count in machines.most_common())
-    lines += [f"Of the {len(runs)} runs {said}; each has its machine, versions and date beside it in the file.", ""]
+    said = ", ".join(f"{count} with {name}" for name, count in machines.most_common())
+    lines += [
+        f"Of the {len(runs)} runs {said}; several at a time shared the GPU. Each has its machine, versions and date "
+        "beside it in the file.",
+        "",
+    ]
     if missing:
         lines += [
             f"Of the grid's {len(list(run.grid()))} runs {len(missing)} are "
@@ -130,19 +137,22 @@ def without_pairs(runs: dict[str, Any], task: str) -> list[str]:
     """A sentence on a task with a control."""
     import run
 
+    apart = run.distances(runs, task)
     found = {scheme: run.unpaired(runs, task, scheme) for scheme in ("auto", "L3")}
     said = [
         f"{run.SCHEMES[scheme].title} {100 * one['difference']:+.1f} ± {100 * one['standard_error']:.1f} "
-        f"({one['runs']} and {one['others']} runs)"
+        f"({one['runs']} runs and {one['others']})"
         for scheme, one in found.items()
         if one
     ]
-    if not said:
+    if apart is None or not said:
         return []
+    near, far, count = apart
     return [
-        "The control, a training of the same seed whose sums alone have another order, ends about as far from the "
-        "first as one of another seed: pairs tell little here. All runs against all uncompressed ones, the repeated "
-        f"included, mean and standard error: {', '.join(said)}.",
+        f"How far any two runs are apart: uncompressed ones of one seed, whose sums alone have another order, "
+        f"{100 * near:.1f} points (root mean square of {count} pairs), of two seeds on one device {100 * far:.1f}. "
+        "Without pairs, all runs of a seed as one and the repeated ones with the uncompressed, the mean difference and "
+        f"its standard error are: {', '.join(said)}.",
         "",
     ]
 

@@ -5,10 +5,10 @@
 
 `--data` is a folder with the parquet files of `cifar10`, `camvid` and `bccd` in folders of these names. Every run is an
 example's own train.py in a process of one thread; a seed fixes weights, order and augmentation, so that runs of one
-seed differ in the rounding alone. The control is "uncompressed, repeated": the same seed, and sums of floats in another
-order, which two threads, or the atomic additions of a GPU, bring about. With `--device cuda` all `--jobs` share a GPU.
-Each finished run is kept in benchmarks/results/accuracy.json at once, and is not done again without --again. Rows of
-one's own are printed beside the published ones and kept only with --keep.
+seed differ in the rounding alone, on a GPU in the order of sums too. The control is "uncompressed, repeated": the same
+seed, and sums of floats in another order, which two threads, or the atomic additions of a GPU, bring about. With
+`--device cuda` all `--jobs` share a GPU. Each finished run is kept in benchmarks/results/accuracy.json at once, and is
+not done again without --again. Rows of one's own are printed beside the published ones and kept only with --keep.
 """
 
 from __future__ import annotations
@@ -162,41 +162,77 @@ def done(runs: dict[str, Any], key: Key) -> bool:
     return any(str(key._replace(device=device)) in runs for device in ("cpu", "cuda"))
 
 
+def with_partners(todo: list[Key], runs: dict[str, Any]) -> list[Key]:
+    """With the uncompressed run of each seed and device in front, where it is neither known nor to be done."""
+    found: list[Key] = []
+    for key in todo:
+        partner = key._replace(scheme=PLAIN)
+        if partner not in found and str(partner) not in runs:
+            found.append(partner)
+        if key not in found:
+            found.append(key)
+    return found
+
+
 def scores(runs: dict[str, Any], task: str, scheme: str) -> dict[str, float]:
     """By seed and device, as the runs' keys end."""
     start = f"{task}/{scheme}/"
     return {key.removeprefix(start): run["score"] for key, run in sorted(runs.items()) if key.startswith(start)}
 
 
+def by_seed(values: dict[str, float]) -> list[float]:
+    """One value for each seed, the mean over its devices: what a seed decides is drawn once on all of them."""
+    found: dict[str, list[float]] = {}
+    for end, value in values.items():
+        found.setdefault(end.partition("@")[0], []).append(value)
+    return [statistics.mean(found[seed]) for seed in sorted(found)]
+
+
 def compared(runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN) -> dict[str, Any] | None:
-    """A scheme's scores minus another's, paired by seed and device: mean, standard error, 95 % interval."""
+    """A scheme's scores minus another's, paired by seed and device: mean over seeds, standard error, 95 % interval."""
     ours, theirs = scores(runs, task, scheme), scores(runs, task, other)
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
+    ends = sorted(ours.keys() & theirs.keys())
+    differences = by_seed({end: ours[end] - theirs[end] for end in ends})
+    seeds = len(differences)
+    if seeds < 2:
         return None
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(seeds))
-    reach = examples.STUDENT[len(seeds)] * error
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(seeds)
+    reach = examples.STUDENT[seeds] * error
     return {
-        **{"task": task, "scheme": scheme, "other": other, "pairs": len(seeds), "difference": mean},
+        **{"task": task, "scheme": scheme, "other": other, "seeds": seeds, "pairs": len(ends), "difference": mean},
         **{"standard_error": error, "interval": [mean - reach, mean + reach]},
         "as_good": mean >= -max(POINT, 2 * error),
     }
 
 
 def unpaired(runs: dict[str, Any], task: str, scheme: str) -> dict[str, Any] | None:
-    """The same without pairs, for a task whose control shows that pairs have next to nothing in common: the repeated
-    runs count as uncompressed ones. Standard errors of both means add up (Welch)."""
-    ours = list(scores(runs, task, scheme).values())
-    theirs = [*scores(runs, task, PLAIN).values(), *scores(runs, task, REPEATED).values()]
-    if not scores(runs, task, REPEATED) or min(len(ours), len(theirs)) < 2:
+    """The same without pairs, for a task with a control: the repeated runs count as uncompressed ones, and all runs of
+    a seed as one. The squares of both means' standard errors add up (Welch)."""
+    ours, plain, repeated = (scores(runs, task, one) for one in (scheme, PLAIN, REPEATED))
+    theirs = {**plain, **{f"{end}@repeated": score for end, score in repeated.items()}}
+    means = [by_seed(values) for values in (ours, theirs)]
+    if not repeated or min(map(len, means)) < 2:
         return None
     return {
         "runs": len(ours),
         "others": len(theirs),
-        "difference": statistics.mean(ours) - statistics.mean(theirs),
-        "standard_error": math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, theirs))),
+        "difference": statistics.mean(means[0]) - statistics.mean(means[1]),
+        "standard_error": math.sqrt(sum(statistics.variance(values) / len(values) for values in means)),
     }
+
+
+def distances(runs: dict[str, Any], task: str) -> tuple[float, float, int] | None:
+    """How far two uncompressed trainings of one seed and device lie apart, and two of different seeds on one device:
+    root mean squares, and the number of the former."""
+    plain, repeated = scores(runs, task, PLAIN), scores(runs, task, REPEATED)
+    same = [plain[end] - repeated[end] for end in plain.keys() & repeated.keys()]
+    others = [
+        plain[a] - plain[b] for a, b in itertools.combinations(plain, 2) if a.partition("@")[2] == b.partition("@")[2]
+    ]
+    if not same or not others:
+        return None
+    near, far = (math.sqrt(statistics.mean(value**2 for value in values)) for values in (same, others))
+    return near, far, len(same)
 
 
 def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -231,14 +267,15 @@ def ratio(runs: dict[str, Any], task: str, scheme: str) -> float | None:
 
 
 def loss(runs: dict[str, Any], task: str, scheme: str) -> tuple[float, float] | None:
-    """The training loss of the last quarter over that of uncompressed runs of the same seeds, less one: mean, standard
-    error. Both see the same batches, so it scatters far less than the score."""
-    pairs = [
-        (run, runs[other])
+    """The training loss of the last quarter over that of uncompressed runs of the same seeds, less one: mean over
+    seeds, standard error. Both see the same batches, so it scatters far less than the score."""
+    pairs = {
+        end: (run, runs[other])
         for key, run in runs.items()
-        if key.startswith(f"{task}/{scheme}/") and (other := f"{task}/{PLAIN}/{key.rpartition('/')[2]}") in runs
-    ]
-    over = [_last(run["losses"]) / _last(other["losses"]) - 1 for run, other in pairs]
+        if key.startswith(f"{task}/{scheme}/")
+        and (other := f"{task}/{PLAIN}/{(end := key.rpartition('/')[2])}") in runs
+    }
+    over = by_seed({end: _last(run["losses"]) / _last(other["losses"]) - 1 for end, (run, other) in pairs.items()})
     if not over:
         return None
     return statistics.mean(over), statistics.stdev(over) / math.sqrt(len(over)) if len(over) > 1 else math.nan
@@ -310,7 +347,7 @@ def main() -> None:
         todo = [key for key in todo if options.seeds is None or key.seed < options.seeds]
         if not options.again:
             todo = [key for key in todo if not done(published, key)]
-        todo = [key._replace(device=options.device) for key in todo]
+        todo = with_partners([key._replace(device=options.device) for key in todo], published)
     kept = not options.short and (options.keep or not own)
     if kept and not options.again:
         todo = [key for key in todo if str(key) not in published]

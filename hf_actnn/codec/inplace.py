@@ -83,7 +83,7 @@ def channel_affine_(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def channel_affine(
     values: Tensor, scale: Tensor, shift: Tensor, codes: Tensor | None = None, off: float = -1.0
 ) -> Tensor:
-    """The same, elsewhere; with a mask, times ``off`` where its bit is not set. One pass on CUDA.
+    """The same, elsewhere, and rounded once; with a mask, times ``off`` where its bit is not set. One pass on CUDA.
 
     Args:
         values: ``[N, C, ...]`` without gaps, in any order.
@@ -98,7 +98,8 @@ def channel_affine(
     channels, side_by_side = values.shape[1], inner(values.shape, values.stride())
     kernels = _kernels(values, scale, shift) if side_by_side and not ops._on_cpu(values) else None
     if kernels is None:
-        made = channel_affine_(values.clone(), scale, shift)
+        wide = torch.promote_types(values.dtype, scale.dtype)  # as the kernels do: rounded once, at the end
+        made = channel_affine_(values.to(wide, copy=True), scale, shift).to(values.dtype)
         return made if codes is None else scale_by_mask_(made, codes, 1.0, off)
     made = torch.empty_like(values)
     mask = 0 if codes is None else codes.data_ptr()

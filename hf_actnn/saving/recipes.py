@@ -203,7 +203,7 @@ class Recipe(Kept):
         if type(source) is Recipe and source.widens:  # autocast had a normalisation read an fp32 copy
             source = source.parents[0]
         signs = False
-        if mask is None and isinstance(source, Masked) and source.holds_signs:
+        if mask is None and isinstance(source, Masked) and source.holds_signs and self.geometry.like(source.geometry):
             mask, signs = source.mask, True
             source = source.source
         if type(source) is not Quantized or probe.kept is source:  # what disturbs a tensor is not in its codes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_actnn.codec import channel_affine_, native, normalize_, pack_mask, scale_by_mask_
+from hf_actnn.codec import channel_affine, channel_affine_, native, normalize_, pack_mask, scale_by_mask_
 
 
 @pytest.fixture(params=native.module().supported() if native.module() else [])
@@ -66,6 +66,22 @@ def test_channel_affine(variant, threads, shape, layout):
     found = channel_affine_(owned, scale, shift)
     assert found.data_ptr() == owned.data_ptr() and found.stride() == x.stride()
     torch.testing.assert_close(found, x * scale.view(view) + shift.view(view), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_channel_affine_elsewhere(layout, dtype):
+    """Rounded once: in halves a product beyond the largest one comes back below it."""
+    x = (torch.rand(3, 5, 7, 6) * 40 + 1000).to(dtype).to(memory_format=layout)
+    before, scale, shift = x.clone(), torch.rand(5) + 100, -torch.full((5,), 1e5)
+    bits = torch.randn(3, 5, 7, 6).to(memory_format=layout)
+    expected = (x.float() * scale.view(1, 5, 1, 1) + shift.view(1, 5, 1, 1)).to(dtype)
+    got = channel_affine(x, scale, shift)
+    assert got.stride() == x.stride() and got.isfinite().all()
+    torch.testing.assert_close(got, expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+    codes = pack_mask(bits.permute(0, 2, 3, 1).reshape(-1) if layout is torch.channels_last else bits.view(-1), "gt")
+    signed = channel_affine(x, scale, shift, codes)
+    assert torch.equal(signed, torch.where(bits > 0, got, -got)) and torch.equal(x, before)
 
 
 def test_channel_affine_of_nothing():

@@ -281,6 +281,29 @@ def test_a_normalisation_of_a_half_under_autocast(kernels, monkeypatch, autocast
     assert_same(on_cuda, step())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_is_folded_in_halves(kernels, monkeypatch, memory_format):
+    """Gradients are those of the separate steps, bit for bit; no pass is for the signs alone."""
+    monkeypatch.setattr("hf_actnn.saving.fused.SMALLEST", {"cpu": 2**40})
+
+    def step():
+        torch.manual_seed(0)
+        layers = images(nn.ReLU()).to(memory_format=memory_format)
+        made = hf_actnn.convert(layers, "L2", bits=2, min_numel=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = made(torch.randn(4, 3, 16, 16).to(memory_format=memory_format))
+        out.float().square().sum().backward()
+        return gradients(made)
+
+    at_once = step()
+    assert kernels.calls["affine"] == 1 and kernels.calls["rebuild_by_channel"] == 2
+    assert "scale_by_mask" not in kernels.calls
+    monkeypatch.setattr("hf_actnn.codec.rebuild.may_be", lambda packed: False)
+    kernels.calls.clear()
+    assert_same(at_once, step())
+    assert kernels.calls["scale_by_mask"] == 2
+
+
 def test_a_disturbed_tensor_is_not_made_of_its_codes(kernels, monkeypatch):
     """A step that measures adds noise to what was decoded: it sees what it sees on a CPU."""
 

@@ -366,7 +366,7 @@ def _keep_batch_norm(call: Call) -> None:
     weight, bias, running_mean, running_var, training, eps = _batch_norm_arguments(call)
     use_batch, data = training or running_mean is None, call.argument(0, "input")
     folds = call.next is not None and call.next.name == "relu" and not call.policy.exact_norms
-    # On CUDA a pass over the activation is a larger part of a step: small maps alone are worth it, for more than range.
+    # On CUDA that is a pass more forwards, which so far small maps alone are given: with them it gains more than range.
     # And what running statistics normalise may be of any range, which groups of many channels would share.
     mixed = folds and _may_be_normalised(call, data)
     folds = folds and (mixed or data.is_cpu) and (use_batch or not mixed)
