@@ -100,7 +100,9 @@ def accuracy(pictures: bool) -> list[str] | None:
             "No worse: the mean difference is no lower than minus the larger of one point and two standard errors. "
             "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
-            "its standard error; these see the same batches, so it tells schemes apart that the score does not.",
+            "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
+            "L3 chose its bits for another weighting of parameters ([Theory](../theory.md#choosing-bits)) in all of "
+            "these runs but SegFormer's at 1.5 bits.",
             "",
         ]
     for task in run.TASKS:

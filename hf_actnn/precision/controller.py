@@ -38,9 +38,9 @@ ALIKE = 0.95
 #: A parameter's own variance counts as no less than this share of its response to a gradient of random signs: that of a
 #: bias before a normalisation is nothing but rounding, and so is what is added to it.
 DEAD = 0.1
-#: With a budget the variance of a parameter's gradient counts divided by this power of its own. At 0 the sum over all
-#: parameters is least, and those with small gradients, along which Adam steps as far, are left to the noise; at 1 the
-#: mean of their shares is, at several times that sum. One half is close to both.
+#: With a budget the variance of a parameter's gradient counts divided by this power of its own for each value. At 0
+#: the sum over all parameters is least, and those with small gradients, along which Adam steps as far, are left to the
+#: noise; at 1 the mean of the shares of all values is, at many times that sum. One half is what Adam weighs with.
 BALANCE = 0.5
 #: Share of the allowed variance that is spent: readings of single steps scatter by some tens of percent.
 AIM = 0.65
@@ -108,8 +108,8 @@ class Controller:
             ``added_variance`` of the gradient by quantisation as a share of that by the drawing of the mini-batch (nan
             where that was not measured), ``relative_variance``: the same relative to the squared response of the
             parameters to a gradient of random signs. Both are means over parameters: of the shares of the
-            mini-batch's variance all count alike with ``bits="auto"``, else in proportion to the standard deviation of
-            their gradients.
+            mini-batch's variance all count alike with ``bits="auto"``, else in proportion to the sum of the standard
+            deviations of their gradients' values.
         chosen: by name of a kept tensor, its average bits after each update of ``history``; None where it was not seen.
         steps: calls of :meth:`step` so far.
     """
@@ -178,7 +178,8 @@ class Controller:
         """What a step showed. Its differences from others are of all its micro-batches; the tape has some of them."""
         share = sum(min(count, MOST_CALLS) for count in calls) / max(sum(calls), 1)
         drawn = {owner: one * share for owner, one in self._drawing.take().items()}
-        power = BALANCE if self.config.allowed_variance is None else 1.0
+        budget = self.config.allowed_variance is None
+        power = BALANCE if budget else 1.0
         own: dict[int, float] = {}
         weights: dict[int, float] = {}
 
@@ -189,7 +190,8 @@ class Controller:
                 seen = drawn.get(owner)
                 own[owner] = squares.get(owner, 0.0) if seen is None else _without(seen, added.get(owner, 0.0))
                 least = max(own[owner], DEAD * response)
-                weights[owner] = least**-power if least > 0 else 0.0
+                values = tape.sizes.get(owner, 1) if budget else 1
+                weights[owner] = (values / least) ** power if least > 0 else 0.0
             return weights
 
         reading = sensitivity.read(tape, weigh)

@@ -188,6 +188,8 @@ class Tape:
         self._mark = f"hf_actnn tape {next(_numbers)}"
         self._owner = f"{self._mark}, owner"
         self.items: dict[str, Item] = {}
+        #: Numbers of values of parameters, by owner.
+        self.sizes: dict[int, int] = {}
         self.nodes: list[Node] = []
         self.harms: list[Harm] = []
         #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
@@ -234,6 +236,7 @@ class Tape:
                     following.append(place[into] if into in place else into.metadata[self._mark])
             if hasattr(node, "variable"):
                 owner[node] = id(node.variable)
+                self.sizes[id(node.variable)] = node.variable.numel()
                 continue
             owners = [
                 0 if into is None else owner[into] if into in owner else into.metadata.get(self._owner, 0)
@@ -268,6 +271,8 @@ class Tape:
         others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]
         if leaves:
             node.energies(node.made, leaves, grad_inputs)
+            for j in leaves:
+                self.sizes.setdefault(node.owners[j], grad_inputs[j].numel())
         harmful: dict[int, tuple[Quantized, Item]] = {}
         for slot in read or ():
             for kept in slot.kept.leaves():

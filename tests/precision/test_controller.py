@@ -540,8 +540,8 @@ class TwoScales(nn.Module):
         return self.large(x) + 1e-3 * self.small(x)
 
 
-def shares(model: nn.Module, count: int = 24) -> dict[str, float]:
-    """Variance added to the gradient of each parameter over that of the exact one, by Monte Carlo."""
+def variances(model: nn.Module, count: int = 24) -> dict[str, tuple[float, float]]:
+    """Variance added to the gradient of each parameter, and that of the exact one, by Monte Carlo."""
     exact = hf_actnn.revert(copy.deepcopy(model))
     added, drawn = {}, {name: [] for name, _ in model.named_parameters()}
     for seed in range(1000, 1000 + count):
@@ -550,7 +550,12 @@ def shares(model: nn.Module, count: int = 24) -> dict[str, float]:
         for (name, found), right in zip(model.named_parameters(), exact.parameters(), strict=True):
             added[name] = added.get(name, 0.0) + float((found.grad - right.grad).square().sum())
             drawn[name].append(right.grad.clone())
-    return {name: added[name] / count / float(torch.stack(one).var(0).sum()) for name, one in drawn.items()}
+    return {name: (added[name] / count, float(torch.stack(one).var(0).sum())) for name, one in drawn.items()}
+
+
+def shares(model: nn.Module) -> dict[str, float]:
+    """The former over the latter."""
+    return {name: added / own for name, (added, own) in variances(model).items()}
 
 
 def test_auto_leaves_no_parameter_to_the_noise(monkeypatch):
@@ -593,23 +598,34 @@ class Halves(nn.Module):
 
 
 def test_a_budget_is_shared_between_the_sum_and_the_parameters(monkeypatch):
-    """The branch that makes nearly all of the sum has hardly more variance than where the sum alone counts, and the
-    other much less; where all parameters count alike the sum is far from its least."""
+    """The branch that makes nearly all of the sum has a few times the variance that it has where the sum alone counts,
+    and the other much less; where all values count alike the sum is far from its least. Large parameters count by the
+    number of their values: without, what Adam's steps make of the variance is more."""
 
-    def run(power: float) -> tuple[float, float]:
+    def run(power: float) -> tuple[float, float, float]:
         monkeypatch.setattr(module, "BALANCE", power)
         model, controller = adaptive(Halves(), bits=2.5, update_interval=4)
         train(model, controller, range(24), lr=0.0)
         controller.active = False
-        found = shares(model)
+        found = variances(model)
         large, small = (
-            sum(share for name, share in found.items() if name.startswith(part)) / 6 for part in ("large", "small")
+            sum(added / own for name, (added, own) in found.items() if name.startswith(part)) / 6
+            for part in ("large", "small")
         )
-        return large, small
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return large, small, sum(added * (sizes[name] / own) ** 0.5 for name, (added, own) in found.items())
 
     found, summed, alike = run(module.BALANCE), run(0.0), run(1.0)
-    assert found[0] < 3 * summed[0] < alike[0]
+    assert found[0] < 5 * summed[0] < alike[0]
     assert found[1] < summed[1] / 3
+    read = sensitivity.read
+
+    def read_without_sizes(tape, weigh):
+        tape.sizes.clear()
+        return read(tape, weigh)
+
+    monkeypatch.setattr(sensitivity, "read", read_without_sizes)
+    assert found[2] < run(0.5)[2]
 
 
 def test_a_budget_that_drowns_the_gradient_is_called_too_small(monkeypatch):
