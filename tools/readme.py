@@ -102,8 +102,8 @@ def chosen_bits(fidelity: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Relative to the squared gradient, by Monte Carlo, after some hundred steps; equal bytes within 0.5 % "
-        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). From before parameters were weighted by "
-        "their number of values too ([Theory](docs/theory.md#choosing-bits)), as are the scores at L3 below.",
+        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). From before parameters were weighted "
+        "by their number of values too ([Theory](docs/theory.md#choosing-bits)), as are the scores at L3 below.",
     ]
     return lines
 

@@ -25,9 +25,19 @@ from hf_actnn.saving.kept import (
     probe,
 )
 
-#: (packed, values of the other parents, dtype of the result, codes of a mask or None, factor of its set bits, whether
-#: it holds the values' signs instead) -> flat in storage order, or None; see `codec.rebuild`.
-AtOnce = Callable[[codec.PackedTensor, list[Tensor], torch.dtype, Tensor | None, float, bool], Tensor | None]
+
+class Masking(NamedTuple):
+    """What a mask does to a tensor that is made of codes, in the order of `codec.rebuild.by_channel`: its set bits are
+    times ``on`` and the others times 0, or it holds the signs of what the codes stand for."""
+
+    codes: Tensor
+    on: float = 1.0
+    signs: bool = False
+
+
+#: (packed, values of the other parents, dtype of the result, mask) -> flat in storage order, or None; see
+#: `codec.rebuild`.
+AtOnce = Callable[[codec.PackedTensor, list[Tensor], torch.dtype, Masking | None], Tensor | None]
 
 
 class _Form(NamedTuple):
@@ -212,7 +222,7 @@ class Recipe(Kept):
             return None
         packed = source.packed
         values = [parent.get() for parent in self.parents[1:]]
-        return self.at_once(packed, values, dtype, None if mask is None else mask.codes, on, signs)
+        return self.at_once(packed, values, dtype, None if mask is None else Masking(mask.codes, on, signs))
 
     @property
     def widens(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_actnn.codec import rebuild
 from hf_actnn.saving.identity import LAST
 from hf_actnn.saving.kept import Exact, Geometry
-from hf_actnn.saving.recipes import Recipe
+from hf_actnn.saving.recipes import Masking, Recipe
 from hf_actnn.saving.rules.rule import Rule, functions, register
 
 if TYPE_CHECKING:
@@ -92,12 +92,7 @@ def _at_once(name: str, approximate: str) -> AtOnce | None:
         return None
 
     def made(
-        packed: codec.PackedTensor,
-        others: list[Tensor],
-        dtype: torch.dtype,
-        mask: Tensor | None,
-        on: float,
-        signs: bool,
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Masking | None
     ) -> Tensor | None:
         return rebuild.activation(packed, name, approximate) if mask is None and dtype == packed.dtype else None
 

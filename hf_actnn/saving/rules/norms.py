@@ -17,7 +17,7 @@ from hf_actnn.codec import ops, rebuild
 from hf_actnn.saving.call import exact
 from hf_actnn.saving.identity import LAST, SAMPLE
 from hf_actnn.saving.kept import Exact, Geometry, Kept, Mask, fills_its_memory
-from hf_actnn.saving.recipes import Masked, Recipe
+from hf_actnn.saving.recipes import Masked, Masking, Recipe
 from hf_actnn.saving.rows import mixes_spreads
 from hf_actnn.saving.rules.rule import Rule, functions, register
 from hf_actnn.saving.values import flat_storage
@@ -140,16 +140,11 @@ def _affine(coefficients: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Any
         return codec.channel_affine_(_widened(value, scale), scale, shift)
 
     def at_once(
-        packed: codec.PackedTensor,
-        others: list[Tensor],
-        dtype: torch.dtype,
-        mask: Tensor | None,
-        on: float,
-        signs: bool,
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Masking | None
     ) -> Tensor | None:
         if dtype != packed.dtype:
             return None
-        return rebuild.by_channel(packed, *coefficients(*others), mask, on, signs)
+        return rebuild.by_channel(packed, *coefficients(*others), *(mask or ()))
 
     return {"function": again, "writes": True, "at_once": at_once}
 
@@ -434,12 +429,7 @@ def _keep_layer_norm(call: Call) -> None:
         return codec.normalize_(_widened(value, others[1]), *coefficients(*others))
 
     def at_once(
-        packed: codec.PackedTensor,
-        others: list[Tensor],
-        dtype: torch.dtype,
-        mask: Tensor | None,
-        on: float,
-        signs: bool,
+        packed: codec.PackedTensor, others: list[Tensor], dtype: torch.dtype, mask: Masking | None
     ) -> Tensor | None:
         return rebuild.by_row(packed, *coefficients(*others), dtype) if mask is None else None
 
