@@ -14,10 +14,11 @@ into a mean square, as their losses add nothing that a way to train could save. 
 ``save_on_cpu`` has no place on a CPU, where it copies what is there already.
 
 A point is a process of its own, whose C library gives large tensors pages of their own, so that the resident set is
-what is in use. Memory is the slope of the peak over the batch, between a third of the batch and all of it. Time is the
-processor's, of all threads, for forward and backward pass: the median of three steps, and of the rounds, in each of
-which all ways of a model have their turn one after the other. Bytes kept are PyTorch's and hf_actnn's own count before
-the backward pass; a checkpoint keeps what it has where that does not see it.
+what is in use. Memory is the slope of the peak over the batch, between a third of the batch and all of it; gradients of
+parameters are there all the time, so that they are no part of it. Time is the processor's, of all threads, for forward
+and backward pass: the median of three steps, and of the rounds, in each of which all ways of a model have their turn
+one after the other. Bytes kept are PyTorch's and hf_actnn's own count before the backward pass; a checkpoint keeps what
+it has where that does not see it.
 
 Each finished model is written to benchmarks/results/front.json at once; what is known is not measured again without
 ``--again``.
@@ -145,7 +146,8 @@ def train(name: str, way: str, batch_size: int, timed: bool) -> dict[str, Any]:
     peaks, seconds = [], []
 
     def step() -> None:
-        found.model.zero_grad(set_to_none=True)
+        # Gradients stay: where they come and go, the peak of a small batch is that of the last of them.
+        found.model.zero_grad(set_to_none=False)
         gauge.reset()
         start = time.process_time()
         named.loss(run, batch).backward()

@@ -44,7 +44,7 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 class Pool:
     """Blocks by lifetime. A new block is made only after all free ones, too small for it, were given back; a small
     tensor may hold a block up to ``LARGEST_FIT`` times its size for as long as it lives, which in a backward pass is
-    one operation. Free blocks stay for the next backward pass, whose peak they are part of."""
+    one operation. Free blocks stay until :meth:`release`, which a forward pass begins with: it does not decode."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

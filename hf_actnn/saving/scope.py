@@ -135,6 +135,8 @@ class Scope:
             self._swapping = session.swappers.begin(device, where)
         if session.arenas is not None:
             session.arenas.begin()
+        if not self._again:
+            codec.release()  # what the last backward pass decoded into: a forward pass peaks without it
         self.enter(*place)
         _thread.scope = self
         try:

@@ -15,6 +15,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """Where compiled units lie, by what they were made of: a source that differs in one unit takes the others over."""
+    return folder(tmp_path_factory) / "objects"
+
+
+@pytest.fixture(scope="session")
 def runner(tmp_path_factory):
     """The path of the compiled runner."""
     return shim.build(folder(tmp_path_factory))

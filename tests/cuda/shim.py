@@ -7,9 +7,11 @@ it, and the test that asked gets their words.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +47,10 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ORDERS = {"forwards": 0, "backwards": 1, "odd first": 2}
 
 
-def build(folder: Path, sources: Path = ROOT, sanitize: bool = True) -> Path:
-    """The runner, compiled from the kernels under ``sources``."""
+def build(folder: Path, sources: Path = ROOT, sanitize: bool = True, objects: Path | None = None) -> Path:
+    """The runner, compiled from the kernels under ``sources``; ``objects``: where compiled units are kept."""
     flags = ["-O1", *SANITIZE] if sanitize else ["-O0"]
-    return compiled(folder, "runner", [sources / "tests" / "cuda" / "runner.cpp"], sources, flags)
+    return compiled(folder, "runner", [sources / "tests" / "cuda" / "runner.cpp"], sources, flags, objects=objects)
 
 
 def build_module(folder: Path) -> Path:
@@ -57,43 +59,51 @@ def build_module(folder: Path) -> Path:
 
     import pybind11
 
-    flags = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden", '-DHF_ACTNN_ARCHITECTURES="none"']
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", '-DHF_ACTNN_ARCHITECTURES="none"']
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    return compiled(folder, "_native_cuda.so", [ROOT / "csrc" / "cuda" / "bindings.cpp"], ROOT, flags)
+    units = [ROOT / "csrc" / "cuda" / "bindings.cpp"]
+    return compiled(folder, "_native_cuda.so", units, ROOT, flags, ["-shared"])
 
 
-def compiled(folder: Path, name: str, units: list[Path], sources: Path, flags: list[str]) -> Path:
+def compiled(
+    folder: Path,
+    name: str,
+    units: list[Path],
+    sources: Path,
+    flags: list[str],
+    link: Iterable[str] = (),
+    objects: Path | None = None,
+) -> Path:
     """A program or library of these units, the kernels and the shim; a second caller waits for the first one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    here = sources / "tests" / "cuda"
+    units = [*units, here / "shim.cpp", *(sources / "csrc" / "cuda" / name for name in SOURCES)]
+    included = [*(sources / "csrc").glob("**/*.h"), *(sources / "csrc").glob("**/*.cuh"), *here.glob("*.h")]
+    headers = b"".join(path.read_bytes() for path in sorted(included))
+
+    def make(unit: Path) -> Path:
+        digest = hashlib.sha256(repr([*FLAGS, *flags]).encode() + headers + unit.read_bytes()).hexdigest()[:16]
+        arguments = [*FLAGS, *flags, f"-I{here}", "-include", "shim.h", "-x", "c++", "-c", str(unit)]
+        return _once((objects or folder / "objects") / f"{unit.stem}-{digest}.o", arguments)
+
+    return _once(folder / name, [*flags, *link, *(str(make(unit)) for unit in units)])
+
+
+def _once(made: Path, arguments: list[str]) -> Path:
+    """What the compiler makes of these, unless it is there."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the kernels for the CPU with")
-    folder.mkdir(parents=True, exist_ok=True)
-    built, here = folder / name, sources / "tests" / "cuda"
-    with open(folder / f"{name}.lock", "w") as lock:
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{made}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
-            units = [*units, here / "shim.cpp", *(sources / "csrc" / "cuda" / name for name in SOURCES)]
+        if not made.exists():
             done = subprocess.run(
-                [
-                    compiler,
-                    *FLAGS,
-                    *flags,
-                    f"-I{here}",
-                    "-include",
-                    "shim.h",
-                    "-x",
-                    "c++",
-                    *map(str, units),
-                    "-o",
-                    f"{built}.unfinished",
-                ],
-                capture_output=True,
-                text=True,
-                check=False,
+                [compiler, *arguments, "-o", f"{made}.unfinished"], capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, done.stderr[-4000:]
-            Path(f"{built}.unfinished").rename(built)
-    return built
+            Path(f"{made}.unfinished").rename(made)
+    return made
 
 
 class Buffer(NamedTuple):

@@ -101,7 +101,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_noticed(name, tmp_path):
+def test_a_mutation_is_noticed(name, tmp_path, objects):
     file, before, after, sanitize, examine = MUTATIONS[name]
     for folder in ("csrc", "tests/cuda"):
         shutil.copytree(shim.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,7 +109,7 @@ def test_a_mutation_is_noticed(name, tmp_path):
     text = source.read_text()
     assert text.count(before) == 1, "the source has changed: put the mutation where it belongs now"
     source.write_text(text.replace(before, after))
-    running = shim.Shim(shim.build(tmp_path / "build", tmp_path, sanitize))
+    running = shim.Shim(shim.build(tmp_path / "build", tmp_path, sanitize, objects))
     with pytest.raises(RuntimeError if sanitize else AssertionError) as caught:
         examine(running)
     running.close()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_actnn
+from hf_actnn.codec import buffers
 from hf_actnn.nn.mixin import membership
 from hf_actnn.saving import rules
 from hf_actnn.saving.rows import row_length
@@ -504,6 +505,23 @@ def test_pooling_holds_only_what_is_counted():
     gc.collect()
     alive = [v for v in gc.get_objects() if isinstance(v, torch.Tensor) and id(v) not in before and v is not out]
     assert sum(value.untyped_storage().nbytes() for value in alive) < 20_000 * 4
+
+
+def test_what_a_backward_pass_decoded_into_is_gone_in_the_next_forward_pass():
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x):
+            seen.append(buffers.nbytes())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), Looks(256, 8))
+    hf_actnn.convert(model, bits=2, min_numel=0)
+    buffers.release()
+    for _ in range(2):
+        model(torch.randn(512, 64)).sum().backward()
+        assert buffers.nbytes()[1] >= 512 * 256 * 4
+    assert seen == [(0, 0)] * 2
 
 
 def test_layers_made_one_by_one_draw_apart_and_a_seed_repeats_a_run():
