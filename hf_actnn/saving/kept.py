@@ -281,7 +281,7 @@ class Quantized(Leaf):
     def get(self) -> Tensor:
         value = self.packed.dequantize()
         if probe.kept is self and probe.noise is not None:
-            value += probe.noise.whole()
+            probe.noise.add_to(value)
         return value
 
     def get_as(self, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ from hf_actnn import codec
 
 #: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
 SIGNS = 65521
+#: Values of it that are made at a time, on a CPU and elsewhere, where each piece costs some launches.
+PIECE, PIECE_ELSEWHERE = 2**20, 2**24
 
 
 class Noise:
@@ -47,11 +49,15 @@ class Noise:
         self._twin, self._signs, self._start = twin, signs.to(step.dtype), start
         self._each = packed.numel // len(variance)
 
-    def whole(self) -> Tensor:
-        """In the shape and strides of the tensor."""
-        steps = self._twin.dequantize()
-        self._finish(steps.as_strided((steps.numel(),), (1,), steps.storage_offset()), 0)
-        return steps
+    def add_to(self, value: Tensor) -> None:
+        """Disturb all values, in place, in the shape and strides of the tensor. Piece by piece: another one as large
+        would be the peak of the step."""
+        flat = value.as_strided((value.numel(),), (1,), value.storage_offset())
+        piece = PIECE if value.is_cpu else PIECE_ELSEWHERE
+        piece = max(1, piece // self._twin.unit) * self._twin.unit
+        for start in range(0, len(flat), piece):
+            stop = min(start + piece, len(flat))
+            flat[start:stop] += self.part(start, stop)
 
     def part(self, start: int, stop: int) -> Tensor:
         """Some of the values in storage order, as `PackedTensor.part` gives those of the tensor."""

@@ -266,6 +266,7 @@ class Tape:
         if torch.is_grad_enabled():
             return  # create_graph: what is measured must not become a part of the graph
         node = self.nodes[at]
+        codec.release()  # the passes below take whole tensors, and what earlier nodes have left would lie beside them
         node.out = _plus(node.out, _energy(grad_outputs))
         leaves = [j for j, into in enumerate(node.following) if into == LEAF and grad_inputs[j] is not None]
         others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]

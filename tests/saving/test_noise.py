@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_actnn import codec
+from hf_actnn.saving import noise as noises
 from hf_actnn.saving.noise import SIGNS as COUNT
 from hf_actnn.saving.noise import Noise
 
@@ -19,14 +20,20 @@ def packed_of(bits, shape=(6, 4, 300), dtype=torch.float32):
     return codec.quantize(x, widths, seed=3)
 
 
+def whole(noise, packed):
+    dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
+    value = torch.empty_strided(packed.shape, packed.stride, dtype=dtype).zero_()
+    noise.add_to(value)
+    return value
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(6, 4, 300), (6, 3, 10, 10), (6, 70000)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 8, "mixed"])
 def test_each_sample_has_its_variance(bits, shape, dtype):
     packed = packed_of(bits, shape, dtype)
     variance = torch.tensor([1.0, 4.0, 0.0, 9.0, 1e-3, 2.0], dtype=torch.float64)
-    noise = Noise(packed, variance, SIGNS, 17).whole()
-    assert tuple(noise.shape) == tuple(packed.shape) and noise.stride() == tuple(packed.stride)
+    noise = whole(Noise(packed, variance, SIGNS, 17), packed)
     found = noise.double().reshape(6, -1).square().sum(1)
     torch.testing.assert_close(found, variance, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
     assert noise.double().mean().abs() < 4 * noise.double().std() / noise.numel() ** 0.5
@@ -34,7 +41,7 @@ def test_each_sample_has_its_variance(bits, shape, dtype):
 
 def test_groups_have_noise_as_large_as_their_steps():
     packed = packed_of(2)
-    noise = Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 0).whole()
+    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 0), packed)
     sizes = noise.abs().view(24, 2, 150)  # two groups in each row
     assert torch.equal(sizes[..., :1].expand_as(sizes), sizes)
     relative = sizes[:4, :, 0].flatten() / packed.meta[:8, 1].float()
@@ -46,13 +53,23 @@ def test_groups_have_noise_as_large_as_their_steps():
 def test_parts_are_those_of_the_whole(bits, shape, start):
     packed = packed_of(bits, shape)
     noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, start)
-    flat, unit = noise.whole().view(-1), packed.unit
+    flat, unit = whole(noise, packed).view(-1), packed.unit
     for first in range(0, flat.numel(), unit):
         for last in (first + unit, min(first + 2 * unit, flat.numel()), flat.numel()):
             assert torch.equal(noise.part(first, last), flat[first:last])
 
 
+@pytest.mark.parametrize("piece", [1, 1000, 131_072])
+@pytest.mark.parametrize(("bits", "shape"), [(2, (6, 70000)), (3, (6, 4, 300)), ("mixed", (6, 3, 10, 10))])
+def test_pieces_are_added_as_the_whole_is(bits, shape, piece, monkeypatch):
+    packed = packed_of(bits, shape)
+    noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, 5)
+    expected = whole(noise, packed)
+    monkeypatch.setattr(noises, "PIECE", piece)
+    assert torch.equal(whole(noise, packed), expected)
+
+
 def test_a_step_that_is_none_makes_no_noise():
     packed = codec.quantize(torch.cat([torch.full((1, 256), 3.0), torch.randn(1, 256)]), 2)
-    noise = Noise(packed, torch.ones(2, dtype=torch.float64), SIGNS, 0).whole()
+    noise = whole(Noise(packed, torch.ones(2, dtype=torch.float64), SIGNS, 0), packed)
     assert not noise[0].any() and noise[1].all() and noise.isfinite().all()
