@@ -18,6 +18,7 @@ loss, backward, optimizer. The methods:
   by ``aot_eager``, which has the same partitioner and needs no compiler.
 * ``L0`` to ``L5`` and ``auto``: hf_actnn. Peaks are those of the first steps, the measuring one among them; the bits
   that ``auto`` chooses are those for random weights and images, and may be others later in a training.
+  ``checkpoint+L2`` and the like: both.
 * ``free``: saved tensors cost nothing and come back as zeros, so what remains are weights, optimizer and the transients
   of single operations. Its gradients mean nothing. With what hf_actnn keeps in codes on top it is what a level is
   measured against, here called its ceiling. A level may lie above it: where it reads codes in parts its transients are
@@ -118,7 +119,9 @@ def limit_name(text: str) -> str:
 def method_name(text: str) -> str:
     """A method, another level of hf_actnn, or another budget; an argparse type."""
     if text not in (*METHODS, *LEVELS) and not re.fullmatch(r"compile:(0(\.\d+)?|1)", text):
-        raise ValueError(f"no method is called {text!r}")
+        both, _, level = text.partition("+")
+        if both != "checkpoint" or level not in LEVELS:
+            raise ValueError(f"no method is called {text!r}")
     return text
 
 
@@ -174,6 +177,9 @@ def apply(method: str, model: nn.Module, device: torch.device, **fields: Any) ->
         backend = "inductor" if device.type == "cuda" else "aot_eager"
         return Method(torch.compile(model, backend=backend, dynamic=False))
     elif method != "plain":
+        if method.startswith("checkpoint+"):
+            named.checkpoint(model)
+            method = method.partition("+")[2]
         kernels = native.cuda_status() if device.type == "cuda" else native.status()
         if not kernels["available"]:
             raise NativeError(f"hf_actnn's kernels are not built, and without them there is no point: {kernels}")

@@ -185,8 +185,8 @@ def test_a_path_runs_as_it_is_written(page, tmp_path, monkeypatch):
         for words in words_of(code):
             if words[0] in NOT_RUN:
                 continue
-            command = [sys.executable, *STARTERS.get(words[0], []), *words[1:]]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+            command = [*STARTERS.get(words[0], []), *words[1:]]
+            done = forks.server().run(command, 900, tmp_path, environment)
             assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
             ran += 1
     assert ran >= 2
@@ -267,8 +267,8 @@ def test_commands_run(page, words, tmp_path):
     if "DATA" in words:
         pictures(tmp_path / "DATA" / "cifar10")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *STARTERS.get(words[0], []), *words[1 if words[0] in {*STARTERS, "python"} else 0 :]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, cwd=tmp_path)
+    command = [*STARTERS.get(words[0], []), *words[1 if words[0] in {*STARTERS, "python"} else 0 :]]
+    done = forks.server().run(command, 900, tmp_path, environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
 

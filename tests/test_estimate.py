@@ -363,7 +363,7 @@ def test_checkpointing_with_a_level(monkeypatch):
 
 
 @needs_proc
-@pytest.mark.parametrize(("way", "chosen"), [("L2", [False] * 3), ("L3", [True] * 3 + [False] * 2)])
+@pytest.mark.parametrize(("way", "chosen"), [("L2", [False] * 3), ("L3", [True] * 2 + [False] * 2)])
 def test_time_is_that_of_steps_that_choose_no_bits(monkeypatch, way, chosen):
     """Others take several times as long, and are one in some hundred."""
     seen: list[bool] = []

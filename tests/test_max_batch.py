@@ -215,7 +215,9 @@ def test_the_ceiling_of_a_level_is_what_its_codes_alone_would_allow():
     assert max_batch.ceiling({**row, "vary": "width"}, free) is None
 
 
-@pytest.mark.parametrize("options", [("--limit", "all"), ("--limit", "much"), ("--methods", "L9")])
+@pytest.mark.parametrize(
+    "options", [("--limit", "all"), ("--limit", "much"), ("--methods", "L9"), ("--methods", "checkpoint+x")]
+)
 def test_options_that_mean_nothing_are_refused(options, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path / "rows", *options)
@@ -232,7 +234,7 @@ def test_methods_train_as_they_say():
     """Kept bytes of each, and that the ceiling keeps nearly nothing."""
     images = torch.randn(4, 3, 96, 96)
     held = {}
-    for name in ("plain", "checkpoint", "L2", "free"):
+    for name in ("plain", "checkpoint", "L2", "checkpoint+L2", "free"):
         model = max_batch.build("resnet26t", "batch", 4, 96)
         method = max_batch.apply(name, model, torch.device("cpu"))
         alive = memory.StoragesMade({p.untyped_storage()._cdata for p in model.parameters()})
@@ -242,9 +244,10 @@ def test_methods_train_as_they_say():
         loss.backward()
         method.after()
         assert all(parameter.grad is not None for parameter in model.parameters())
-        assert hf_actnn.is_converted(model) == (name == "L2")
+        assert hf_actnn.is_converted(model) == name.endswith("L2")
     assert all(held[name] < 0.7 * held["plain"] for name in held if name != "plain"), held
     assert held["free"] < 0.2 * held["plain"], held
+    assert held["checkpoint+L2"] < min(held["checkpoint"], held["L2"]), held
 
 
 def test_compiling_keeps_to_a_budget(monkeypatch):

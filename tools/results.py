@@ -294,7 +294,8 @@ def largest(results: dict[str, Any]) -> list[str]:
     )
     of = [[str(value) for value in sorted({row[name] for row in by_point.values()})] for name in _OPTIONS]
     words = " ".join(f"--{name} {' '.join(values)}" for name, values in zip(_OPTIONS, of, strict=True))
-    command = f"python benchmarks/max_batch.py --methods plain free L3 {words}"
+    ways = " ".join(dict.fromkeys(row["method"] for row in by_point.values()))
+    command = f"python benchmarks/max_batch.py --methods {ways} {words}"
     return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 

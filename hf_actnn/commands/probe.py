@@ -4,10 +4,10 @@ The peak of a step is measured in two phases, since only one of them grows with 
 pass; and the optimizer's step, when the activations are gone and its own temporaries are there. The optimizer's state
 is made before anything is measured.
 
-Bits are chosen in each of the first steps, so that such a step, the largest of a level that chooses bits, is measured
-as it is later in a training: with the optimizer's state, with bits that were chosen before, and with the recycled
-memory of earlier backward passes. It takes several times as long, and comes once in some hundred steps; so what is
-timed are steps after these, in which bits stay as they are.
+Bits are chosen in each of the first two steps, so that such a step, the largest of a level that chooses bits, is
+measured as it is later in a training: with the optimizer's state, and with bits that were chosen before. It takes
+several times as long, and comes once in some hundred steps; so what is timed are steps after these, in which bits stay
+as they are.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from hf_actnn.errors import ActNNError, ActNNWarning, NativeError, message
 from hf_actnn.integrations import named
 from hf_actnn.memory import own_storages
 
-#: Of a run, and from one of them in which bits are chosen to the next: so soon that it is all of them.
-STEPS, UPDATE_INTERVAL = 3, 2
-#: Steps behind them that are timed, where bits are chosen.
-ORDINARY = 2
+#: Of a run.
+STEPS = 3
+#: Where bits are chosen: steps in which they are, from one of these to the next, and those behind that are timed.
+CHOOSING, UPDATE_INTERVAL, ORDINARY = 2, 2, 2
 
 
 class Run(NamedTuple):
@@ -139,7 +139,7 @@ def train(run: Run, batch_size: int) -> dict[str, Any]:
     model = found.model.to(device)
     after = _prepare(model, run.way, device)
     choosing = controller(model) if is_converted(model) else None
-    chosen = run.steps if choosing is not None and choosing.adaptive else 0
+    chosen = min(run.steps, CHOOSING) if choosing is not None and choosing.adaptive else 0
     parameters = trained(model, run.model)
     optimizer = OPTIMIZERS[run.optimizer](parameters)
     for parameter in parameters:
