@@ -13,8 +13,8 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
 OUT ?= out
 # An environment with the oldest host libraries that pyproject.toml allows.
 LOWEST := $(VENV)-lowest
-# Two workers: the tests of models run on one thread each. They begin with a half of the tests each, in order, so that what
-# a file's tests share is mostly made once.
+# Two workers: the tests of models run on one thread each. They begin with a half of the tests each, in order, so that
+# what a file's tests share is mostly made once.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 # Without a working GPU only the CPU kernels are built; with one, whatever the compilers found allow.

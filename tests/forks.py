@@ -40,6 +40,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=ROOT,
         )
 
     def run(

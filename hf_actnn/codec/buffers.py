@@ -25,8 +25,8 @@ from torch import Tensor
 #: Smaller tensors come from torch: its allocator reuses small blocks well.
 SMALLEST = 64 * 1024
 #: A block serves a request this many times smaller at most. A backward pass begins with the small tensors of the
-#: deepest layers and needs the large ones of the first layers again: blocks that refused the former would be made every
-#: step.
+#: deepest layers and needs the large ones of the first layers later: blocks that refused the former would be made
+#: several times in a step.
 LARGEST_FIT = 512
 #: Each time so many bytes of activations were replaced by codes, and less than this share of memory is unused, the C
 #: library is asked to return what it holds of them.
@@ -44,7 +44,8 @@ _ANONYMOUS = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
 class Pool:
     """Blocks by lifetime. A new block is made only after all free ones, too small for it, were given back; a small
     tensor may hold a block up to ``LARGEST_FIT`` times its size for as long as it lives, which in a backward pass is
-    one operation. Free blocks stay until :meth:`release`, which a forward pass begins with: it does not decode."""
+    one operation. Free blocks stay until :meth:`release`, which a forward pass that is trained begins with: it decodes
+    nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -44,7 +44,8 @@ from hf_actnn.memory import own_storages
 
 #: Of a run.
 STEPS = 3
-#: Where bits are chosen: steps in which they are, from one of these to the next, and those behind that are timed.
+#: At levels that choose bits: the first steps, in each of which they are chosen with this interval, and those behind
+#: that are timed.
 CHOOSING, UPDATE_INTERVAL, ORDINARY = 2, 2, 2
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
 from hf_actnn.saving.policy import Policy
 from hf_actnn.saving.replays import STREAMS
@@ -129,6 +130,7 @@ def _say_what_is_not_done(session: Session, bits: int | None) -> None:
 
 def _next_step(session: str, device: torch.device) -> Tensor:
     """The number from which a forward pass counts its random streams, ``[1]`` int64: another one in every run."""
+    codec.release()  # as every forward pass that is trained, see `Scope.run`
     step = Session.named(session).next_step() * STREAMS
     return torch.tensor([step if step < 2**63 else step - 2**64], device=device)
 

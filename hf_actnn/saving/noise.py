@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -53,11 +54,13 @@ class Noise:
         """Disturb all values, in place, in the shape and strides of the tensor. Piece by piece: another one as large
         would be the peak of the step."""
         flat = value.as_strided((value.numel(),), (1,), value.storage_offset())
-        piece = PIECE if value.is_cpu else PIECE_ELSEWHERE
-        piece = max(1, piece // self._twin.unit) * self._twin.unit
+        piece, unit = PIECE if value.is_cpu else PIECE_ELSEWHERE, self._twin.unit
+        samples = math.lcm(unit, self._each)  # whole ones have their factors in one pass
+        unit = samples if samples <= piece else unit
+        piece = max(1, piece // unit) * unit
         for start in range(0, len(flat), piece):
             stop = min(start + piece, len(flat))
-            flat[start:stop] += self.part(start, stop)
+            flat[start:stop].add_(self.part(start, stop))
 
     def part(self, start: int, stop: int) -> Tensor:
         """Some of the values in storage order, as `PackedTensor.part` gives those of the tensor."""

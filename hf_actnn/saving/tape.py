@@ -266,7 +266,6 @@ class Tape:
         if torch.is_grad_enabled():
             return  # create_graph: what is measured must not become a part of the graph
         node = self.nodes[at]
-        codec.release()  # the passes below take whole tensors, and what earlier nodes have left would lie beside them
         node.out = _plus(node.out, _energy(grad_outputs))
         leaves = [j for j, into in enumerate(node.following) if into == LEAF and grad_inputs[j] is not None]
         others = [j for j, into in enumerate(node.following) if into >= 0 and grad_inputs[j] is not None]
@@ -441,6 +440,7 @@ class _Hook:
 
     def __call__(self, grad_inputs: tuple, grad_outputs: tuple) -> None:
         self.tape.measure(self.at, grad_inputs, grad_outputs)
+        codec.release()  # whole tensors were decoded, which the next node would have beside its own
 
 
 def _begin(grad_outputs: tuple) -> None:

@@ -79,7 +79,7 @@ def compiled(
     here = sources / "tests" / "cuda"
     units = [*units, here / "shim.cpp", *(sources / "csrc" / "cuda" / name for name in SOURCES)]
     included = [*(sources / "csrc").glob("**/*.h"), *(sources / "csrc").glob("**/*.cuh"), *here.glob("*.h")]
-    headers = b"".join(path.read_bytes() for path in sorted(included))
+    headers = b"".join(path.name.encode() + path.read_bytes() for path in sorted(included))
 
     def make(unit: Path) -> Path:
         digest = hashlib.sha256(repr([*FLAGS, *flags]).encode() + headers + unit.read_bytes()).hexdigest()[:16]

@@ -59,7 +59,7 @@ def test_processes_round_apart(ranks):
 @pytest.mark.parametrize("way", ADAPTIVE)
 def test_processes_hold_the_same_bits(ranks, way):
     first, second = (rank[way] for rank in ranks)
-    assert first["bits"] == second["bits"] and len(set(first["bits"].values())) > 1
+    assert first["bits"] == second["bits"] and len(set(first["bits"].values())) > (1 if "checkpoints" in way else 2)
     assert first["history"] == second["history"]
     assert [entry["step"] for entry in first["history"]] == [1, 2, 3, 5, 9]
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_actnn
 from hf_actnn import codec
+from hf_actnn.codec import buffers
 from hf_actnn.precision import sensitivity, variance
 from hf_actnn.precision.sensitivity import Reading, amplification
 from hf_actnn.saving import fused
@@ -712,3 +713,19 @@ def test_checkpointed_blocks(reentrant):
     found = torch.cat([p.grad.double().flatten() for p in model.parameters()])
     assert tapes
     assert (found - without).norm() < 0.2 * without.norm()
+
+
+def test_what_a_measurement_decoded_does_not_lie_beside_the_next_node():
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 8))
+    hf_actnn.convert(model, level="L3", min_numel=0)
+    idle = []
+    for part in model:
+        part.register_forward_hook(
+            lambda part, args, out: out.register_hook(lambda grad: idle.append(buffers.nbytes()[1])) and None
+        )
+    for measured in (True, False):
+        hf_actnn.controller(model).active = measured
+        idle.clear()
+        model(torch.randn(512, 64)).sum().backward()
+        hf_actnn.controller(model).step()
+        assert len(idle) == 5 and any(idle) == (not measured)

@@ -59,14 +59,31 @@ def test_parts_are_those_of_the_whole(bits, shape, start):
             assert torch.equal(noise.part(first, last), flat[first:last])
 
 
-@pytest.mark.parametrize("piece", [1, 1000, 131_072])
-@pytest.mark.parametrize(("bits", "shape"), [(2, (6, 70000)), (3, (6, 4, 300)), ("mixed", (6, 3, 10, 10))])
-def test_pieces_are_added_as_the_whole_is(bits, shape, piece, monkeypatch):
-    packed = packed_of(bits, shape)
+@pytest.mark.parametrize("piece", [1, 1000, 131_072, 2**20])
+@pytest.mark.parametrize(
+    ("bits", "shape", "dtype"),
+    [
+        (2, (6, 70000), torch.float32),
+        (3, (6, 4, 300), torch.bfloat16),
+        ("mixed", (6, 3, 10, 10), torch.float32),
+        (2, "channels last", torch.float32),
+    ],
+)
+def test_pieces_are_added_as_all_steps_at_once_would_be(bits, shape, dtype, piece, monkeypatch):
+    if shape == "channels last":
+        x = torch.randn(6, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+        packed = codec.quantize(x, bits, seed=3)
+    else:
+        packed = packed_of(bits, shape, dtype)
     noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, 5)
-    expected = whole(noise, packed)
+    steps = noise._twin.dequantize()
+    noise._finish(steps.as_strided((steps.numel(),), (1,)), 0)
     monkeypatch.setattr(noises, "PIECE", piece)
-    assert torch.equal(whole(noise, packed), expected)
+    value = packed.dequantize()
+    expected = value.clone()
+    expected += steps
+    noise.add_to(value)
+    assert steps.any() and value.stride() == tuple(packed.stride) and torch.equal(value, expected)
 
 
 def test_a_step_that_is_none_makes_no_noise():
