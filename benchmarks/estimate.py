@@ -4,8 +4,8 @@
 
 Both hold for the resident set of the whole process on a CPU, with large tensors in pages of their own. A try is that of
 benchmarks/max_batch.py: a process that trains three steps and is ended above the limit. Bits are chosen in each, so
-twice while the optimizer has its state, as in every training but for its first step. What was predicted and what is 10
-% more or less are tried first, then what lies between, to 5 %. Each finished model is written to
+twice while the optimizer has its state, as in every training but for its first step. What was predicted and 10 % more
+or less are tried first, then what lies between, to 5 %. Each finished model is written to
 benchmarks/results/estimate.json at once; what is known is not measured again without --again.
 """
 

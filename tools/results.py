@@ -358,7 +358,10 @@ def beaten(steps: list[dict[str, Any]], cpu: dict[str, Any] | None) -> list[str]
         import front
 
         found = [text for model, row in cpu["models"].items() for text in over(cpu_points(row), front.OTHERS, model)]
-        lines += sentence("CPU", "nothing", found)
+        ways = sorted({way for row in cpu["models"].values() for way in cpu_points(row)} & set(front.OTHERS))
+        lines += sentence(
+            "CPU", f"nothing ({', '.join(ways)}; {len(cpu['models'])} of {len(front.MODELS)} models)", found
+        )
     return lines
 
 
@@ -393,6 +396,8 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
             rows.append([way, megabytes(one.get("kept_per_image")), megabytes(memory), time])
         lines += [f"### {model}, batches to {row['batch']}", ""]
         lines += [*table(["way", "kept, MB per image", "peak, MB per image", "time / plain"], rows), ""]
+        if "note" in row:
+            lines += [row["note"], ""]
     lines += source("front", "python benchmarks/front.py", next(iter(results["models"].values()))["environment"])
     if pictures:
         import front
