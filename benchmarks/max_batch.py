@@ -60,11 +60,10 @@ from torch import nn
 
 import hf_actnn
 from hf_actnn.codec import native
+from hf_actnn.commands import training
 from hf_actnn.commands.sizes import parse
-from hf_actnn.commands.training import is_for_memory
 from hf_actnn.commands.watch import PAGES, high_water, watched
-from hf_actnn.config import LEVELS
-from hf_actnn.errors import ActNNWarning, NativeError
+from hf_actnn.errors import ActNNWarning, ConfigError, NativeError
 from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,11 +117,12 @@ def limit_name(text: str) -> str:
 
 def method_name(text: str) -> str:
     """A method, another level of hf_actnn, or another budget; an argparse type."""
-    if text not in (*METHODS, *LEVELS) and not re.fullmatch(r"compile:(0(\.\d+)?|1)", text):
-        both, _, level = text.partition("+")
-        if both != "checkpoint" or level not in LEVELS:
-            raise ValueError(f"no method is called {text!r}")
-    return text
+    if text in METHODS or re.fullmatch(r"compile:(0(\.\d+)?|1)", text):
+        return text
+    try:
+        return training.way(text)
+    except ConfigError as error:
+        raise ValueError(f"no method is called {text!r}") from error
 
 
 def limit_of(point: dict[str, Any]) -> int:
@@ -166,20 +166,18 @@ def apply(method: str, model: nn.Module, device: torch.device, **fields: Any) ->
     Raises:
         NativeError: hf_actnn without its kernels.
     """
-    if method == "checkpoint":
+    if training.checkpoints(method):
         named.checkpoint(model)
-    elif method == "save_on_cpu":
+        method = training.level_of(method)
+    if method == "save_on_cpu":
         return Method(model, lambda: torch.autograd.graph.save_on_cpu(pin_memory=True))
-    elif method == "free":
+    if method == "free":
         return Method(model, lambda: torch.autograd.graph.saved_tensors_hooks(memory.forget, memory.zeros))
-    elif method.startswith("compile:"):
+    if method.startswith("compile:"):
         torch._functorch.config.activation_memory_budget = float(method.partition(":")[2])
         backend = "inductor" if device.type == "cuda" else "aot_eager"
         return Method(torch.compile(model, backend=backend, dynamic=False))
-    elif method != "plain":
-        if method.startswith("checkpoint+"):
-            named.checkpoint(model)
-            method = method.partition("+")[2]
+    if method != training.PLAIN:
         kernels = native.cuda_status() if device.type == "cuda" else native.status()
         if not kernels["available"]:
             raise NativeError(f"hf_actnn's kernels are not built, and without them there is no point: {kernels}")
@@ -215,7 +213,9 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
     seconds, kept = [], None
     for number in range(point["steps"]):
         # What is kept inside a checkpoint is not seen.
-        counts = number == point["steps"] - 1 and hf_actnn.is_converted(model) and "checkpoint" not in point["method"]
+        counts = (
+            number == point["steps"] - 1 and hf_actnn.is_converted(model) and not training.checkpoints(point["method"])
+        )
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with (
@@ -242,7 +242,7 @@ def train(point: dict[str, Any], size: int) -> dict[str, Any]:
 
 def failure(error: Exception) -> dict[str, Any]:
     """What is noted of an error: its text, unless it is for want of memory."""
-    if is_for_memory(error):
+    if training.is_for_memory(error):
         return {"status": "out of memory"}
     return {"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]}
 
@@ -335,7 +335,7 @@ def facts(device: str) -> dict[str, Any]:
 def refused(point: dict[str, Any]) -> str | None:
     """Why there is no such point, or None."""
     method, vary = point["method"], point["vary"]
-    if point["device"] == "cpu" and method.rpartition("+")[2] in ("save_on_cpu", "L4", "L5"):
+    if point["device"] == "cpu" and training.level_of(method) in ("save_on_cpu", "L4", "L5"):
         return "left out: on a CPU there is nothing to move to"
     if vary in ("depth", "width") and point["model"] not in STAGES:
         return f"left out: {vary} is that of one of {', '.join(STAGES)}"
