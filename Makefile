@@ -9,7 +9,8 @@ SYSTEM_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
+# Modules are compiled where they are first imported: most of the thousands that come with the libraries never are.
+PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-compile
 OUT ?= out
 # An environment with the oldest host libraries that pyproject.toml allows.
 LOWEST := $(VENV)-lowest

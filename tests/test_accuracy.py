@@ -234,3 +234,25 @@ def test_variance_over_a_training(monkeypatch):
         assert sum(one["predicted"] for one in row["tensors"]) == pytest.approx(row["predicted"])
     assert found["L3"]["shares"]["of_sum"] <= 1.1 * found["2 bits"]["shares"]["of_sum"]
     assert found["auto"]["shares"]["mean"] < 0.3
+
+
+def test_curvature_of_a_layer_that_is_known(monkeypatch):
+    """The mean of the Hessian's diagonal, for the mean square of a linear layer: that of its inputs."""
+    import curvature
+
+    monkeypatch.setattr(curvature, "COUNT", 2000)
+    monkeypatch.setattr(F, "cross_entropy", lambda output, wanted: (output - wanted).square().mean() / 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 6), nn.Linear(6, 1))
+    values = torch.randn(64, 12)
+    wanted = torch.randn(64, 1)
+    found = curvature.look(model, lambda size: (values, wanted))
+    hidden = model[0](values)
+    squares = hidden.square().mean().item(), model[1].weight.square().mean().item()
+    expected = {"1.weight": squares[0], "1.bias": 1.0, "0.bias": squares[1]}
+    for name, value in expected.items():
+        row = found["parameters"][name]
+        assert row["curvature"] == pytest.approx(value, rel=0.15), name
+    (gradient,) = torch.autograd.grad((model(values) - wanted).square().mean() / 2, [model[1].weight])
+    assert found["parameters"]["1.weight"]["square"] == pytest.approx(gradient.square().mean().item(), rel=1e-4)
+    assert found["used"] == 4
