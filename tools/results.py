@@ -247,7 +247,7 @@ def cpu_checkpointing(results: dict[str, Any]) -> list[str]:
 
 
 #: Of benchmarks/max_batch.py, that decide what a row says.
-_OPTIONS = ("device", "limit", "steps", "tolerance")
+_OPTIONS = ("device", "limit", "steps", "tolerance", "first", "cap")
 
 
 def largest(results: dict[str, Any]) -> list[str]:
@@ -292,10 +292,15 @@ def largest(results: dict[str, Any]) -> list[str]:
         "tensors cost nothing. A level may lie above it: where it reads codes in parts its transients are smaller than "
         "those of whole tensors."
     )
-    of = [[str(value) for value in sorted({row[name] for row in by_point.values()})] for name in _OPTIONS]
-    words = " ".join(f"--{name} {' '.join(values)}" for name, values in zip(_OPTIONS, of, strict=True))
-    ways = " ".join(dict.fromkeys(row["method"] for row in by_point.values()))
-    command = f"python benchmarks/max_batch.py --methods {ways} {words}"
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in by_point.values():
+        groups.setdefault(tuple(row[name] for name in _OPTIONS), []).append(row)
+    commands = []
+    for values, group in groups.items():
+        words = " ".join(f"--{name} {value}" for name, value in zip(_OPTIONS, values, strict=True))
+        of = (" ".join(dict.fromkeys(row[key] for row in group)) for key in ("model", "method"))
+        commands.append("python benchmarks/max_batch.py --models {} --methods {} {}".format(*of, words))
+    command = "`, `".join(commands)
     return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 
