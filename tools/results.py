@@ -505,6 +505,8 @@ def variance(pictures: bool) -> list[str] | None:
         'training: with 2 bits everywhere, with L3, which chooses 2 bits on average, and with `bits="auto"`, which '
         f"bounds the mean share. Batches of {results['batch']}. *Added* is the variance of the whole gradient over the "
         "squared gradient of one batch, as one backward pass predicts it, and by Monte Carlo with its standard error. "
+        "*Mini-batch* is what drawing the batch gives it, measured between batches, and *from one* what a backward "
+        "pass tells of that, in the same units. "
         "*Shares* are by parameter: the variance added over the mini-batch's own, mean and largest over parameters; "
         "*of the sum* is all variance added over all of the mini-batch's.",
         "",
@@ -517,8 +519,9 @@ def variance(pictures: bool) -> list[str] | None:
                 measured = f"{one['measured']:.4f} ± {one['standard_error']:.4f}"
                 cells = [f"{one['average_bits']:.2f}", f"{one['predicted']:.4f}", measured, f"{share['of_sum']:.1%}"]
                 cells += [f"{share['mean']:.3f}", f"{share['largest']:.2f} (`{share['parameter']}`)"]
-                rows.append([step, f"{found['minibatch']:.2f}", way, *cells])
-        head = ["step", "mini-batch", "way", "bits", "added, predicted", "added, measured", "of the sum"]
+                drawn = [f"{found['minibatch']:.2f}", f"{one['minibatch_predicted']:.2f}"]
+                rows.append([step, *drawn, way, *cells])
+        head = ["step", "mini-batch", "from one", "way", "bits", "added, predicted", "added, measured", "of the sum"]
         lines += [f"## {model}", "", *table([*head, "mean share", "largest share"], rows), ""]
     if pictures:
         draw_variance(results, PAGES / "variance.svg")
