@@ -36,7 +36,7 @@ def test_the_page_shows_the_largest_batches():
         tries = [{"size": size, "status": "ok", "peak": 1e9 + 1e7 * size} for size in (10, 50)]
         tries = [{**one, "kept": 1e7 * one["size"]} for one in tries] if kept else tries
         shared = {"model": "a_model", "limit": "2GB", "precision": "fp32", "device_name": "it", "vary": "batch"}
-        shared |= {"device": "cpu", "steps": 2, "tolerance": 0.04}
+        shared |= {"device": "cpu", "steps": 2, "tolerance": 0.04, "first": 8, "cap": 80 if method == "L3" else 100}
         return {**shared, "method": method, "largest": largest, "tries": tries, "error": None, "capped": False}
 
     machine = {"cpu": "a processor", "cpus": 2, "torch": "2.13", "date": "2026-01-01"}
@@ -45,6 +45,8 @@ def test_the_page_shows_the_largest_batches():
     assert "| it | fp32 | a_model | 2GB | L3 | 45 | 4.5x | 50 (5.0x) | 0.90 |" in text
     assert "| it | fp32 | a_model | 2GB | saved tensors cost nothing | 100 | 10.0x |  |  |" in text
     assert "L2" not in text
+    assert "--methods plain free --device cpu --limit 2GB --steps 2 --tolerance 0.04 --first 8 --cap 100`" in text
+    assert "--methods L3 --device cpu --limit 2GB --steps 2 --tolerance 0.04 --first 8 --cap 80`" in text
 
 
 def test_the_readme_shows_scores_of_tasks_whose_seeds_are_all_there():
