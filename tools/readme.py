@@ -103,8 +103,8 @@ def chosen_bits(fidelity: dict[str, Any]) -> list[str]:
         "",
         "Relative to the squared gradient, by Monte Carlo, after some hundred steps; equal bytes within 0.5 % "
         f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). From before parameters were weighted "
-        "by their number of values too ([Theory](docs/theory.md#choosing-bits)), as are the scores at L3 below but "
-        "SegFormer's and UperNet's.",
+        "by their number of values too ([Theory](docs/theory.md#choosing-bits)), as is ResNet-20's "
+        "score at L3 below.",
     ]
     return lines
 

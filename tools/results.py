@@ -102,7 +102,7 @@ def accuracy(pictures: bool) -> list[str] | None:
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
             "L3 chose its bits for another weighting of parameters ([Theory](../theory.md#choosing-bits)) in the runs "
-            "of the ViT and RT-DETR, and of ResNet-20 on a GPU and at 1.5 bits.",
+            "of RT-DETR, and of ResNet-20 on a GPU and at 1.5 bits.",
             "",
         ]
     for task in run.TASKS:
