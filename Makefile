@@ -9,8 +9,7 @@ SYSTEM_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-# Modules are compiled where they are first imported: most of the thousands that come with the libraries never are.
-PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
 OUT ?= out
 # An environment with the oldest host libraries that pyproject.toml allows.
 LOWEST := $(VENV)-lowest

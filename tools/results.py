@@ -210,10 +210,11 @@ def cpu_models(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
         )
     head = ["model", "kept, plain", f"kept, {memory['bits']} bits", "peak, plain", f"peak, {memory['bits']} bits"]
     head += ["peak, saves costing nothing", "time / plain", "checkpointing's time / plain"]
+    rounds = next(iter(step["models"].values()))["rounds"]
     return [
         *table(head, rows),
         *source("memory", "python benchmarks/memory.py", memory["environment"], " MB per image, 224 px, fp32."),
-        *source("step", "python benchmarks/step.py", step["environment"]),
+        *source("step", f"python benchmarks/step.py --rounds {rounds}", step["environment"]),
     ]
 
 
@@ -527,7 +528,8 @@ def variance(pictures: bool) -> list[str] | None:
         draw_variance(results, PAGES / "variance.svg")
     if (PAGES / "variance.svg").exists():
         lines += ["![Variance of each kept tensor, predicted and by Monte Carlo, at each step](variance.svg)", ""]
-    lines += source("variance", "python benchmarks/accuracy/variance.py --data DATA/cifar10", results["environment"])
+    command = f"python benchmarks/accuracy/variance.py --data DATA/cifar10 --draws {results['draws']}"
+    lines += source("variance", command, results["environment"])
     return lines
 
 

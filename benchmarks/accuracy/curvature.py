@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fidelity
 import timing
-from variance import ALIVE, MODELS
+from variance import ALIVE, MODELS, moments
 
 #: Steps after which it is measured.
 AT = (50, 200, 600)
@@ -81,23 +81,13 @@ def main() -> None:
     images, labels = fidelity.read(options.data, "train", 10_000)
     models: dict[str, Any] = {}
     for name in options.models:
-        build, rate = MODELS[name]
-        torch.manual_seed(0)
-        model, batches = build().train(), fidelity.Batches(images, labels, seed=1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
         models[name] = {}
-        for step in range(max(AT) + 1):
-            values, wanted = batches(BATCH)
-            if step in AT:
-                found = look(model, fidelity.Batches(images, labels, seed=2 + step))
-                models[name][str(step)] = found
-                timing.write("curvature", {"batch": BATCH, "batches": COUNT, "models": models})
-                told = {key: round(found[key], 2) for key in ("slope", "unweighted", "ratio")}
-                print(f"{name}, step {step}: {told}, {found['used']} of {len(found['parameters'])}", flush=True)
-            optimizer.zero_grad()
-            F.cross_entropy(model(values), wanted).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        for step, model, _ in moments(name, images, labels, AT, BATCH):
+            found = look(model, fidelity.Batches(images, labels, seed=2 + step))
+            models[name][str(step)] = found
+            timing.write("curvature", {"batch": BATCH, "batches": COUNT, "models": models})
+            told = {key: round(found[key], 2) for key in ("slope", "unweighted", "ratio")}
+            print(f"{name}, step {step}: {told}, {found['used']} of {len(found['parameters'])}", flush=True)
 
 
 if __name__ == "__main__":

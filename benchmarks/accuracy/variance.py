@@ -22,7 +22,7 @@ import argparse
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +111,33 @@ def look(model: nn.Module, batches: fidelity.Batches, draws: int) -> dict[str, A
     return found
 
 
-def study(name: str, images: Tensor, labels: Tensor, draws: int, save: Callable[[dict[str, Any]], None]) -> None:
-    """Train, and look."""
+def moments(
+    name: str, images: Tensor, labels: Tensor, at: Collection[int], batch: int = BATCH
+) -> Iterator[tuple[int, nn.Module, float]]:
+    """Train uncompressed; after each of the steps `at`, a copy of the model and the loss of the next batch."""
     build, rate = MODELS[name]
     torch.manual_seed(0)
     model, batches = build().train(), fidelity.Batches(images, labels, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    steps: dict[str, Any] = {}
-    for step in range(max(AT) + 1):
-        values, wanted = batches(BATCH)
+    for step in range(max(at) + 1):
+        values, wanted = batches(batch)
         loss = F.cross_entropy(model(values), wanted)
-        if step in AT:
-            steps[str(step)] = {"loss": loss.item(), **look(model, fidelity.Batches(images, labels, 2 + step), draws)}
-            save(steps)
-            mean = {way: round(steps[str(step)][way]["shares"]["mean"], 4) for way in WAYS}
-            print(f"{name}, step {step}: loss {loss.item():.3f}, mean shares {mean}", flush=True)
+        if step in at:
+            yield step, copy.deepcopy(model), loss.item()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+def study(name: str, images: Tensor, labels: Tensor, draws: int, save: Callable[[dict[str, Any]], None]) -> None:
+    """Train, and look."""
+    steps: dict[str, Any] = {}
+    for step, model, loss in moments(name, images, labels, AT):
+        steps[str(step)] = {"loss": loss, **look(model, fidelity.Batches(images, labels, 2 + step), draws)}
+        save(steps)
+        mean = {way: round(steps[str(step)][way]["shares"]["mean"], 4) for way in WAYS}
+        print(f"{name}, step {step}: loss {loss:.3f}, mean shares {mean}", flush=True)
 
 
 def main() -> None:
