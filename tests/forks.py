@@ -22,7 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What examples and scripts import that is not of this project.
-HOSTS = ("torch", "transformers.trainer", "accelerate", "datasets", "timm", "torchvision", "matplotlib.pyplot")
+HOSTS = (
+    *("torch", "transformers.trainer", "accelerate", "accelerate.commands", "datasets", "timm", "torchvision"),
+    "matplotlib.pyplot",
+)
 #: Seconds between looks at whether a fork has ended.
 PAUSE = 0.05
 

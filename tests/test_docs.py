@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import docs_site  # in tools/, on the path by pyproject.toml
@@ -153,11 +152,11 @@ def written(page: Path) -> list[str]:
 ABORTED_AT_THE_END = "terminate called without an active exception"
 
 
-def finished(command: list[str], environment: dict[str, str], timeout: int) -> subprocess.CompletedProcess[str]:
-    """A run of the command; a second one where two processes were started and torch aborted at the end of one."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    if done.returncode and "torch.distributed.run" in command and ABORTED_AT_THE_END in done.stderr:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+def finished(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A run of Python; a second one where two processes were started and torch aborted at the end of one."""
+    done = forks.server().run(words, 180, folder, environment)
+    if done.returncode and "torch.distributed.run" in words and ABORTED_AT_THE_END in done.stderr:
+        done = forks.server().run(words, 180, folder, environment)
     return done
 
 
@@ -203,8 +202,8 @@ def test_commands_run_the_scripts_that_a_page_writes(page, tmp_path, monkeypatch
     for words in commands(page):
         if set(words) & set(written(page)):
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, *STARTERS[words[0]], *words[1:]]
-            done = finished(command, environment, timeout=180)
+            command = [*STARTERS[words[0]], *words[1:]]
+            done = finished(command, tmp_path, environment)
             assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
             assert "hf_actnn" not in " ".join(command) or "times fewer bytes" in done.stderr, done.stderr
             ran += 1

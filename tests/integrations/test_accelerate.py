@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader
 import hf_actnn
 from hf_actnn.errors import ActNNWarning, ConversionError, NotAvailableError
 from hf_actnn.integrations.accelerate import prepare
+from tests import forks
 from tests.integrations.processes import needs_gloo
 from tests.integrations.small import Pictures, assert_same_weights, make_resnet, weights
 
@@ -195,7 +199,14 @@ def test_deepspeed_is_refused_in_a_trainer(arguments):
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return distributed.measure(WAYS, SETTINGS, steps=4, timeout=240)
+    """What it starts are new processes; the launcher is a fork."""
+
+    def launched(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        return forks.server().run(command[1:], timeout, forks.ROOT, os.environ)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed.launching, "run_to_end", launched)
+        return distributed.measure(WAYS, SETTINGS, steps=4, timeout=240)
 
 
 @needs_gloo
