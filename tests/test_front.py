@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,31 @@ pytest.importorskip("timm")
 import front
 import timing
 
+from tests import forks
+
 if not Path("/proc/self/statm").exists():
     pytest.skip("reads resident sets from /proc", allow_module_level=True)
 
 
+@pytest.fixture
+def points_are_forks(monkeypatch):
+    """Of a process that has imported what they import, in the environment that a point has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in front.PAGES.items():
+            patch.setenv(name, value)
+        server = forks.Forks(("torch", "timm"))
+
+    def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+        done = server.run(command[1:], 300, forks.ROOT, {**os.environ, **environment})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    monkeypatch.setattr(front, "watched", watched)
+    yield
+    server.end()
+
+
+@pytest.mark.usefixtures("points_are_forks")
 def test_points_are_measured_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(front, "MODELS", {"tiny": front.Model("test_resnet", 12)})
     monkeypatch.setattr(front, "RESULTS", tmp_path / "results" / "front.json")
