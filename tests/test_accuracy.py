@@ -165,6 +165,20 @@ def test_without_pairs_the_repeated_runs_are_uncompressed_ones():
     assert run.distances(runs, "bccd-rtdetr") == (pytest.approx(0.2), pytest.approx(0.2), 1)
 
 
+def test_what_chance_does_is_between_two_devices():
+    runs = {
+        f"cifar10-vit/{key}": {"score": score, "losses": [9.0, 9.0, 9.0, last]}
+        for key, score, last in (
+            *((f"{run.PLAIN}/0", 0.5, 1.1), (f"{run.PLAIN}/0@cuda", 0.9, 1.0)),
+            *((f"{run.PLAIN}/1", 0.6, 0.7), (f"{run.PLAIN}/1@cuda", 0.3, 1.0)),
+            *((f"{run.PLAIN}/2", 0.0, 5.0), ("L3/0", 0.0, 5.0), ("L3/0@cuda", 1.0, 1.0)),
+        )
+    }
+    expected = (pytest.approx(0.125**0.5), pytest.approx(0.05**0.5), 2)
+    assert run.between_devices(runs, "cifar10-vit") == expected
+    assert run.between_devices(runs, "cifar10-resnet") is None
+
+
 def test_a_grid_that_goes_on_elsewhere_has_partners_there():
     todo = [run.Key("cifar10-vit", scheme, seed, "cuda") for seed in (0, 1) for scheme in ("L3", "auto")]
     found = run.with_partners(todo, {"cifar10-vit/uncompressed/0@cuda": {}, "cifar10-vit/uncompressed/1": {}})

@@ -109,7 +109,7 @@ def accuracy(pictures: bool) -> list[str] | None:
         rows = run.table(runs, task)
         if len(rows) > 2:
             lines += [f"## {task}", "", *rows, ""]
-            lines += without_pairs(runs, task)
+            lines += [*without_pairs(runs, task), *by_chance(runs, task)]
             picture = PAGES / f"accuracy-{task}.svg"
             if pictures:
                 draw_losses(runs, task, picture)
@@ -155,6 +155,22 @@ def without_pairs(runs: dict[str, Any], task: str) -> list[str]:
         f"{100 * near:.1f} points (root mean square of {count} pairs), of two seeds on one device {100 * far:.1f}. "
         "Without pairs, all runs of a seed as one and the repeated ones with the uncompressed, the mean difference and "
         f"its standard error are: {', '.join(said)}.",
+        "",
+    ]
+
+
+def by_chance(runs: dict[str, Any], task: str) -> list[str]:
+    """A sentence on a task that was trained on two devices."""
+    import run
+
+    found = run.between_devices(runs, task)
+    if found is None:
+        return []
+    scored, lost, count = found
+    return [
+        "What chance does: uncompressed trainings of one seed on a CPU and on a GPU, whose sums alone have another "
+        f"order, end {100 * scored:.1f} points apart, and {100 * lost:.1f} % in training loss (root mean square of "
+        f"{count} pairs).",
         "",
     ]
 

@@ -235,6 +235,18 @@ def distances(runs: dict[str, Any], task: str) -> tuple[float, float, int] | Non
     return near, far, len(same)
 
 
+def between_devices(runs: dict[str, Any], task: str) -> tuple[float, float, int] | None:
+    """How far uncompressed trainings of one seed on a CPU and on a GPU lie apart, whose sums alone have another order:
+    root mean squares of the scores' differences and of the training losses', relative; and the number of pairs."""
+    found = {key: run for key, run in runs.items() if key.startswith(f"{task}/{PLAIN}/")}
+    pairs = [(run, found[f"{key}@cuda"]) for key, run in found.items() if f"{key}@cuda" in found]
+    if not pairs:
+        return None
+    scored = statistics.mean((one["score"] - other["score"]) ** 2 for one, other in pairs)
+    lost = statistics.mean((_last(one["losses"]) / _last(other["losses"]) - 1) ** 2 for one, other in pairs)
+    return math.sqrt(scored), math.sqrt(lost), len(pairs)
+
+
 def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
     """All that can be made."""
     return [
