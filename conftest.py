@@ -18,11 +18,21 @@ torchvision_without_cuda.install()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests for the GPU are skipped, with the reason, where there is none."""
+    """Slow tests come first, and tests for the GPU are skipped, with the reason, where there is none."""
     import pytest
     import torch
+
+    _slow_ones_first(items)
 
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _slow_ones_first(items):
+    """In each half of them: two workers begin with a half each, and the last to run are then short."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    first = max(0, len(items) // 2 - len(slow[::2]))
+    items[:] = [*slow[::2], *others[:first], *slow[1::2], *others[first:]]

@@ -79,6 +79,7 @@ def test_steps_of_the_quickstart_are_short():
     assert {step.splitlines()[0]: len(step.split()) for step in steps if len(step.split()) > 300} == {}
 
 
+@pytest.mark.slow
 def test_the_notebook_prints_what_is_stored(tmp_path):
     """Where that does not depend on the machine; and nothing in it names one."""
     notebook = pytest.importorskip(
@@ -191,6 +192,7 @@ def test_a_path_runs_as_it_is_written(page, tmp_path, monkeypatch):
     assert ran >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if written(page)], ids=name)
 def test_commands_run_the_scripts_that_a_page_writes(page, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")

@@ -39,6 +39,7 @@ def points_are_forks(monkeypatch):
     server.end()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("points_are_forks")
 def test_points_are_measured_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(front, "MODELS", {"tiny": front.Model("test_resnet", 12)})

@@ -265,6 +265,7 @@ def test_compiling_keeps_to_a_budget():
     assert held[1] < 0.5 * held[0] > 0, held
 
 
+@pytest.mark.slow
 def test_more_fits_at_l2(tmp_path, monkeypatch):
     """In real processes: what is above the limit for plain training trains at L2."""
     options = ["--models", "test_resnet", "--image-size", "160", "--steps", "1", "--tolerance", "1"]

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,6 +259,7 @@ def test_saved_model_is_trained_on_without_compression(pictures, tmp_path):
     check_classifier(second, "ViTForImageClassification")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configuration", ["one_process", "bf16", "ddp", "fsdp2"])
 def test_accelerate_launch(configuration, tmp_path):
     """The same script under each configuration; a second run goes on from the first one's checkpoint."""
@@ -306,8 +308,25 @@ def test_options_that_would_do_nothing_are_refused(words, said):
         run([sys.executable, f"examples/{words[0]}", *words[1:]])
 
 
-def test_demo(tmp_path):
-    printed = run([sys.executable, "examples/demo/demo.py", "--out", str(tmp_path), "--epochs", "0.1"])
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch, capsys):
+    """Its runs are forks, here, of a process that has imported what they import."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo"))
+    import demo
+
+    trained = []
+
+    def forked(command: list[str], *, env: dict[str, str], **options: Any) -> None:
+        assert options.pop("check") and command[0] == sys.executable
+        done = forks.server().run(command[1:], 240, ROOT, {**env, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-4000:]
+        trained.append(command)
+
+    monkeypatch.setattr(demo.subprocess, "run", forked)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--epochs", "0.1"])
+    demo.main()
+    assert len(trained) == 4
+    printed = capsys.readouterr().out
     assert "test accuracy" in printed
     assert printed.count("uncompressed") >= 2
     runs = json.loads((tmp_path / "demo.json").read_text())["runs"]

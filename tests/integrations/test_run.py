@@ -481,8 +481,7 @@ def test_the_variable_in_a_plain_python(either, tmp_path):
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
 )
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-@pytest.mark.parametrize("kind", ["trainer", "loop"])
+@pytest.mark.parametrize(("kind", "launcher"), [("trainer", "accelerate"), ("loop", "torchrun")])
 def test_the_variable_under_a_launcher_with_two_processes(kind, launcher, python, tmp_path):
     """Each launcher finds its own way to two processes without a GPU."""
     script = TRAINER.replace("TRAINER", "Mine = Trainer") if kind == "trainer" else LOOP
