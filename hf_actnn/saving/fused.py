@@ -210,7 +210,10 @@ def _product(function: Any, left: Tensor, saved: Deferred) -> Tensor | None:
 def _convolution(
     function: Any, grad: Tensor, saved: Deferred, weight: Tensor, bias: Any, *rest: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-    """Gradients of a convolution, some samples at a time."""
+    """Gradients of a convolution, some samples at a time.
+
+    A tape that asks for less than that of the input gets less, without its memory: it runs this several times over.
+    """
     samples = saved.shape[0]
     each = saved.numel() // samples
     if saved.stride(0) != each:
@@ -218,14 +221,21 @@ def _convolution(
     parts = _parts(saved.kept, saved.numel(), each, weight.numel())
     if len(parts) < 2:
         return None
+    settings, wanted = rest[:-1], rest[-1]
+    asked = probe.other_gradients if wanted[0] else None
+    if asked == 0:
+        wanted = [False, *wanted[1:]]
     inner: Tensor | None = None
     sums: list[Tensor | None] = [None, None]
     for start, stop in parts:
         some = slice(start // each, stop // each)
         shape = (some.stop - some.start, *saved.shape[1:])
         values = saved.kept.part(start, stop).as_strided(shape, saved.stride())
-        found = function(grad[some], values, weight, bias, *rest)
-        if found[0] is not None:
+        found = function(grad[some], values, weight, bias, *settings, wanted)
+        if found[0] is not None and asked:
+            square = torch.linalg.vector_norm(found[0], dtype=torch.float64).square()
+            probe.energy = square if probe.energy is None else probe.energy + square
+        elif found[0] is not None:
             if inner is None:
                 inner = _room_for(found[0], samples)
             inner[some].copy_(found[0])

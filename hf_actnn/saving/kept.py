@@ -35,6 +35,9 @@ class _Probe(threading.local):
     #: but the squared distance to it.
     undisturbed: Tensor | None = None
     energy: Tensor | None = None
+    #: What is asked of a gradient that goes to no parameter, by those who make both kinds at once: all of it if None,
+    #: else nothing (0), or its squared size (1), which goes into `energy`.
+    other_gradients: int | None = None
 
     def begin(self) -> None:
         """A node that is listened to begins."""
@@ -61,6 +64,17 @@ class _Probe(threading.local):
             yield
         finally:
             self.kept = self.noise = self.values = self.undisturbed = self.energy = None
+
+    @contextlib.contextmanager
+    def asking(self, other_gradients: int | None) -> Iterator[None]:
+        """Not for what may be had for less, where someone knows how."""
+        self.other_gradients = other_gradients
+        if other_gradients:
+            self.energy = None
+        try:
+            yield
+        finally:
+            self.other_gradients = None
 
 
 probe = _Probe()

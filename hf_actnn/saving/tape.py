@@ -279,12 +279,14 @@ class Tape:
                 if isinstance(kept, Quantized) and kept.item is not None and kept.item.tape is self:
                     harmful.setdefault(id(kept), (kept, kept.item))
         again: Any = torch._C._current_autograd_node()
-        white = None
+        white = size = None
         # What was broadcast gets a sum: of another size for a gradient that is alike everywhere than for noise.
         incoming = [grad.numel() for grad in grad_outputs if grad is not None]
         sums = len(incoming) == 1 and any(grad_inputs[j].numel() < incoming[0] for j in others)
         if node.replayable and (leaves or sums or (harmful and node.name not in _DIAGONAL)):
-            white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
+            with probe.asking(1):
+                white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
+                size = probe.energy
         if white is None:
             for j in others:
                 node.ins[j] = _plus(node.ins[j], _energy((grad_inputs[j],)))
@@ -292,13 +294,15 @@ class Tape:
                 node.energies(node.parameters, leaves, grad_inputs)
         else:
             for j in others:
-                node.ins[j] = _plus(node.ins[j], _energy((white[j],)))
+                told = size if white[j] is None and size is not None else _energy((white[j],))
+                node.ins[j] = _plus(node.ins[j], told)
             if leaves:
                 node.energies(node.parameters, leaves, white)
             del white
         if leaves and node.replayable and self._splits(grad_outputs, node.samples):
             signed = [self._signed(grad, node.samples) for grad in grad_outputs]
-            by_sample = self._run(node, again, signed, grad_inputs)
+            with probe.asking(0):
+                by_sample = self._run(node, again, signed, grad_inputs)
             if by_sample is not None:
                 node.energies(node.apart, leaves, by_sample)
             del by_sample, signed
@@ -310,7 +314,12 @@ class Tape:
         for kept, item in harmful.values():
             # One value of a tensor that was broadcast disturbs many, all alike.
             alone = single if single is not None and kept.form.numel == grad_inputs[single].numel() else None
-            with probe.disturbing(kept, self._noise(kept, item), None if alone is None else grad_inputs[alone]):
+            # What a convolution read of a parameter is exact, so noise in the other factor moves that one's gradient.
+            exact = node.name == "Convolution" and node.following[1] == LEAF and node.owners[1] > 0
+            with (
+                probe.disturbing(kept, self._noise(kept, item), None if alone is None else grad_inputs[alone]),
+                probe.asking(0 if exact else None),
+            ):
                 moved = self._run(node, again, grad_outputs, grad_inputs)
                 energy = probe.energy
             if moved is None:
@@ -330,17 +339,27 @@ class Tape:
                 self.harms.append(Harm(key, at, {}, [(node.following[j], size) for j in others]))
                 continue
             one = [noise if place == entry else None for place in range(len(grad_outputs))]
-            moved = self._run(node, again, one, grad_inputs)
+            with probe.asking(None if further else 1):
+                moved = self._run(node, again, one, grad_inputs)
+                size = probe.energy
             if moved is None:
                 self.harms.append(Harm(key, at, {}, [(at, _energy((noise,)))]))
                 continue
-            self._harm(key, at, moved, leaves, others, further)
+            self._harm(key, at, moved, leaves, others, further, size)
             del one, noise, moved
 
     def _harm(
-        self, key: str, at: int, moved: list[Tensor | None], leaves: list[int], others: list[int], further: int
+        self,
+        key: str,
+        at: int,
+        moved: list[Tensor | None],
+        leaves: list[int],
+        others: list[int],
+        further: int,
+        size: Tensor | None = None,
     ) -> None:
-        """Note how far an item's noise moved the gradients that a node gives.
+        """Note how far an item's noise moved the gradients that a node gives, or of the one that it did not give its
+        squared ``size`` alone.
 
         What goes on as noise is followed through the next node: a normalisation's is in part a multiple of what it
         normalised, and the convolution before it answers to that many times as strongly as to independent noise.
@@ -349,6 +368,8 @@ class Tape:
         carried = []
         for j in others:
             noise, into = moved[j], node.following[j]
+            if noise is None and size is not None:
+                carried.append((into, size))
             if noise is None or not noise.numel():
                 continue
             if noise.is_cpu and not torch.linalg.vector_norm(noise, math.inf):

@@ -330,6 +330,46 @@ def test_an_activation_that_is_read_in_parts(monkeypatch, act):
         assert parts.kept[key].variance == pytest.approx(one.variance, rel=1e-4) and one.variance > 0, key
 
 
+class Standardised(nn.Conv2d):
+    """Its weight is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Standardised])
+def test_a_convolution_that_is_read_in_parts(monkeypatch, kind):
+    """Says what it says as a whole; of the gradient of its input there is only the one that goes on."""
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(kind(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(kind(8, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(800, 8)),
+        )
+    )
+    run = weighted(normal(16, 8, 10, 10), normal(16, 8, seed=9))
+    rooms: list[int] = []
+    room_for = fused._room_for
+
+    def counted(part: Tensor, samples: int) -> Tensor:
+        rooms.append(samples)
+        return room_for(part, samples)
+
+    monkeypatch.setattr(fused, "_room_for", counted)
+    monkeypatch.setattr(fused, "RUN", 512)
+    found = {}
+    for smallest in (math.inf, 1):
+        monkeypatch.setattr(fused, "SMALLEST", {"cpu": smallest})
+        found[smallest] = read(model, run, 2)
+        # A weight that is computed may itself be disturbed, so that the gradient of the input moves.
+        assert len(rooms) == (0 if smallest > 1 else 2 if kind is nn.Conv2d else 4)
+    whole, parts = found.values()
+    assert parts.kept.keys() == whole.kept.keys() and len(whole.kept) >= 4
+    for key, one in whole.kept.items():
+        assert parts.kept[key].variance == pytest.approx(one.variance, rel=1e-4) and one.variance > 0, key
+
+
 class Residual(nn.Module):
     """Noise that comes to nodes which only move it, or add."""
 
