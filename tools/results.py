@@ -102,7 +102,7 @@ def accuracy(pictures: bool) -> list[str] | None:
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
             "L3 chose its bits for another weighting of parameters ([Theory](../theory.md#choosing-bits)) in the runs "
-            "of RT-DETR, and of ResNet-20 on a GPU and at 1.5 bits.",
+            "of RT-DETR, and of ResNet-20 on a GPU.",
             "",
         ]
     for task in run.TASKS:
@@ -420,7 +420,12 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
         lines += [*table(["way", "kept, MB per image", "peak, MB per image", "time / plain"], rows), ""]
         if "note" in row:
             lines += [row["note"], ""]
-    lines += source("front", "python benchmarks/front.py", next(iter(results["models"].values()))["environment"])
+    found = [
+        (way, len(one.get("seconds", ()))) for row in results["models"].values() for way, one in row["ways"].items()
+    ]
+    ways, rounds = dict.fromkeys(way for way, _ in found), max(count for _, count in found)
+    command = f"python benchmarks/front.py --ways {' '.join(ways)} --rounds {rounds}"
+    lines += source("front", command, next(iter(results["models"].values()))["environment"])
     if pictures:
         import front
 
