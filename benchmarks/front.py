@@ -1,6 +1,6 @@
 """Peak memory against time of every way to train, on a CPU: which of them nothing beats in both.
 
-    python benchmarks/front.py [--models resnet50 ...] [--ways plain ...] [--rounds 2] [--again | --times]
+    python benchmarks/front.py [--models resnet50 ...] [--ways plain ...] [--rounds 2] [--again]
 
 Eleven models at their own size of images, fp32, random weights and images; what a detector or a segmenter gives goes
 into a mean square, as their losses add nothing that a way to train could save. The ways:
@@ -21,7 +21,7 @@ one after the other. Bytes kept are PyTorch's and hf_actnn's own count before th
 it has where that does not see it.
 
 Each finished model is written to benchmarks/results/front.json at once; what is known is not measured again without
-``--again``, and with ``--times`` in time alone: for a machine on which other work ran beside it.
+``--again``.
 """
 
 from __future__ import annotations
@@ -199,17 +199,12 @@ def known() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
 
 
-def measure(
-    key: str, ways: list[str], rounds: int, told: Callable[[str], None], before: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Points of one model; where they were measured ``before``, in time and at the larger batch alone."""
+def measure(key: str, ways: list[str], rounds: int, told: Callable[[str], None]) -> dict[str, Any]:
+    """Points of one model."""
     model = MODELS[key]
     small = max(1, model.batch // 3)
     rows: dict[str, Any] = {}
     for way in ways:
-        if before and before[way]["status"] == "ok":
-            rows[way] = {**before[way], "peaks": {**before[way]["peaks"], str(model.batch): []}, "seconds": []}
-            continue
         told(f"{key}: {way}, a batch of {small}")
         first = attempt(model, way, small, timed=False)
         rows[way] = {"status": first["status"]}
@@ -239,28 +234,12 @@ def measure(
     return rows
 
 
-def timed_again(key: str, ways: list[str], rounds: int, told: Callable[[str], None]) -> dict[str, Any]:
-    """All that is known of a model, with new times of these ways and of plain training. Others keep theirs in units of
-    plain training's."""
-    before = known()[key]["ways"]
-    chosen = [way for way in before if way in ways or way == "plain"]
-    rows = measure(key, chosen, rounds, told, before)
-    factor = 1.0
-    if rows["plain"]["status"] == before["plain"]["status"] == "ok":
-        factor = rows["plain"]["seconds_per_image"] / before["plain"]["seconds_per_image"]
-    for way, row in before.items():
-        if way not in rows and "seconds_per_image" in row:
-            row["seconds_per_image"] *= factor
-    return {**before, **rows}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure what is known already")
-    parser.add_argument("--times", action="store_true", help="the times of what is known already")
     parser.add_argument("--point", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -272,12 +251,6 @@ def main() -> None:
     with Progress(len(options.models)) as progress:
         for key in options.models:
             before = known().get(key, {}).get("ways", {})
-            if options.times and before:
-                ways = timed_again(key, options.ways, options.rounds, progress.say)
-                found = {"batch": MODELS[key].batch, "environment": timing.environment(), "ways": ways}
-                timing.write("front", {"models": {**known(), key: found}})
-                progress.advance()
-                continue
             # Times are compared within a model, so what is missing has its turns beside plain training.
             missing = [way for way in options.ways if options.again or way not in before]
             if missing:

@@ -68,41 +68,6 @@ def test_points_are_measured_and_kept(monkeypatch, tmp_path):
     assert ways["L3"]["seconds_per_image"] == pytest.approx(1.5 * found["plain"]["seconds_per_image"])
 
 
-def test_times_are_measured_again(monkeypatch, tmp_path):
-    """Peaks at the small batch stay, and a way that is left out keeps its time in units of plain training's."""
-    ways = {
-        way: {
-            "status": "ok",
-            "peaks": {"4": 10, "12": [26]},
-            "peak_per_image": 2.0,
-            "seconds": [at],
-            "seconds_per_image": at,
-        }
-        for way, at in {"plain": 1.0, "L3": 9.0, "compile:0.5": 0.5}.items()
-    }
-    ways["L2"] = {"status": "error", "error": "what it was"}
-    monkeypatch.setattr(front, "MODELS", {"tiny": front.Model("test_resnet", 12)})
-    monkeypatch.setattr(front, "RESULTS", tmp_path / "results" / "front.json")
-    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
-    timing.write("front", {"models": {"tiny": {"batch": 12, "ways": ways}}})
-    took = {"plain": 24.0, "L3": 36.0}
-
-    def attempt(model: front.Model, way: str, batch: int, timed: bool = True) -> dict[str, Any]:
-        if way == "L2":
-            return {"status": "error", "error": "what it is"}
-        assert (batch, timed) == (12, True)
-        return {"status": "ok", "peak": 34, "seconds": took[way]}
-
-    monkeypatch.setattr(front, "attempt", attempt)
-    monkeypatch.setattr(sys, "argv", ["front.py", "--times", "--ways", "L2", "L3", "--rounds", "2"])
-    front.main()
-    found = json.loads(front.RESULTS.read_text())["models"]["tiny"]["ways"]
-    seconds = {way: one.get("seconds_per_image") for way, one in found.items()}
-    assert seconds == {"plain": 2.0, "L3": 3.0, "compile:0.5": 1.0, "L2": None}
-    assert found["L3"]["peaks"] == {"4": 10, "12": [34, 34]} and found["L3"]["peak_per_image"] == 3.0
-    assert found["L2"]["error"] == "what it is" and found["compile:0.5"]["peaks"] == {"4": 10, "12": [26]}
-
-
 def test_a_way_that_cannot_be_is_written_down():
     found = front.child("test_resnet", "no level", 2, True)
     assert found["status"] in ("refused", "error") and "no level" in found["error"]

@@ -384,6 +384,10 @@ def beaten(steps: list[dict[str, Any]], cpu: dict[str, Any] | None) -> list[str]
         lines += sentence(
             "CPU", f"nothing ({', '.join(ways)}; {len(cpu['models'])} of {len(front.MODELS)} models)", found
         )
+        for way in ways:
+            missing = [model for model in front.MODELS if way not in cpu["models"].get(model, {"ways": {}})["ways"]]
+            if missing:
+                lines += [f"Not measured on a CPU: {way} on {', '.join(missing)}.", ""]
     return lines
 
 

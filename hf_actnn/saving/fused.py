@@ -222,8 +222,7 @@ def _convolution(
     if len(parts) < 2:
         return None
     settings, wanted = rest[:-1], rest[-1]
-    asked = probe.other_gradients if wanted[0] else None
-    if asked == 0:
+    if probe.others == "nothing":
         wanted = [False, *wanted[1:]]
     inner: Tensor | None = None
     sums: list[Tensor | None] = [None, None]
@@ -232,7 +231,7 @@ def _convolution(
         shape = (some.stop - some.start, *saved.shape[1:])
         values = saved.kept.part(start, stop).as_strided(shape, saved.stride())
         found = function(grad[some], values, weight, bias, *settings, wanted)
-        if found[0] is not None and asked:
+        if found[0] is not None and probe.others == "size":
             square = torch.linalg.vector_norm(found[0], dtype=torch.float64).square()
             probe.energy = square if probe.energy is None else probe.energy + square
         elif found[0] is not None:

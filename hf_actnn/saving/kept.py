@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ class _Probe(threading.local):
     #: but the squared distance to it.
     undisturbed: Tensor | None = None
     energy: Tensor | None = None
-    #: What is asked of a gradient that goes to no parameter, by those who make both kinds at once: all of it if None,
-    #: else nothing (0), or its squared size (1), which goes into `energy`.
-    other_gradients: int | None = None
+    #: What is asked of a gradient that goes to no parameter: the "whole", its squared "size", or "nothing". Who makes
+    #: gradients of both kinds at once may give none for the latter two; the size then goes into `energy`.
+    others: Literal["whole", "size", "nothing"] = "whole"
 
     def begin(self) -> None:
         """A node that is listened to begins."""
@@ -66,15 +66,13 @@ class _Probe(threading.local):
             self.kept = self.noise = self.values = self.undisturbed = self.energy = None
 
     @contextlib.contextmanager
-    def asking(self, other_gradients: int | None) -> Iterator[None]:
-        """Not for what may be had for less, where someone knows how."""
-        self.other_gradients = other_gradients
-        if other_gradients:
-            self.energy = None
+    def asking(self, others: Literal["whole", "size", "nothing"]) -> Iterator[None]:
+        """A rerun of which no more is needed than this, beside gradients of parameters."""
+        self.others, self.energy = others, None
         try:
             yield
         finally:
-            self.other_gradients = None
+            self.others = "whole"
 
 
 probe = _Probe()

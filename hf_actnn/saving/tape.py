@@ -284,7 +284,7 @@ class Tape:
         incoming = [grad.numel() for grad in grad_outputs if grad is not None]
         sums = len(incoming) == 1 and any(grad_inputs[j].numel() < incoming[0] for j in others)
         if node.replayable and (leaves or sums or (harmful and node.name not in _DIAGONAL)):
-            with probe.asking(1):
+            with probe.asking("size"):
                 white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
                 size = probe.energy
         if white is None:
@@ -301,7 +301,7 @@ class Tape:
             del white
         if leaves and node.replayable and self._splits(grad_outputs, node.samples):
             signed = [self._signed(grad, node.samples) for grad in grad_outputs]
-            with probe.asking(0):
+            with probe.asking("nothing"):
                 by_sample = self._run(node, again, signed, grad_inputs)
             if by_sample is not None:
                 node.energies(node.apart, leaves, by_sample)
@@ -318,7 +318,7 @@ class Tape:
             exact = node.name == "Convolution" and node.following[1] == LEAF and node.owners[1] > 0
             with (
                 probe.disturbing(kept, self._noise(kept, item), None if alone is None else grad_inputs[alone]),
-                probe.asking(0 if exact else None),
+                probe.asking("nothing" if exact else "whole"),
             ):
                 moved = self._run(node, again, grad_outputs, grad_inputs)
                 energy = probe.energy
@@ -339,7 +339,7 @@ class Tape:
                 self.harms.append(Harm(key, at, {}, [(node.following[j], size) for j in others]))
                 continue
             one = [noise if place == entry else None for place in range(len(grad_outputs))]
-            with probe.asking(None if further else 1):
+            with probe.asking("whole" if further else "size"):
                 moved = self._run(node, again, one, grad_inputs)
                 size = probe.energy
             if moved is None:
