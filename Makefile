@@ -4,12 +4,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# The extension is compiled while the libraries are installed.
+MAKEFLAGS += --jobs=2
 
 SYSTEM_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet
+# Bytecode is made by whoever imports a module first: most modules are never imported, and compiling all takes a minute.
+PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-compile
 OUT ?= out
 # An environment with the oldest host libraries that pyproject.toml allows.
 LOWEST := $(VENV)-lowest
