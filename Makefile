@@ -11,7 +11,9 @@ SYSTEM_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-# Bytecode is made by whoever imports a module first: most modules are never imported, and compiling all takes a minute.
+# Bytecode is made by whoever imports a module first, here even where the environment says that nobody shall: most
+# modules are never imported, and compiling all of them takes a minute.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-compile
 OUT ?= out
 # An environment with the oldest host libraries that pyproject.toml allows.

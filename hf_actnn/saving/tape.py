@@ -280,11 +280,16 @@ class Tape:
                     harmful.setdefault(id(kept), (kept, kept.item))
         again: Any = torch._C._current_autograd_node()
         white = size = None
+
+        def asking(less: str) -> Any:
+            # What goes on to a parameter, of a table that a convolution's input was gathered from, is read by itself.
+            return probe.asking("whole" if 0 in leaves else less)
+
         # What was broadcast gets a sum: of another size for a gradient that is alike everywhere than for noise.
         incoming = [grad.numel() for grad in grad_outputs if grad is not None]
         sums = len(incoming) == 1 and any(grad_inputs[j].numel() < incoming[0] for j in others)
         if node.replayable and (leaves or sums or (harmful and node.name not in _DIAGONAL)):
-            with probe.asking("size"):
+            with asking("size"):
                 white = self._run(node, again, [self._signed(grad) for grad in grad_outputs], grad_inputs)
                 size = probe.energy
         if white is None:
@@ -301,7 +306,7 @@ class Tape:
             del white
         if leaves and node.replayable and self._splits(grad_outputs, node.samples):
             signed = [self._signed(grad, node.samples) for grad in grad_outputs]
-            with probe.asking("nothing"):
+            with asking("nothing"):
                 by_sample = self._run(node, again, signed, grad_inputs)
             if by_sample is not None:
                 node.energies(node.apart, leaves, by_sample)
@@ -339,7 +344,7 @@ class Tape:
                 self.harms.append(Harm(key, at, {}, [(node.following[j], size) for j in others]))
                 continue
             one = [noise if place == entry else None for place in range(len(grad_outputs))]
-            with probe.asking("whole" if further else "size"):
+            with asking("whole" if further else "size"):
                 moved = self._run(node, again, one, grad_inputs)
                 size = probe.energy
             if moved is None:

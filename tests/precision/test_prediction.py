@@ -364,10 +364,45 @@ def test_a_convolution_that_is_read_in_parts(monkeypatch, kind):
         found[smallest] = read(model, run, 2)
         # A weight that is computed may itself be disturbed, so that the gradient of the input moves.
         assert len(rooms) == (0 if smallest > 1 else 2 if kind is nn.Conv2d else 4)
-    whole, parts = found.values()
-    assert parts.kept.keys() == whole.kept.keys() and len(whole.kept) >= 4
-    for key, one in whole.kept.items():
-        assert parts.kept[key].variance == pytest.approx(one.variance, rel=1e-4) and one.variance > 0, key
+    assert len(found[1].kept) >= 4 and all(one.variance > 0 for one in found[1].kept.values())
+    same_readings(*found.values())
+
+
+class Gathered(nn.Module):
+    """The gradient of a convolution's input is a parameter's: a table's."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 8)
+        self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        for module in (self.first, self.last):
+            module.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x).permute(0, 3, 1, 2).contiguous()
+        return self.last(F.gelu(self.first(x))).tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_convolution_behind_a_table_that_is_read_in_parts(monkeypatch, frozen):
+    places = torch.randint(0, 32, (16, 10, 10), generator=torch.Generator().manual_seed(1))
+    run = weighted(places, normal(16, 8, seed=9))
+    monkeypatch.setattr(fused, "RUN", 512)
+    found = {}
+    for smallest in (math.inf, 1):
+        monkeypatch.setattr(fused, "SMALLEST", {"cpu": smallest})
+        found[smallest] = read(seeded(lambda: Gathered(frozen)), run, 2)
+    same_readings(*found.values())
+
+
+def same_readings(one: Reading, other: Reading) -> None:
+    """Of what is kept, and of the mini-batch."""
+    assert other.kept.keys() == one.kept.keys()
+    assert any(item.variance > 0 for item in one.kept.values())
+    for key, item in one.kept.items():
+        assert other.kept[key].variance == pytest.approx(item.variance, rel=1e-4), key
+    for name in ("scale", "minibatch", "squared"):
+        assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-4) and getattr(one, name) > 0, name
 
 
 class Residual(nn.Module):
