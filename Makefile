@@ -4,8 +4,6 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-# The extension is compiled while the libraries are installed.
-MAKEFLAGS += --jobs=2
 
 SYSTEM_PYTHON ?= python3
 VENV := .venv
@@ -57,13 +55,19 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-demo: $(VENV)/.libraries $(VENV)/.package  ## train two models on real images, uncompressed and at L2: a table and a picture
+# The extension is compiled while the libraries are installed. Goals of one call come one after the other.
+together = @$(MAKE) --no-print-directory --silent --jobs=2 $(VENV)/.package $(VENV)
+
+demo:  ## train two models on real images, uncompressed and at L2: a table and a picture
+	$(together)/.libraries
 	$(PYTHON) examples/demo/demo.py --out demo
 
-test: $(VENV)/.tools $(VENV)/.package  ## every test that needs no GPU
+test:  ## every test that needs no GPU
+	$(together)/.tools
 	$(PYTHON) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layers, documentation
+check:  ## formatting, lint, types, import layers, documentation
+	$(together)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
@@ -71,7 +75,8 @@ check: $(VENV)/.tools $(VENV)/.package  ## formatting, lint, types, import layer
 	$(PYTHON) -m pytest -q tests/test_layers.py
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
-bench: $(VENV)/.tools $(VENV)/.package  ## every benchmark; results as JSON in benchmarks/results
+bench:  ## every benchmark; results as JSON in benchmarks/results
+	$(together)/.tools
 	failed=; for file in benchmarks/*.py; do \
 	  grep -q '__main__' $$file || continue; \
 	  if grep -q '"--device"' $$file; then echo "== $$file: left out, docs/gpu.md says how to run it"; continue; fi; \

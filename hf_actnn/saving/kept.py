@@ -20,6 +20,8 @@ from hf_actnn import codec
 from hf_actnn.errors import SavedTensorError, message
 from hf_actnn.saving.sharded import check_gathered
 
+Others = Literal["whole", "size", "nothing"]
+
 
 class _Probe(threading.local):
     """What a tape asks of the tensors that are given back while it runs a node again; see `saving.tape`."""
@@ -35,9 +37,9 @@ class _Probe(threading.local):
     #: but the squared distance to it.
     undisturbed: Tensor | None = None
     energy: Tensor | None = None
-    #: What is asked of a gradient that goes to no parameter: the "whole", its squared "size", or "nothing". Who makes
-    #: gradients of both kinds at once may give none for the latter two; the size then goes into `energy`.
-    others: Literal["whole", "size", "nothing"] = "whole"
+    #: What is asked of the gradient of an operation's input: the "whole", its squared "size", or "nothing". Who makes
+    #: that and a parameter's at once may give none for the latter two; the size then goes into `energy`.
+    others: Others = "whole"
 
     def begin(self) -> None:
         """A node that is listened to begins."""
@@ -66,7 +68,7 @@ class _Probe(threading.local):
             self.kept = self.noise = self.values = self.undisturbed = self.energy = None
 
     @contextlib.contextmanager
-    def asking(self, others: Literal["whole", "size", "nothing"]) -> Iterator[None]:
+    def asking(self, others: Others) -> Iterator[None]:
         """A rerun of which no more is needed than this, beside gradients of parameters."""
         self.others, self.energy = others, None
         try:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
-from hf_actnn.saving.kept import Quantized, fills_its_memory, probe
+from hf_actnn.saving.kept import Others, Quantized, fills_its_memory, probe
 from hf_actnn.saving.noise import SIGNS, Noise, sign_
 
 #: Different draws of signs for samples.
@@ -281,7 +281,7 @@ class Tape:
         again: Any = torch._C._current_autograd_node()
         white = size = None
 
-        def asking(less: str) -> Any:
+        def asking(less: Others) -> Any:
             # What goes on to a parameter, of a table that a convolution's input was gathered from, is read by itself.
             return probe.asking("whole" if 0 in leaves else less)
 
