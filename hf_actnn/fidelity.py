@@ -51,8 +51,8 @@ class VarianceReport:
         measured, standard_error: of all together by Monte Carlo; None if not asked for.
         minibatch: variance of the gradient over the drawing of the batch, over the squared gradient; nan if it could
             not be told. Told from the samples of one batch as if they did not see each other: in trainings of a
-            ResNet-20, whose batch normalisations let them, up to four times what it was between batches, of a ViT
-            nearer (`benchmarks/accuracy/variance.py`). `bits="auto"` goes by differences between steps instead.
+            ResNet-20, whose batch normalisations let them, up to 4.2 times what it was between batches, of a ViT
+            up to 2.4 times (`benchmarks/accuracy/variance.py`). `bits="auto"` goes by differences between steps.
     """
 
     def __init__(

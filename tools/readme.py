@@ -16,6 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FULL_SIZE = {"resnet50": "ResNet-50", "vit_b16": "ViT-B/16", "convnext_t": "ConvNeXt-T"}
+#: Their names on the front of memory and time.
+IN_FRONT = {"resnet50": "resnet50", "vit_b16": "vit_b", "convnext_t": "convnext_t"}
+#: Of those who compress, without a compiler and without checkpoints.
+LEVELS = ("L1", "L2", "L3")
 TASKS = {
     "cifar10-resnet": "ResNet-20, CIFAR-10, accuracy",
     "cifar10-vit": "small ViT, CIFAR-10, accuracy",
@@ -54,7 +58,23 @@ def demo(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def full_size(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
+def _with_pages(front: dict[str, Any]) -> str:
+    """What steps take, of plain training, where all tensors have pages of their own."""
+    ratios = {model: _over_plain(row, "seconds_per_image").get("L3") for model, row in front["models"].items()}
+    said = [f"{ratios[model]:.2f} for {FULL_SIZE[name]}" for name, model in IN_FRONT.items() if ratios.get(model)]
+    if not said:
+        return ""
+    file = "[front.json](benchmarks/results/front.json)"
+    return f" (with pages for both, in one thread: {', '.join(said)}; {file})"
+
+
+def _over_plain(row: dict[str, Any], what: str) -> dict[str, float]:
+    """Of a model on the front: each way's figure over plain training's."""
+    found = {way: one[what] for way, one in row["ways"].items() if one["status"] == "ok"}
+    return {way: value / found["plain"] for way, value in found.items() if "plain" in found}
+
+
+def full_size(memory: dict[str, Any], step: dict[str, Any], front: dict[str, Any]) -> list[str]:
     """Bytes and times of full-size models."""
     lines = [
         "",
@@ -77,7 +97,7 @@ def full_size(memory: dict[str, Any], step: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Bytes per image. Peak memory: what another image adds to the peak of the resident set, with large tensors in "
-        "pages of their own. "
+        f"pages of their own; time with glibc's heap as it is{_with_pages(front)}. "
         "`benchmarks/memory.py` and `benchmarks/step.py` (ResNet and ConvNeXt of timm in the latter), random weights; "
         f"{machine['cpu']}, {machine['cpus']} cores ([memory.json](benchmarks/results/memory.json), "
         "[step.json](benchmarks/results/step.json)).",
@@ -102,8 +122,8 @@ def chosen_bits(fidelity: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Relative to the squared gradient, by Monte Carlo, after some hundred steps; equal bytes within 0.5 % "
-        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). From before parameters were weighted "
-        "by their number of values too ([Theory](docs/theory.md#choosing-bits)), as is ResNet-20's "
+        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). Measured with the weights of "
+        "parameters of a version before 2026-11-27 ([Theory](docs/theory.md#choosing-bits)), as was ResNet-20's "
         "score at L3 below.",
     ]
     return lines
@@ -200,48 +220,67 @@ def limits() -> str:
         f"the slowest step at L3 {times[slow]:.2f} times plain training's ({slow.split('_patch')[0]}) and the smallest "
         f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md);"
     )
-    cpu = _on_a_cpu(found)
-    slow = max(cpu, key=cpu.__getitem__)
-    lines.append(f"on a CPU {cpu[slow]:.2f} times ({slow})")
-    least = _reductions_on_a_cpu(found)
-    if least:
-        low = min(least, key=least.__getitem__)
-        lines[-1] += f" and {least[low]:.1f} times ({low}, [Memory and speed](docs/results/speed.md))"
-    lines[-1] += ";"
+    times, least = _on_a_cpu(found), _reductions_on_a_cpu(found)
+    slow, low = max(times, key=times.__getitem__), min(least, key=least.__getitem__)
+    lines.append(
+        f"on a CPU {times[slow]:.2f} times ({slow}) and {least[low]:.1f} times ({low}, "
+        "[Memory and speed](docs/results/speed.md));"
+    )
+    demo = {(run["model"], run["level"]): run["peak_rss_growth_bytes"] for run in found["demo"]["runs"]}
+    growth = {model: demo[model, "L2"] / demo[model, "none"] for model in NAMES}
+    high = max(growth, key=growth.__getitem__)
+    lines.append(f"the peak of a small model above {growth[high]:.2f} times plain training's ({NAMES[high]}, L2);")
+    lines.append(_lost(found["accuracy"]["runs"]))
+    return "\n  ".join(lines) + "\n"
+
+
+def _lost(runs: dict[str, Any]) -> str:
+    """The largest mean loss of score, of schemes with several seeds, and of those with one where that is larger."""
     sys.path[:0] = [str(ROOT / "benchmarks" / "accuracy"), str(ROOT / "benchmarks")]
     import run
 
     ours = [name for name, scheme in run.SCHEMES.items() if scheme.fields]
-    compared = [one for one in found["accuracy"]["compared"] if one["scheme"] in ours]
+    compared, single = [], {}
+    for task in TASKS:
+        plain = run.scores(runs, task, run.PLAIN)
+        for scheme in ours:
+            one = run.compared(runs, task, scheme)
+            if one is not None:
+                compared.append(one)
+            else:
+                for end, score in run.scores(runs, task, scheme).items():
+                    if end in plain:
+                        single[task, scheme] = plain[end] - score
     worst = min(compared, key=lambda one: one["difference"])
     lost, reach = (100 * abs(value) for value in (worst["difference"], worst["interval"][1] - worst["difference"]))
-    lines.append(
+    text = (
         f"the largest mean loss of score {lost:.1f} ± {reach:.1f} points "
-        f"({run.SCHEMES[worst['scheme']].title}, {TASKS[worst['task']]}; "
-        f"95 %, {worst['seeds']} seeds; [Accuracy against bits](docs/results/accuracy.md))."
+        f"({run.SCHEMES[worst['scheme']].title}, {TASKS[worst['task']]}; 95 %, {worst['seeds']} seeds"
     )
-    return "\n  ".join(lines) + "\n"
+    most = max(single, key=single.__getitem__, default=None)
+    if most is not None and 100 * single[most] > lost:
+        task, scheme = most
+        text += f"), of a single seed {100 * single[most]:.1f} ({run.SCHEMES[scheme].title}, {TASKS[task]}"
+    return f"{text}; [Accuracy against bits](docs/results/accuracy.md))."
 
 
 def _on_a_cpu(found: dict[str, Any]) -> dict[str, float]:
-    """Times of steps on a CPU over plain training's, without compiler and checkpoints."""
+    """Times of steps on a CPU over plain training's, without compiler and checkpoints, by model and level."""
     demo = {(run["model"], run["level"]): run["seconds_per_step"] for run in found["demo"]["runs"]}
-    times = {f"{NAMES[model]}, demo": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
-    times |= {model: row["over_plain"]["hf_actnn"] for model, row in found["step"]["models"].items()}
-    for model, row in found.get("front", {"models": {}})["models"].items():
-        seconds = {way: one["seconds_per_image"] for way, one in row["ways"].items() if one["status"] == "ok"}
-        if {"plain", "L3"} <= seconds.keys():
-            times[model] = seconds["L3"] / seconds["plain"]
+    times = {f"{NAMES[model]}, demo, L2": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
+    times |= {f"{model}, L3": row["over_plain"]["hf_actnn"] for model, row in found["step"]["models"].items()}
+    for model, row in found["front"]["models"].items():
+        ratios = _over_plain(row, "seconds_per_image")
+        times |= {f"{model}, {level}": ratios[level] for level in LEVELS if level in ratios}
     return times
 
 
 def _reductions_on_a_cpu(found: dict[str, Any]) -> dict[str, float]:
-    """How many times smaller the peak of a step is at L3, one that chooses bits included."""
+    """How many times smaller the peak of a step is, one that chooses bits included, by model and level."""
     peaks = {}
-    for model, row in found.get("front", {"models": {}})["models"].items():
-        of_ways = {way: one["peak_per_image"] for way, one in row["ways"].items() if one["status"] == "ok"}
-        if {"plain", "L3"} <= of_ways.keys():
-            peaks[model] = of_ways["plain"] / of_ways["L3"]
+    for model, row in found["front"]["models"].items():
+        ratios = _over_plain(row, "peak_per_image")
+        peaks |= {f"{model}, {level}": 1 / ratios[level] for level in LEVELS if level in ratios}
     return peaks
 
 
@@ -259,8 +298,9 @@ def region() -> str:
     if not path.exists():
         return "No results are stored yet: `make demo` measures on your machine.\n"
     lines = demo(json.loads(path.read_text()))
-    if (RESULTS / "memory.json").exists() and (RESULTS / "step.json").exists():
-        lines += full_size(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("memory", "step")))
+    full = [RESULTS / f"{name}.json" for name in ("memory", "step", "front")]
+    if all(path.exists() for path in full):
+        lines += full_size(*(json.loads(path.read_text()) for path in full))
     if (RESULTS / "max_batch.json").exists():
         lines += largest(json.loads((RESULTS / "max_batch.json").read_text()))
     if (RESULTS / "fidelity.json").exists():

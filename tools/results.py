@@ -101,8 +101,9 @@ def accuracy(pictures: bool) -> list[str] | None:
             "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
-            "L3 chose its bits for another weighting of parameters ([Theory](../theory.md#choosing-bits)) in the runs "
-            "of RT-DETR, and of ResNet-20 on a GPU.",
+            "In the runs of RT-DETR, and of ResNet-20 on a GPU, L3 chose its bits with the weights of parameters of a "
+            "version before 2026-11-27 ([Theory](../theory.md#choosing-bits)); ResNet-20's figures for L3 are means of "
+            "runs with both.",
             "",
         ]
     for task in run.TASKS:
@@ -428,7 +429,7 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
         (way, len(one.get("seconds", ()))) for row in results["models"].values() for way, one in row["ways"].items()
     ]
     ways, rounds = dict.fromkeys(way for way, _ in found), max(count for _, count in found)
-    command = f"python benchmarks/front.py --ways {' '.join(ways)} --rounds {rounds}"
+    command = f"python benchmarks/front.py --ways {' '.join(ways)} --rounds {rounds} --again"
     lines += source("front", command, next(iter(results["models"].values()))["environment"])
     if pictures:
         import front

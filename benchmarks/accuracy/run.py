@@ -89,7 +89,10 @@ SCHEMES = {
     "L2.5": Scheme("L2.5", _chosen(level="L2.5")),
     "L3": Scheme("L3", _chosen(level="L3")),
     "auto": Scheme('`bits="auto"`', _chosen(bits="auto")),
-    **{f"average-{bits:g}": Scheme(f"L3, {bits:g} bits", _chosen(level="L3", bits=bits)) for bits in (4, 1.5, 1.25, 1)},
+    **{
+        f"average-{bits:g}": Scheme(f"L3, {bits:g} {'bit' if bits == 1 else 'bits'}", _chosen(level="L3", bits=bits))
+        for bits in (4, 1.5, 1.25, 1)
+    },
     "original-2": Scheme("original scheme, 2 bits", None, ("--bits", "2")),
     **{
         f"original-adaptive-{bits:g}": Scheme(
