@@ -6,8 +6,11 @@ it runs is what a new process would; what a new process does before and while it
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -16,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +52,13 @@ class Forks:
         )
 
     def run(
-        self, words: Sequence[str], timeout: float, folder: Path, environment: Mapping[str, str]
+        self,
+        words: Sequence[str],
+        timeout: float,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        nested: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """What ``python *words`` does: a script or ``-m module``, and arguments.
 
@@ -55,6 +66,7 @@ class Forks:
             timeout: in seconds; then the fork is ended, with all that it started.
             folder: to run it in.
             environment: all of it. What modules read as they are imported is the server's, but for OMP_NUM_THREADS.
+            nested: a Python that it starts is a fork of it as well: see :func:`_forked`.
 
         Raises:
             subprocess.TimeoutExpired: it took longer.
@@ -62,7 +74,7 @@ class Forks:
         assert self._server.stdin is not None and self._server.stdout is not None
         with tempfile.TemporaryDirectory() as place:
             files = Path(place, "stdout"), Path(place, "stderr")
-            job = [list(words), timeout, str(folder), dict(environment), [str(file) for file in files]]
+            job = [list(words), timeout, str(folder), dict(environment), [str(file) for file in files], nested]
             try:
                 self._server.stdin.write(json.dumps(job) + "\n")
                 self._server.stdin.flush()
@@ -98,6 +110,7 @@ def _serve(modules: Sequence[str]) -> Any:
     os.dup2(2, 1)
     for name in modules:
         importlib.import_module(name)
+    gc.freeze()  # or each collection in a fork would go through all that was imported
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for line in requests:
         job = json.loads(line)
@@ -141,10 +154,97 @@ def _kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+#: What starts a new process, for who asks `subprocess` for one.
+_new_process = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+
+
+def _forked(process: Any, args: Any, *rest: Any) -> None:
+    """Start a script of this project, or of a test, in a fork of the process that asks for one: of a launcher the
+    ranks, of `hf-actnn estimate` its runs.
+
+    What acts as an interpreter starts is not there in a fork: who has HF_ACTNN in the environment gets a new process.
+    """
+    given = inspect.signature(_new_process).bind(process, args, *rest).arguments
+    environment = dict(os.environ if given["env"] is None else given["env"])
+    words = _ours(args, environment)
+    if not words or given["pass_fds"] or given["shell"]:
+        _new_process(process, args, *rest)
+        return
+    pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process.pid = os.fork()
+    if process.pid:
+        process._child_created = True
+        process._close_pipe_fds(*pipes)
+        return
+    code = 1
+    try:
+        for number, end in enumerate((pipes[0], pipes[3], pipes[5])):
+            if end != -1:
+                os.dup2(end, number)
+        if given["start_new_session"]:
+            os.setsid()
+        _forget()
+        code = _python(words, str(given["cwd"] or os.getcwd()), environment)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Not as an interpreter ends: the launcher's objects are here, without the threads that they would wait for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _ours(args: Any, environment: Mapping[str, str]) -> list[str]:
+    """What Python is to run, where a fork can do it; nothing otherwise."""
+    words = [str(word) for word in args] if isinstance(args, (list, tuple)) else []
+    if words[:1] != [sys.executable] or any(name.startswith("HF_ACTNN") for name in environment):
+        return []
+    words = words[2:] if words[1:2] == ["-u"] else words[1:]
+    script = words[:1] != [] and words[0].endswith(".py") and "site-packages" not in words[0]
+    return words if script or words[:2] == ["-m", "hf_actnn.commands.probe"] else []
+
+
+def _forget() -> None:
+    """What a launcher has asked to be done on signals and at its end, and where its script is."""
+    del sys.path[0]
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit._clear()
+    if "multiprocessing.util" in sys.modules:
+        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+
+
+def _python(words: list[str], folder: str, environment: Mapping[str, str]) -> int:
+    """What ``python *words`` does up to its end, and the code that it would end with."""
+    try:
+        _run(words, folder, environment)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    return code
+
+
+def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str], nested: bool) -> None:
     """Do what a new process would that is given these words."""
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if nested:
+        subprocess.Popen._execute_child = _forked  # type: ignore[attr-defined]
+    _run(words, folder, environment)
+
+
+def _run(words: list[str], folder: str, environment: Mapping[str, str]) -> None:
     os.chdir(folder)
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()

@@ -155,9 +155,9 @@ ABORTED_AT_THE_END = "terminate called without an active exception"
 
 def finished(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """A run of Python; a second one where two processes were started and torch aborted at the end of one."""
-    done = forks.server().run(words, 180, folder, environment)
+    done = forks.server().run(words, 180, folder, environment, nested=True)
     if done.returncode and "torch.distributed.run" in words and ABORTED_AT_THE_END in done.stderr:
-        done = forks.server().run(words, 180, folder, environment)
+        done = forks.server().run(words, 180, folder, environment, nested=True)
     return done
 
 
@@ -186,7 +186,7 @@ def test_a_path_runs_as_it_is_written(page, tmp_path, monkeypatch):
             if words[0] in NOT_RUN:
                 continue
             command = [*STARTERS.get(words[0], []), *words[1:]]
-            done = forks.server().run(command, 900, tmp_path, environment)
+            done = forks.server().run(command, 900, tmp_path, environment, nested=True)
             assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
             ran += 1
     assert ran >= 2
@@ -269,7 +269,7 @@ def test_commands_run(page, words, tmp_path):
         pictures(tmp_path / "DATA" / "cifar10")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*STARTERS.get(words[0], []), *words[1 if words[0] in {*STARTERS, "python"} else 0 :]]
-    done = forks.server().run(command, 900, tmp_path, environment)
+    done = forks.server().run(command, 900, tmp_path, environment, nested=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
 

@@ -74,3 +74,30 @@ def _is_alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+NESTED = """
+import os, subprocess, sys
+if sys.argv[1:]:
+    print(os.getppid(), os.environ.get("MINE"), "torch" in sys.modules, sys.argv[1:], flush=True)
+    sys.exit(5)
+mine = {**os.environ, "MINE": "yes"}
+for more in ({}, {"HF_ACTNN": "L2"}):
+    done = subprocess.run([sys.executable, "-u", "script.py", "a"], env=mine | more, capture_output=True, text=True)
+    print(done.returncode, done.stdout.replace(str(os.getpid()), "parent"), done.stderr, sep="|", end="")
+print(subprocess.run([sys.executable, "-c", "import sys; print('torch' in sys.modules)"], stdout=-1).stdout)
+"""
+
+
+def test_what_it_starts_is_a_fork_where_that_is_asked_for(server, tmp_path):
+    """But not what reads HF_ACTNN as it starts, and not other commands."""
+    (tmp_path / "script.py").write_text(NESTED)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_ACTNN")}
+    done = server.run(["script.py"], 60, tmp_path, environment, nested=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    forked, started, other = done.stdout.splitlines()[0], done.stdout.splitlines()[1], done.stdout.splitlines()[2]
+    assert (
+        forked == "5|parent yes True ['a']" and started == "|5|parent yes False ['a']" and other.endswith("b'False\\n'")
+    )
+    done = server.run(["script.py"], 60, tmp_path, environment)
+    assert done.stdout.splitlines()[0] == "5|parent yes False ['a']"

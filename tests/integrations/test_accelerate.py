@@ -199,10 +199,10 @@ def test_deepspeed_is_refused_in_a_trainer(arguments):
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What it starts are new processes; the launcher is a fork."""
+    """The launcher is a fork, and so are the processes that it starts."""
 
     def launched(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-        return forks.server().run(command[1:], timeout, forks.ROOT, os.environ)
+        return forks.server().run(command[1:], timeout, forks.ROOT, os.environ, nested=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed.launching, "run_to_end", launched)

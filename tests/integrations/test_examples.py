@@ -37,7 +37,7 @@ def run(command: list[str], timeout: int = 240) -> str:
     """What a command of Python prints, run in a fork. What a launcher starts are new processes."""
     assert command[0] == sys.executable
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = forks.server().run(command[1:], timeout, ROOT, environment)
+    done = forks.server().run(command[1:], timeout, ROOT, environment, nested=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -318,7 +318,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
 
     def forked(command: list[str], *, env: dict[str, str], **options: Any) -> None:
         assert options.pop("check") and command[0] == sys.executable
-        done = forks.server().run(command[1:], 240, ROOT, {**env, "PYTHONPATH": str(ROOT)})
+        done = forks.server().run(command[1:], 240, ROOT, {**env, "PYTHONPATH": str(ROOT)}, nested=True)
         assert done.returncode == 0, done.stderr[-4000:]
         trained.append(command)
 
