@@ -3,11 +3,12 @@
     python benchmarks/step_gpu.py [--models resnet50 ...] [--methods plain ...] [--budget SECONDS] [--rounds 7]
         [--out FILE] [--device cuda] [--batch N]
 
-Models are timm's, with random weights and random images, under bf16 autocast; weights are fp32. A step is forward, loss
-and backward, without the optimizer. The batch is the one at which the peak of plain training is a quarter of the
+Models have random weights and random images, under bf16 autocast; weights are fp32. They go by the names that
+``hf-actnn estimate`` takes: timm's, or ``front:segformer`` and the others of front.py. A step is forward, loss and
+backward, without the optimizer. The batch is the one at which the peak of plain training is a quarter of the
 device's memory, by a straight line through two small ones. The ways to train:
 
-* ``plain``; ``checkpoint``: timm's own gradient checkpointing; ``save_on_cpu``: PyTorch's, with pinned memory.
+* ``plain``; ``checkpoint``: the library's own gradient checkpointing; ``save_on_cpu``: PyTorch's, with pinned memory.
 * ``L2``, ``L3``, ``L4``, ``auto``: hf_actnn, with its controller called after each step. Where bits are chosen, the
   first step is measured and chooses them; those that are timed are ordinary ones. The bits that ``auto`` chooses are
   those for random weights and images.
@@ -47,10 +48,10 @@ import codec_gpu
 import max_batch
 import timing
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_actnn
+from hf_actnn.integrations import named
 
 RESULTS = Path(__file__).parent / "results" / "step_gpu.json"
 MODELS = ("resnet50", "vit_base_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224")
@@ -115,8 +116,8 @@ class Way:
         found: ``status``, "ok" until something fails, and what :meth:`prepare` finds.
     """
 
-    def __init__(self, name: str, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        self.name, self.images, self.labels = name, images, labels
+    def __init__(self, name: str, model: nn.Module, images: Tensor) -> None:
+        self.name, self.images = name, images
         self.found: dict[str, Any] = {"status": "ok"}
         self._given = model
 
@@ -132,7 +133,7 @@ class Way:
         synchronize(device)
         start = time.perf_counter()
         with self.method.around(), torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(self.method.forward(self.images), self.labels)
+            loss = named.loss(self.method.forward, self.images)
         loss.backward()
         self.method.after()
         synchronize(device)
@@ -266,15 +267,14 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         row["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     row |= {"environment": facts(device), "image_size": options.image_size, "rounds": options.rounds}
     row |= {"seconds": {}, "slow": {}, "methods": {}, "slow_methods": {}}
-    given = max_batch.build(model, "batch", 0, options.image_size).to(device)
+    given = named.load(model, options.image_size).model.to(device)
 
-    def data(batch: int) -> tuple[Tensor, Tensor]:
+    def data(batch: int) -> Tensor:
         torch.manual_seed(1)
-        images = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
-        return images, torch.randint(0, 1000, (batch,), device=device)
+        return torch.randn(batch, 3, options.image_size, options.image_size, device=device)
 
     def peak(batch: int) -> float:
-        plain = Way("plain", given, *data(batch))
+        plain = Way("plain", given, data(batch))
         plain.start()
         plain.step()  # libraries take their workspaces
         return plain.peaks()["allocated"]
@@ -283,7 +283,7 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         row["batch"], row["peaks_of_small_batches"] = batch_for(peak, SHARE * row["memory_bytes"])
     else:
         row["batch"] = options.batch
-    images, labels = data(row["batch"])
+    images = data(row["batch"])
     row["fixed_bytes"] = {
         "parameters": sum(parameter.nbytes for parameter in given.parameters()),
         "buffers": sum(buffer.nbytes for buffer in given.buffers()),
@@ -292,7 +292,7 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
     print(f"{model}: batch {row['batch']}, after {time.time() - began:.0f} s", flush=True)
 
     def prepared(name: str, samples: int = row["batch"], where: str = "methods") -> Way:
-        way = Way(name, given, images[:samples], labels[:samples])
+        way = Way(name, given, images[:samples])
         row[where][name] = way.found
         start = time.time()
         way.tried(way.prepare)
@@ -410,7 +410,7 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Run the models one after the other and print the table; ends nonzero if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of timm")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names that estimate takes")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -25,7 +25,7 @@ ON_CPU = [name for name in step_gpu.METHODS if name not in step_gpu.ON_A_DEVICE]
 @pytest.fixture
 def data():
     torch.manual_seed(0)
-    return torch.randn(4, 3, 96, 96), torch.randint(0, 1000, (4,))
+    return torch.randn(4, 3, 96, 96)
 
 
 def options(**others) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def measured(**others) -> dict:
 def test_ways_share_weights_and_differ_in_what_they_keep(data):
     """Bits are chosen once, before anything is timed."""
     given = max_batch.build("test_resnet", "batch", 4, 96)
-    ways = {name: step_gpu.Way(name, given, *data) for name in ON_CPU}
+    ways = {name: step_gpu.Way(name, given, data) for name in ON_CPU}
     for way in ways.values():
         way.prepare()
         assert way.works
@@ -65,9 +65,9 @@ def test_gradients_do_not_depend_on_who_shares(data):
     given = max_batch.build("test_resnet", "batch", 4, 96)
     apart = max_batch.build("test_resnet", "batch", 4, 96)
     for name in ("L3", "checkpoint"):
-        step_gpu.Way(name, given, *data).prepare()
+        step_gpu.Way(name, given, data).prepare()
     for model in (given, apart):
-        way = step_gpu.Way("plain", model, *data)
+        way = step_gpu.Way("plain", model, data)
         way.start()
         way.step()
     for one, other in zip(given.parameters(), apart.parameters(), strict=True):
@@ -147,7 +147,7 @@ def test_peaks_are_those_of_a_step_by_itself(monkeypatch):
         "max_memory_reserved": 3,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: events.append(name) or value)
-    way = step_gpu.Way("plain", None, SimpleNamespace(device=torch.device("cuda")), None)
+    way = step_gpu.Way("plain", None, SimpleNamespace(device=torch.device("cuda")))
     way.model = SimpleNamespace(zero_grad=lambda set_to_none: events.append("zero_grad"))
     way.step = lambda: events.append("step")
     assert way.peaks() == {"allocated": 2, "reserved": 3, "before": 1}

@@ -220,7 +220,7 @@ def limits() -> str:
     slow, high = max(times, key=times.__getitem__), min(peaks, key=peaks.__getitem__)
     lines.append(
         f"the slowest step at L3 {times[slow]:.2f} times plain training's ({slow.split('_patch')[0]}) and the smallest "
-        f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md);"
+        f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md), the time on a slow host;"
     )
     times, least = _on_a_cpu(found), _reductions_on_a_cpu(found)
     slow, low = max(times, key=times.__getitem__), min(least, key=least.__getitem__)

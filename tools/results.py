@@ -7,6 +7,7 @@ python tools/results.py --check    # exit 1 if a page is not what the files say
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import statistics
 import sys
@@ -101,9 +102,8 @@ def accuracy(pictures: bool) -> list[str] | None:
             "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
-            "In the runs of RT-DETR, and of ResNet-20 on a GPU, L3 chose its bits with the weights of parameters of a "
-            "version before 2026-11-27 ([Theory](../theory.md#choosing-bits)); ResNet-20's figures for L3 are means of "
-            "runs with both.",
+            "In the runs of RT-DETR L3 chose its bits with the weights of parameters of a version before 2026-11-27 "
+            "([Theory](../theory.md#choosing-bits)).",
             "",
         ]
     for task in run.TASKS:
@@ -322,12 +322,18 @@ def largest(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 
-def gpu_steps_shared(results: dict[str, Any]) -> list[str]:
-    """The same of a later state, on a machine that had other work."""
-    return gpu_steps(results, "step_gpu_shared", " Trainings lay stopped on the same GPU, and the host was slower.")
+#: Files of steps on a GPU -> the section's title, and what is to be said of the run.
+GPU = {
+    "step_gpu": ("On a GPU", ""),
+    "step_gpu_shared": (
+        "On a GPU with a slower host",
+        " Trainings lay stopped on the same GPU, and a call of the codec took the host 1.5 times as long.",
+    ),
+    "step_gpu_swap": ("On a GPU, an earlier state, swapping too", ""),
+}
 
 
-def gpu_steps(results: dict[str, Any], name: str = "step_gpu", more: str = "") -> list[str]:
+def gpu_steps(results: dict[str, Any], name: str) -> list[str]:
     """Time and peaks of steps on a GPU."""
     rows = []
     for model, row in results["models"].items():
@@ -339,7 +345,7 @@ def gpu_steps(results: dict[str, Any], name: str = "step_gpu", more: str = "") -
             rows[-1].append(f"{seconds / medians['plain']:.2f}")
     head = ["model", "batch", "way", "peak allocated, GiB", "peak reserved, GiB", "ms a step", "time / plain"]
     machine = next(iter(results["models"].values()))["environment"]
-    more = f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}.{more}"
+    more = f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}.{GPU[name][1]}"
     return [*table(head, rows), *source(name, "python benchmarks/step_gpu.py", machine, more)]
 
 
@@ -445,8 +451,7 @@ def cpu_front(results: dict[str, Any], pictures: bool) -> list[str]:
 def speed(pictures: bool) -> list[str]:
     """The page of memory and time."""
     memory, step, steps, cpu = load("memory"), load("step"), load("step_gpu"), load("front")
-    shared = load("step_gpu_shared")
-    lines = ["# Memory and speed", "", *beaten([one for one in (steps, shared) if one is not None], cpu)]
+    lines = ["# Memory and speed", "", *beaten([one for one in map(load, GPU) if one is not None], cpu)]
     lines += [
         "What each table counts is said in the file that made it. Peaks are of the whole process, or of the device. "
         "A date is that of a file's last measurement: other models may be from before, and from another processor.",
@@ -460,8 +465,7 @@ def speed(pictures: bool) -> list[str]:
         ("Gradient checkpointing, on a CPU", "checkpointing", cpu_checkpointing),
         ("torch.compile, on a CPU", "compiled", cpu_compiled),
         ("The largest batch under a limit", "max_batch", largest),
-        ("On a GPU", "step_gpu", gpu_steps),
-        ("On a GPU, a later state", "step_gpu_shared", gpu_steps_shared),
+        *((title, name, functools.partial(gpu_steps, name=name)) for name, (title, _) in GPU.items()),
     ):
         results = load(name)
         if results is not None:
