@@ -55,8 +55,12 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-# The extension is compiled while the libraries are installed. Goals of one call come one after the other.
-together = @$(MAKE) --no-print-directory --silent --jobs=2 $(VENV)/.package $(VENV)
+# The extension is compiled while the libraries are installed. Goals of one call come one after the other, also where
+# make was told to do several things at once: two of them would install into one environment.
+ifeq ($(MAKELEVEL),0)
+.NOTPARALLEL:
+endif
+together = @+$(MAKE) --no-print-directory --silent --jobs=2 $(VENV)/.package $(VENV)
 
 demo:  ## train two models on real images, uncompressed and at L2: a table and a picture
 	$(together)/.libraries

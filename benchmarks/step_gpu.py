@@ -5,7 +5,8 @@
 
 Models have random weights and random images, under bf16 autocast; weights are fp32. They go by the names that
 ``hf-actnn estimate`` takes: timm's, or ``front:segformer`` and the others of front.py. A step is forward, loss and
-backward, without the optimizer. The batch is the one at which the peak of plain training is a quarter of the
+backward, without the optimizer; the loss is a classifier's cross-entropy, and of what a segmenter or a detector gives a
+mean square, as in front.py. The batch is the one at which the peak of plain training is a quarter of the
 device's memory, by a straight line through two small ones. The ways to train:
 
 * ``plain``; ``checkpoint``: the library's own gradient checkpointing; ``save_on_cpu``: PyTorch's, with pinned memory.
@@ -49,6 +50,7 @@ import max_batch
 import timing
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import hf_actnn
 from hf_actnn.integrations import named
@@ -112,12 +114,16 @@ def sharing(model: nn.Module) -> nn.Module:
 class Way:
     """The model trained in one way.
 
+    Args:
+        batch: what the model is called with, on the device to train on.
+
     Attributes:
         found: ``status``, "ok" until something fails, and what :meth:`prepare` finds.
     """
 
-    def __init__(self, name: str, model: nn.Module, images: Tensor) -> None:
-        self.name, self.images = name, images
+    def __init__(self, name: str, model: nn.Module, batch: Any) -> None:
+        self.name, self.batch = name, batch
+        self.device = tree_leaves(batch)[0].device
         self.found: dict[str, Any] = {"status": "ok"}
         self._given = model
 
@@ -128,12 +134,12 @@ class Way:
 
     def step(self) -> float:
         """Seconds of one step."""
-        device = self.images.device
+        device = self.device
         self.model.zero_grad(set_to_none=True)
         synchronize(device)
         start = time.perf_counter()
         with self.method.around(), torch.autocast(device.type, torch.bfloat16):
-            loss = named.loss(self.method.forward, self.images)
+            loss = named.loss(self.method.forward, self.batch)
         loss.backward()
         self.method.after()
         synchronize(device)
@@ -142,7 +148,7 @@ class Way:
     def peaks(self) -> dict[str, Any]:
         """Bytes of the device in a step that has the allocator to itself: ``allocated`` and ``reserved`` at most, and
         ``before``, allocated when it began. Nothing on a CPU."""
-        device = self.images.device
+        device = self.device
         if device.type != "cuda":
             self.step()
             return {}
@@ -163,7 +169,7 @@ class Way:
         """Make a model that trains this way."""
         method, fields = METHODS[self.name]
         self.model = sharing(self._given)
-        self.method = max_batch.apply(method, self.model, self.images.device, **fields)
+        self.method = max_batch.apply(method, self.model, self.device, **fields)
 
     def prepare(self) -> None:
         """All that comes before steps are timed: the first step, after which bits are chosen; what is kept; peaks."""
@@ -267,11 +273,12 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         row["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     row |= {"environment": facts(device), "image_size": options.image_size, "rounds": options.rounds}
     row |= {"seconds": {}, "slow": {}, "methods": {}, "slow_methods": {}}
-    given = named.load(model, options.image_size).model.to(device)
+    found = named.load(model, options.image_size)
+    given = found.model.to(device)
 
-    def data(batch: int) -> Tensor:
+    def data(batch: int) -> Any:
         torch.manual_seed(1)
-        return torch.randn(batch, 3, options.image_size, options.image_size, device=device)
+        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, found.batch(batch))
 
     def peak(batch: int) -> float:
         plain = Way("plain", given, data(batch))
@@ -283,16 +290,17 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         row["batch"], row["peaks_of_small_batches"] = batch_for(peak, SHARE * row["memory_bytes"])
     else:
         row["batch"] = options.batch
-    images = data(row["batch"])
+    whole = data(row["batch"])
     row["fixed_bytes"] = {
         "parameters": sum(parameter.nbytes for parameter in given.parameters()),
         "buffers": sum(buffer.nbytes for buffer in given.buffers()),
-        "images": images.nbytes,
+        "images": sum(value.nbytes for value in tree_leaves(whole) if isinstance(value, Tensor)),
     }
     print(f"{model}: batch {row['batch']}, after {time.time() - began:.0f} s", flush=True)
 
     def prepared(name: str, samples: int = row["batch"], where: str = "methods") -> Way:
-        way = Way(name, given, images[:samples])
+        part = tree_map(lambda value: value[:samples] if isinstance(value, Tensor) else value, whole)
+        way = Way(name, given, part)
         row[where][name] = way.found
         start = time.time()
         way.tried(way.prepare)
@@ -407,6 +415,12 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
             line(f"  {name}", "", [gib(one) for one in found])
 
 
+def _without_out(words: Sequence[str]) -> list[str]:
+    """Arguments that say what is measured, not where it is written."""
+    skipped = {at for at, word in enumerate(words) if word == "--out"}
+    return [word for at, word in enumerate(words) if at not in skipped and at - 1 not in skipped]
+
+
 def main() -> None:
     """Run the models one after the other and print the table; ends nonzero if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -417,7 +431,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=900, help="seconds for all models together")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="in place of the one that fills a quarter of the memory")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, help="side of the images; the model's own if not given")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -431,7 +445,9 @@ def main() -> None:
     elif device.type != "cuda" or not torch.cuda.is_available():
         raise SystemExit(f"This measures CUDA devices; {device} is none that torch sees here.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"aims": AIMS, "precision": "bf16 autocast", "models": {}}) + "\n")
+    command = " ".join(["python benchmarks/step_gpu.py", *_without_out(sys.argv[1:])])
+    head = {"aims": AIMS, "precision": "bf16 autocast", "command": command}
+    options.out.write_text(json.dumps({**head, "models": {}}) + "\n")
     end, rows = time.time() + options.budget, {}
     for number, model in enumerate(options.models):
         rows[model] = run(model, options, max(end - time.time(), 0) / (len(options.models) - number))

@@ -158,6 +158,10 @@ def _kill(child: int) -> None:
 _new_process = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
+#: Of a new process's owner, mask and group -> what they are if nobody has set them.
+_UNSET = {"gid": None, "gids": None, "uid": None, "umask": -1, "process_group": -1}
+
+
 def _forked(process: Any, args: Any, *rest: Any) -> None:
     """Start a script of this project, or of a test, in a fork of the process that asks for one: of a launcher the
     ranks, of `hf-actnn estimate` its runs.
@@ -167,10 +171,14 @@ def _forked(process: Any, args: Any, *rest: Any) -> None:
     given = inspect.signature(_new_process).bind(process, args, *rest).arguments
     environment = dict(os.environ if given["env"] is None else given["env"])
     words = _ours(args, environment)
-    if not words or given["pass_fds"] or given["shell"]:
+    # What only a new process can have.
+    special = any(given.get(name) for name in ("pass_fds", "shell", "preexec_fn", "executable"))
+    special |= any(given.get(name, unset) != unset for name, unset in _UNSET.items())
+    if not words or special:
         _new_process(process, args, *rest)
         return
     pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+    of_the_parent = [end for end in (pipes[1], pipes[2], pipes[4]) if end != -1]
     sys.stdout.flush()
     sys.stderr.flush()
     process.pid = os.fork()
@@ -180,6 +188,8 @@ def _forked(process: Any, args: Any, *rest: Any) -> None:
         return
     code = 1
     try:
+        for end in of_the_parent:
+            os.close(end)  # or the end of what it reads would never come
         for number, end in enumerate((pipes[0], pipes[3], pipes[5])):
             if end != -1:
                 os.dup2(end, number)

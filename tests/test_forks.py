@@ -101,3 +101,22 @@ def test_what_it_starts_is_a_fork_where_that_is_asked_for(server, tmp_path):
     )
     done = server.run(["script.py"], 60, tmp_path, environment)
     assert done.stdout.splitlines()[0] == "5|parent yes False ['a']"
+
+
+READING = """
+import os, subprocess, sys
+if sys.argv[1:]:
+    print(sys.stdin.read(), "torch" in sys.modules)
+    sys.exit(0)
+told = {"text": True, "stdout": subprocess.PIPE, "input": "abc", "timeout": 20}
+print(subprocess.run([sys.executable, "script.py", "read"], **told).stdout, end="")
+print(subprocess.run([sys.executable, "script.py", "read"], umask=0o77, **told).stdout, end="")
+"""
+
+
+def test_what_it_starts_reads_to_the_end_of_what_it_is_given(server, tmp_path):
+    """And what asks for more than a fork can do is a new process."""
+    (tmp_path / "script.py").write_text(READING)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_ACTNN")}
+    done = server.run(["script.py"], 60, tmp_path, environment, nested=True)
+    assert (done.returncode, done.stdout) == (0, "abc True\nabc False\n"), done.stderr

@@ -33,10 +33,10 @@ def options(**others) -> argparse.Namespace:
     return argparse.Namespace(**{**chosen, **others})
 
 
-def measured(**others) -> dict:
-    """The row of a tiny model."""
+def measured(model: str = "test_resnet", **others) -> dict:
+    """The row of a model, a tiny one unless it is named."""
     row: dict = {}
-    step_gpu.measure("test_resnet", options(**others), row, lambda: None)
+    step_gpu.measure(model, options(**others), row, lambda: None)
     return row
 
 
@@ -111,6 +111,47 @@ def test_a_failure_is_noted_and_the_others_go_on(monkeypatch, capsys):
     assert "L2: out of memory" in capsys.readouterr().out
 
 
+PAIR = """
+import torch
+from torch import nn
+
+given = []
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 4))
+
+    def forward(self, pixel_values, labels, scale):
+        given.append((pixel_values.shape[0], labels.shape[0], scale))
+        return {"loss": scale * nn.functional.cross_entropy(self.body(pixel_values), labels)}
+
+
+def pair():
+    return Model(), {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 3]), "scale": 2.0}
+"""
+
+
+def test_a_model_of_ones_own_with_its_batch(tmp_path, monkeypatch):
+    """All of the batch is given to it, and its own loss is what is trained."""
+    (tmp_path / "own_pair.py").write_text(PAIR)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = measured("own_pair:pair", methods=["plain", "L2"], batch=6, image_size=None)
+    assert {name: found["status"] for name, found in row["methods"].items()} == {"plain": "ok", "L2": "ok"}
+    assert row["methods"]["L2"]["kept_bytes"] < row["methods"]["plain"]["kept_bytes"] / 4
+    assert set(sys.modules["own_pair"].given) == {(6, 6, 2.0)}
+    assert row["fixed_bytes"]["images"] == 6 * (3 * 16 * 16 * 4 + 8)
+
+
+def test_a_segmenter():
+    """Of transformers, by the name that front.py has for it: its output is no classifier's."""
+    pytest.importorskip("transformers")
+    row = measured("front:segformer", methods=["plain", "L3"], batch=1, image_size=64)
+    assert {name: found["status"] for name, found in row["methods"].items()} == {"plain": "ok", "L3": "ok"}
+    assert set(row["seconds"]) == {"plain", "L3"}
+
+
 def test_where_time_is_short(monkeypatch):
     """What no aim asks for is left out, and there are few rounds."""
     row = measured(until=time.time(), rounds=7)
@@ -182,7 +223,9 @@ def run(monkeypatch, out: Path, *others: str) -> tuple[int, dict]:
     monkeypatch.setattr(sys, "argv", ["step_gpu.py", "--device", "cpu", "--out", str(out), *others])
     with pytest.raises(SystemExit) as ended:
         step_gpu.main()
-    return int(ended.value.code), json.loads(out.read_text())["models"]
+    results = json.loads(out.read_text())
+    assert results["command"] == " ".join(["python benchmarks/step_gpu.py --device cpu", *others])
+    return int(ended.value.code), results["models"]
 
 
 def test_in_real_processes(tmp_path, monkeypatch, capfd):

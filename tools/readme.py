@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results  # in this folder
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FULL_SIZE = {"resnet50": "ResNet-50", "vit_b16": "ViT-B/16", "convnext_t": "ConvNeXt-T"}
@@ -124,9 +126,8 @@ def chosen_bits(fidelity: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Relative to the squared gradient, by Monte Carlo, after some hundred steps; equal bytes within 0.5 % "
-        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). Measured with the weights of "
-        "parameters of a version before 2026-11-27 ([Theory](docs/theory.md#choosing-bits)), as was ResNet-20's "
-        "score at L3 below.",
+        f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). Measured with earlier weights of "
+        "parameters ([Theory](docs/theory.md#choosing-bits)), as was RT-DETR's score at L3 below.",
     ]
     return lines
 
@@ -142,6 +143,7 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
         f"| trained on real images | {' | '.join([*ways.values(), 'seeds'])} |",
         f"|---|{'---|' * len(ways)}---|",
     ]
+    further = []
     for task, name in TASKS.items():
         found = {way: run.scores(accuracy["runs"], task, way) for way in ways}
         # Of the same seeds in the whole row: a scheme that has more of them has others.
@@ -156,13 +158,22 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
             cells.append(f"{100 * statistics.mean(values[end] for end in ends):.1f}{more}")
         where = " (on a GPU)" if all("@" in end for end in ends) else ""
         lines.append(f"| {name}{where} | {' | '.join([*cells, str(len(seeds))])} |")
+        for way in ("auto", "L3"):
+            whole = run.compared(accuracy["runs"], task, way)
+            if whole is not None and whole["pairs"] > len(ends):
+                further.append(
+                    f"{ways[way]} on {name.split(',')[0]} {100 * whole['difference']:+.1f} points from uncompressed "
+                    f"({whole['seeds']} seeds, {whole['pairs']} runs)"
+                )
     if len(lines) == 3:
         return []
     return [
         *lines,
         "",
         "Means of the same seeds for all of a row; in brackets the training loss at the end relative to uncompressed, "
-        'which scatters less. Bits of L3 are 2 on average; `"auto"` chooses how many. The original scheme is that of '
+        "which scatters less. "
+        + (f"Over all of their runs: {'; '.join(further)}. " if further else "")
+        + 'Bits of L3 are 2 on average; `"auto"` chooses how many. The original scheme is that of '
         "the paper, every save for itself. Spreads, intervals, bytes and what does not hold: "
         "[Accuracy against bits](docs/results/accuracy.md) "
         "([accuracy.json](benchmarks/results/accuracy.json)).",
@@ -207,20 +218,11 @@ def limits() -> str:
         f"cosine of a gradient at fixed 4 bits {families[off]['cosine_4']:.2f} ({off.split('/')[1]}), both of "
         f"[{len(families)} families](docs/coverage.md) with random weights;"
     )
-    times, peaks = {}, {}
-    for name in ("step_gpu", "step_gpu_shared"):
-        for model, row in found[name]["models"].items():
-            if "L3" not in row["seconds"]:
-                continue  # its share of the time was over
-            median = {way: statistics.median(seconds) for way, seconds in row["seconds"].items()}
-            times[model] = max(times.get(model, 0.0), median["L3"] / median["plain"])
-            methods = row["methods"]
-            peak = methods["plain"]["allocated"] / methods["L3"]["allocated"]
-            peaks[model] = min(peaks.get(model, peak), peak)
+    times, peaks = _on_a_gpu(found)
     slow, high = max(times, key=times.__getitem__), min(peaks, key=peaks.__getitem__)
     lines.append(
-        f"the slowest step at L3 {times[slow]:.2f} times plain training's ({slow.split('_patch')[0]}) and the smallest "
-        f"reduction of a peak {peaks[high]:.1f} times ({high}), both [on a GPU](docs/gpu.md), the time on a slow host;"
+        f"the slowest step on a GPU {times[slow]:.2f} times plain training's ({slow}) and the smallest reduction of "
+        f"the allocator's peak {peaks[high]:.1f} times ({high}, [Memory and speed](docs/results/speed.md));"
     )
     times, least = _on_a_cpu(found), _reductions_on_a_cpu(found)
     slow, low = max(times, key=times.__getitem__), min(least, key=least.__getitem__)
@@ -264,6 +266,21 @@ def _lost(runs: dict[str, Any]) -> str:
         task, scheme = most
         text += f"), of a single seed {100 * single[most]:.1f} ({run.SCHEMES[scheme].title}, {TASKS[task]}"
     return f"{text}; [Accuracy against bits](docs/results/accuracy.md))."
+
+
+def _on_a_gpu(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Times of steps on a GPU over plain training's, and how many times smaller the allocator's peak is, by model,
+    level and file."""
+    times, peaks = {}, {}
+    for file in results.GPU:
+        for model, row in found[file]["models"].items():
+            for way, ratio in results.gpu_times(row).items():
+                if way in ("plain", "checkpoint"):
+                    continue
+                name = f"{model.split('_patch')[0]}, {way}, {file}.json"
+                times[name] = ratio
+                peaks[name] = row["methods"]["plain"]["allocated"] / row["methods"][way]["allocated"]
+    return times, peaks
 
 
 def _on_a_cpu(found: dict[str, Any]) -> dict[str, float]:

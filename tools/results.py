@@ -102,7 +102,7 @@ def accuracy(pictures: bool) -> list[str] | None:
             "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
-            "In the runs of RT-DETR L3 chose its bits with the weights of parameters of a version before 2026-11-27 "
+            "In the runs of RT-DETR L3 chose its bits with earlier weights of parameters "
             "([Theory](../theory.md#choosing-bits)).",
             "",
         ]
@@ -322,31 +322,54 @@ def largest(results: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", said, *source("max_batch", command, results["environment"])]
 
 
-#: Files of steps on a GPU -> the section's title, and what is to be said of the run.
+#: Files of steps on a GPU -> the section's title, today's state first.
 GPU = {
-    "step_gpu": ("On a GPU", ""),
-    "step_gpu_shared": (
-        "On a GPU with a slower host",
-        " Trainings lay stopped on the same GPU, and a call of the codec took the host 1.5 times as long.",
-    ),
-    "step_gpu_swap": ("On a GPU, an earlier state, swapping too", ""),
+    "step_gpu": "On a GPU",
+    "step_gpu_l4": "On a GPU, swapping (L4)",
+    "step_gpu_shared": "On a GPU, an earlier state on a slower host",
+    "step_gpu_swap": "On a GPU, an earlier state still",
 }
+
+
+def gpu_times(row: dict[str, Any]) -> dict[str, float]:
+    """Way -> time of a step over plain training's, of a model on a GPU."""
+    found = {name.removesuffix(" / plain"): ratio for name, ratio in row["ratios"].items() if name.endswith(" / plain")}
+    found = {way: ratio for way, ratio in found.items() if way in row["methods"]}
+    return {"plain": 1.0, **found} if found else {}
+
+
+def host_slower() -> str:
+    """How much slower the host was than the one of today's state, by its part of calls of the codec."""
+    now, then = (load(name) for name in ("codec_gpu", "codec_gpu_shared"))
+    if now is None or then is None:
+        return ""
+    ratios = [then["host_us"][name] / now["host_us"][name] for name in now["host_us"] if name != "copy"]
+    return (
+        f" Trainings lay stopped on the same GPU, and calls of the codec took the host {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times as long (`codec_gpu_shared.json`)."
+    )
 
 
 def gpu_steps(results: dict[str, Any], name: str) -> list[str]:
     """Time and peaks of steps on a GPU."""
-    rows = []
+    rows, notes = [], []
     for model, row in results["models"].items():
-        medians = {way: statistics.median(values) for way, values in row["seconds"].items()}
-        for way, seconds in medians.items():
+        for way, ratio in gpu_times(row).items():
             found = row["methods"][way]
             sizes = [f"{found[key] / 2**30:.1f}" for key in ("allocated", "reserved")]
-            rows.append([model, str(row["batch"]), way, *sizes, f"{1e3 * seconds:.0f}"])
-            rows[-1].append(f"{seconds / medians['plain']:.2f}")
+            seconds = row.get("seconds", {}).get(way)
+            time = f"{1e3 * statistics.median(seconds):.0f}" if seconds else ""
+            rows.append([model, str(row["batch"]), way, *sizes, time, f"{ratio:.2f}"])
+        if "note" in row:
+            notes.append(f"{model} is {row['note']}.")
     head = ["model", "batch", "way", "peak allocated, GiB", "peak reserved, GiB", "ms a step", "time / plain"]
     machine = next(iter(results["models"].values()))["environment"]
-    more = f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}.{GPU[name][1]}"
-    return [*table(head, rows), *source(name, "python benchmarks/step_gpu.py", machine, more)]
+    more = " ".join([f" {results['precision']}; driver {machine['driver, clocks'].split(',')[0]}.", *notes])
+    if "printed" in results:
+        more += f" These are {results['printed']}."
+    if name == "step_gpu_shared":
+        more += host_slower()
+    return [*table(head, rows), *source(name, results.get("command", "python benchmarks/step_gpu.py"), machine, more)]
 
 
 def over(points: dict[str, tuple[float, float]], others: Iterable[str], model: str) -> list[str]:
@@ -374,8 +397,7 @@ def beaten(steps: list[dict[str, Any]], cpu: dict[str, Any] | None) -> list[str]
     if steps:
         found: list[str] = []
         for model, row in (pair for one in steps for pair in one["models"].items()):
-            seconds = {way: statistics.median(values) for way, values in row["seconds"].items()}
-            points = {way: (row["methods"][way]["allocated"], seconds[way]) for way in seconds}
+            points = {way: (row["methods"][way]["allocated"], ratio) for way, ratio in gpu_times(row).items()}
             found += over(points, ("plain", "checkpoint"), model)
             slow = {way: statistics.median(values) for way, values in row.get("slow", {}).items()}
             slow_points = {way: (row["slow_methods"][way].get("allocated"), slow[way]) for way in slow}
@@ -465,18 +487,14 @@ def speed(pictures: bool) -> list[str]:
         ("Gradient checkpointing, on a CPU", "checkpointing", cpu_checkpointing),
         ("torch.compile, on a CPU", "compiled", cpu_compiled),
         ("The largest batch under a limit", "max_batch", largest),
-        *((title, name, functools.partial(gpu_steps, name=name)) for name, (title, _) in GPU.items()),
+        *((title, name, functools.partial(gpu_steps, name=name)) for name, title in GPU.items()),
     ):
         results = load(name)
         if results is not None:
             lines += [f"## {title}", "", *made(results)]
     if pictures and steps is not None:
-        seconds = {
-            model: {way: statistics.median(values) for way, values in row["seconds"].items()}
-            for model, row in steps["models"].items()
-        }
         points = {
-            model: {way: (row["methods"][way]["allocated"], seconds[model][way]) for way in seconds[model]}
+            model: {way: (row["methods"][way]["allocated"], ratio) for way, ratio in gpu_times(row).items()}
             for model, row in steps["models"].items()
         }
         draw(points, ("plain", "checkpoint"), "GiB", "front.svg")

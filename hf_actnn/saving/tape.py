@@ -21,6 +21,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -281,7 +282,7 @@ class Tape:
         again: Any = torch._C._current_autograd_node()
         white = size = None
 
-        def asking(less: Others) -> Any:
+        def asking(less: Others) -> AbstractContextManager[None]:
             # What goes on to a parameter, of a table that a convolution's input was gathered from, is read by itself.
             return probe.asking("whole" if 0 in leaves else less)
 

@@ -34,7 +34,7 @@ SHORT = [
 
 
 def run(command: list[str], timeout: int = 240) -> str:
-    """What a command of Python prints, run in a fork. What a launcher starts are new processes."""
+    """What a command of Python prints, run in a fork. What it starts of ours are forks too."""
     assert command[0] == sys.executable
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     done = forks.server().run(command[1:], timeout, ROOT, environment, nested=True)
