@@ -145,6 +145,16 @@ def test_devices_are_not_paired_with_each_other():
     assert run.done({"cifar10-vit/L3/1@cuda": {}}, run.Key("cifar10-vit", "L3", 1))
 
 
+def test_across_devices_seeds_are_paired_only_where_that_is_asked_for():
+    runs = {
+        f"bccd-rtdetr/{scheme}/{end}": {"score": score, "losses": [1.0]}
+        for scheme, end, score in (("L3", "0@cuda", 0.5), ("L3", "1@cuda", 0.6), ("original-2", "0", 0.1))
+    } | {"bccd-rtdetr/original-2/1": {"score": 0.4, "losses": [1.0]}}
+    assert run.compared(runs, "bccd-rtdetr", "L3", "original-2") is None
+    found = run.compared(runs, "bccd-rtdetr", "L3", "original-2", across=True)
+    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.3)
+
+
 def test_without_pairs_the_repeated_runs_are_uncompressed_ones():
     """By seed: 0.5 and 0.6 uncompressed, the first of two runs; 0.3 and 0.5 at L3."""
     runs = {

@@ -55,8 +55,12 @@ def demo(results: dict[str, Any]) -> list[str]:
             f"{1e3 * run['seconds_per_step']:.0f} ms",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"`make demo`, small models on 8 x 8 digits, one seed; {results['machine']}"]
-    lines[-1] += " ([benchmarks/results/demo.json](benchmarks/results/demo.json))."
+    lines += [
+        "",
+        f"`make demo`, small models on 8 x 8 digits, batches of {results['runs'][0]['batch']}, large tensors in pages "
+        f"of their own, one seed; {results['machine']} "
+        "([benchmarks/results/demo.json](benchmarks/results/demo.json)).",
+    ]
     return lines
 
 
@@ -149,18 +153,23 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
         # Of the same seeds in the whole row: a scheme that has more of them has others.
         ends = sorted(set.intersection(*(set(values) for values in found.values())))
         seeds = {end.partition("@")[0] for end in ends}
+        runs = {key: one for key, one in accuracy["runs"].items() if key.rpartition("/")[2] in ends}
+        where = " (on a GPU)" if all("@" in end for end in ends) else ""
+        if len(seeds) < SEEDS:
+            # By seed alone, where schemes ran on different devices. Losses are of pairs on one device all the same.
+            found = {way: run.of_seeds(values) for way, values in found.items()}
+            ends = sorted(seeds := set.intersection(*(set(values) for values in found.values())))
+            runs, where = accuracy["runs"], " (some runs on a GPU)"
         if len(seeds) < SEEDS:
             continue  # a task counts when all of its seeds are there
-        runs = {key: one for key, one in accuracy["runs"].items() if key.rpartition("/")[2] in ends}
         cells = []
         for way, values in found.items():
             more = "" if way == run.PLAIN else f" ({100 * run.loss(runs, task, way)[0]:+.1f} %)"
             cells.append(f"{100 * statistics.mean(values[end] for end in ends):.1f}{more}")
-        where = " (on a GPU)" if all("@" in end for end in ends) else ""
         lines.append(f"| {name}{where} | {' | '.join([*cells, str(len(seeds))])} |")
         for way in ("auto", "L3"):
             whole = run.compared(accuracy["runs"], task, way)
-            if whole is not None and whole["pairs"] > len(ends):
+            if whole is not None and runs is not accuracy["runs"] and whole["pairs"] > len(ends):
                 further.append(
                     f"{ways[way]} on {name.split(',')[0]} {100 * whole['difference']:+.1f} points from uncompressed "
                     f"({whole['seeds']} seeds, {whole['pairs']} runs)"
@@ -230,10 +239,14 @@ def limits() -> str:
         f"on a CPU {times[slow]:.2f} times ({slow}) and {least[low]:.1f} times ({low}, "
         "[Memory and speed](docs/results/speed.md));"
     )
-    demo = {(run["model"], run["level"]): run["peak_rss_growth_bytes"] for run in found["demo"]["runs"]}
+    demo = {(run["model"], run["level"]): run["peak_rss_growth_bytes"] for run in found["demo_heap"]["runs"]}
     growth = {model: demo[model, "L2"] / demo[model, "none"] for model in NAMES}
     high = max(growth, key=growth.__getitem__)
-    lines.append(f"the peak of a small model above {growth[high]:.2f} times plain training's ({NAMES[high]}, L2);")
+    lines.append(
+        f"the peak of a small model in batches of {found['demo_heap']['runs'][0]['batch']} {growth[high]:.2f} times "
+        f"plain training's ({NAMES[high]}, L2, glibc's heap as it is; "
+        "[demo_heap.json](benchmarks/results/demo_heap.json), `demo.py --batch 64 --heap`);"
+    )
     lines.append(_lost(found["accuracy"]["runs"]))
     return "\n  ".join(lines) + "\n"
 
@@ -285,8 +298,10 @@ def _on_a_gpu(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]
 
 def _on_a_cpu(found: dict[str, Any]) -> dict[str, float]:
     """Times of steps on a CPU over plain training's, without compiler and checkpoints, by model and level."""
-    demo = {(run["model"], run["level"]): run["seconds_per_step"] for run in found["demo"]["runs"]}
-    times = {f"{NAMES[model]}, demo, L2": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
+    times = {}
+    for file in ("demo", "demo_heap"):
+        demo = {(run["model"], run["level"]): run["seconds_per_step"] for run in found[file]["runs"]}
+        times |= {f"{NAMES[model]}, {file}, L2": demo[model, "L2"] / demo[model, "none"] for model in NAMES}
     times |= {f"{model}, L3": row["over_plain"]["hf_actnn"] for model, row in found["step"]["models"].items()}
     for model, row in found["front"]["models"].items():
         ratios = _over_plain(row, "seconds_per_image")

@@ -58,6 +58,9 @@ def verdicts(runs: dict[str, Any]) -> list[str]:
         ):
             found = run.compared(runs, task, scheme, other)
             if found is None:
+                found = run.compared(runs, task, scheme, other, across=True)
+                claim += ", some seeds of the one on a CPU and of the other on a GPU"
+            if found is None:
                 continue
             mean, low, high = (100 * value for value in (found["difference"], *found["interval"]))
             if scheme == run.REPEATED:

@@ -183,17 +183,30 @@ def scores(runs: dict[str, Any], task: str, scheme: str) -> dict[str, float]:
     return {key.removeprefix(start): run["score"] for key, run in sorted(runs.items()) if key.startswith(start)}
 
 
-def by_seed(values: dict[str, float]) -> list[float]:
+def of_seeds(values: dict[str, float]) -> dict[str, float]:
     """One value for each seed, the mean over its devices: what a seed decides is drawn once on all of them."""
     found: dict[str, list[float]] = {}
     for end, value in values.items():
         found.setdefault(end.partition("@")[0], []).append(value)
-    return [statistics.mean(found[seed]) for seed in sorted(found)]
+    return {seed: statistics.mean(found[seed]) for seed in sorted(found)}
 
 
-def compared(runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN) -> dict[str, Any] | None:
-    """A scheme's scores minus another's, paired by seed and device: mean over seeds, standard error, 95 % interval."""
+def by_seed(values: dict[str, float]) -> list[float]:
+    """The same without the seeds."""
+    return list(of_seeds(values).values())
+
+
+def compared(
+    runs: dict[str, Any], task: str, scheme: str, other: str = PLAIN, across: bool = False
+) -> dict[str, Any] | None:
+    """A scheme's scores minus another's, paired by seed and device: mean over seeds, standard error, 95 % interval.
+
+    Args:
+        across: paired by seed alone, where the schemes ran on different devices.
+    """
     ours, theirs = scores(runs, task, scheme), scores(runs, task, other)
+    if across:
+        ours, theirs = of_seeds(ours), of_seeds(theirs)
     ends = sorted(ours.keys() & theirs.keys())
     differences = by_seed({end: ours[end] - theirs[end] for end in ends})
     seeds = len(differences)

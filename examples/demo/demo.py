@@ -3,7 +3,9 @@
     python examples/demo/demo.py --out demo
 
 Prints one table and writes it as `demo.json` and as a picture, `demo.png`. Each row is a run of `train.py` in its own
-process, with the same seed, the same split and the same order of the data.
+process, with the same seed, the same split and the same order of the data. In all of them large tensors have pages of
+their own, so that the peak is what was in use at once; in the C library's heap, which `--heap` leaves them in, what was
+freed may stay.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ TITLES = {"vit": "Hugging Face ViT", "resnet": "Hugging Face ResNet"}
 COLUMNS = ("model", "level", "test accuracy", "activations per image", "ratio", "peak RSS growth", "time per step")
 
 
-def run(model: str, level: str, folder: Path, epochs: float | None) -> dict[str, Any]:
+#: For glibc: tensors of 128 KiB and more outside of its heap.
+PAGES = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def run(model: str, level: str, folder: Path, words: list[str], heap: bool) -> dict[str, Any]:
     """Train once in a process of its own and read what it measured."""
     result = folder / f"{model}-{level}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "train.py"), "--model", model, "--level", level, "--result", str(result)]
-    if epochs is not None:
-        command += ["--epochs", str(epochs)]
+    command += words
     print(f"\n{TITLES[model]}, {'uncompressed' if level == 'none' else level}", flush=True)
     # Waiting threads sleep instead of spinning: on a machine that is busy otherwise, spinning costs many times more.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **({} if heap else PAGES), **os.environ}
     # stdout carries the figures, read from the file instead; stderr carries the Trainer's progress bar.
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return json.loads(result.read_text())
@@ -90,7 +95,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(levels), frameon=False)
-    figure.suptitle("Training on scikit-learn's digits, same seed and data order", fontsize=11)
+    title = f"Training on scikit-learn's digits, batches of {results[0]['batch']}, same seed and data order"
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130)
 
@@ -101,10 +107,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--levels", nargs="+", default=["none", "L2"])
     parser.add_argument("--epochs", type=float, help="for a shorter run")
+    parser.add_argument("--batch", type=int, help="images in a batch, in place of 256")
+    parser.add_argument("--heap", action="store_true", help="leave large tensors in the C library's heap")
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    results = [run(model, level, options.out, options.epochs) for model in options.models for level in options.levels]
+    given = {"--epochs": options.epochs, "--batch": options.batch}
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    rows = [(model, level) for model in options.models for level in options.levels]
+    results = [run(model, level, options.out, words, options.heap) for model, level in rows]
     text = table([row(result) for result in results])
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     (options.out / "demo.json").write_text(json.dumps({"machine": machine, "runs": results}, indent=2) + "\n")

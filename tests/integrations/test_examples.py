@@ -323,9 +323,9 @@ def test_demo(tmp_path, monkeypatch, capsys):
         trained.append(command)
 
     monkeypatch.setattr(demo.subprocess, "run", forked)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--epochs", "0.1"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--epochs", "0.1", "--batch", "32"])
     demo.main()
-    assert len(trained) == 4
+    assert len(trained) == 4 and all(command[-4:] == ["--epochs", "0.1", "--batch", "32"] for command in trained)
     printed = capsys.readouterr().out
     assert "test accuracy" in printed
     assert printed.count("uncompressed") >= 2
