@@ -139,7 +139,7 @@ def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
     """Do one run."""
     task, scheme = TASKS[key.task], SCHEMES[key.scheme]
     if short:
-        task = task._replace(arguments=[*task.arguments, "--max_steps", "60"])
+        task = task._replace(arguments=[*task.arguments, "--max_steps", "20"])
     launcher: list[str | Path] = [LAUNCHERS[key.task]] if key.task in LAUNCHERS else []
     if scheme.original is not None:
         launcher += [Path(__file__).parent / "original.py", *scheme.original]
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), help="of these tasks alone")
     parser.add_argument("--level", nargs="+", choices=list(SCHEMES), metavar="SCHEME", help=", ".join(SCHEMES))
     parser.add_argument("--seeds", type=int, help="so many seeds, from 0 on; those of the grid if not given")
-    parser.add_argument("--short", action="store_true", help="60 steps: whether it runs, not how well")
+    parser.add_argument("--short", action="store_true", help="20 steps: whether it runs, not how well")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; seconds are then no measurement")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--keep", action="store_true", help="keep rows of one's own")

@@ -308,7 +308,7 @@ def test_checkpoints_are_saved_and_resumed(tmp_path):
     words += ["--resume_from_checkpoint", "out/checkpoint-2", "--actnn", "L3"]
     resumed = run(script, tmp_path, *words, forked=False)
     assert resumed.code == 0, resumed.said
-    assert_compressed(tmp_path, ratio=3, steps=2)
+    assert assert_compressed(tmp_path, ratio=3, steps=2)["config"]["level"] == "L3"
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["ActNNCallback"]["attributes"]["saved"]["steps"] == 2
     histories = [re.search(r"^history (.+)$", done.printed, re.MULTILINE)[1] for done in (whole, resumed)]
