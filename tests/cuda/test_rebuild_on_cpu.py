@@ -13,6 +13,8 @@ from tests.cuda.test_backward_on_cpu import GELU, GELU_TANH, SILU, WIDTHS
 from tests.cuda.test_on_cpu import BITS, CUTS, Large, sample
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
+#: Of channels: how many, and how many values one has before the next.
+SHAPES = ((5, 3), (3, 16), (8, 1), (64, 1), (1, 1), (7, 49))
 ACTIVATIONS = {GELU: F.gelu, GELU_TANH: partial(F.gelu, approximate="tanh"), SILU: F.silu}
 
 
@@ -94,7 +96,7 @@ def check_activation(kernels, x, bits, row_length: int, group_size: int = 256) -
 def check_in_place(kernels, n: int, dtype: torch.dtype) -> None:
     values = sample(n, dtype, n)
     mask = reference.pack_mask(sample(n, dtype, n + 1), "gt", 0.0, 0.0)
-    for channels, inner in ((5, 3), (3, 16), (8, 1), (64, 1), (1, 1), (7, 49)):
+    for channels, inner in SHAPES:
         scale, shift = coefficients(channels, 1), coefficients(channels, 2)
         plain = mapped(values, scale, shift, inner)
         assert alike(kernels.affine(values, scale, shift, inner), plain)
@@ -129,12 +131,13 @@ def test_in_place(kernels, dtype, offset):
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts(kernels, name, dtype):
+    """A width of codes meets two of the shapes of channels at a number of rows, all six over numbers or dtypes."""
     row_length, group_size, rows = CUTS[name]
-    for count in rows[:3]:
+    for number, count in enumerate(rows[:3], start=NARROW.index(dtype)):
         for bits in BITS:
             x = sample(count * row_length, dtype, count)
-            for channels, inner in ((5, 3), (3, 16), (8, 1), (64, 1), (1, 1), (7, 49)):
-                check_by_channel(kernels, x, bits, row_length, group_size, channels, inner)
+            for shape in (SHAPES[(bits + number) % 3], SHAPES[(bits + number) % 3 + 3]):
+                check_by_channel(kernels, x, bits, row_length, group_size, *shape)
             check_by_row(kernels, x, bits, row_length, group_size, row_length)
             check_activation(kernels, x, bits, row_length, group_size)
 
