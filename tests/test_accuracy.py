@@ -217,10 +217,11 @@ def test_losses_and_bytes_are_those_of_the_same_task():
 
 def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):
     """Whatever else runs train.py: the model of the ResNet's task is known to timm by that alone."""
-    calls, of_threads = [], []
+    calls, of_threads, given = [], [], []
 
     def run_one(task, seed, data, words=(), launcher=(), device="cpu", threads=1):
         assert device == "cuda"
+        given.append([*words])
         calls.append([*map(str, launcher)])
         of_threads.append(threads)
         return {"score": 0.0, "losses": []}
@@ -233,6 +234,10 @@ def test_a_task_has_its_launcher_under_every_scheme(monkeypatch):
     assert not any("small.py" in part for one in calls[1::2] for part in one)
     assert sum(any("original.py" in part for part in one) for one in calls[::2]) == 4
     assert sorted(of_threads) == [1] * (2 * len(run.SCHEMES) - 2) + [2, 2]  # the control alone
+    for scheme in (run.PLAIN, "L3", "original-2"):  # a short run logs its losses all the same
+        given.clear()
+        run.trained(run.Key("cifar10-resnet", scheme, 0, "cuda"), Path("data"), short=True)
+        assert given[0][-4:] == ["--max_steps", "20", "--logging_steps", "10"]
 
 
 def test_variance_over_a_training(monkeypatch):

@@ -138,18 +138,17 @@ def grid() -> Iterator[Key]:
 def trained(key: Key, data: Path, short: bool = False) -> dict[str, Any]:
     """Do one run."""
     task, scheme = TASKS[key.task], SCHEMES[key.scheme]
-    if short:
-        task = task._replace(arguments=[*task.arguments, "--max_steps", "20"])
+    words = ["--max_steps", "20", "--logging_steps", "10"] if short else []
     launcher: list[str | Path] = [LAUNCHERS[key.task]] if key.task in LAUNCHERS else []
     if scheme.original is not None:
         launcher += [Path(__file__).parent / "original.py", *scheme.original]
     if scheme.fields is None:
         threads = 2 if key.scheme == REPEATED else 1
-        return examples.run(task, key.seed, data, launcher=launcher, device=key.device, threads=threads)
+        return examples.run(task, key.seed, data, words, launcher, key.device, threads)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(scheme.fields, file)
         file.flush()
-        return examples.run(task, key.seed, data, ["--actnn_config", file.name], launcher, key.device)
+        return examples.run(task, key.seed, data, ["--actnn_config", file.name, *words], launcher, key.device)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------

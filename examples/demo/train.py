@@ -82,7 +82,7 @@ def resnet() -> torch.nn.Module:
 
 
 # Model, image size, epochs, learning rate.
-MODELS = {"vit": (vit, 16, 40, 2e-3), "resnet": (resnet, 32, 16, 4e-3)}
+MODELS = {"vit": (vit, 16, 24, 2e-3), "resnet": (resnet, 32, 8, 4e-3)}
 # Large enough for the activations to be most of what training takes.
 BATCH = 256
 
