@@ -130,7 +130,7 @@ def accuracy(pictures: bool) -> list[str] | None:
     ]
     if missing:
         lines += [
-            f"Of the grid's {len(list(run.grid()))} runs {len(missing)} are "
+            f"Of the grid's {len(list(run.grid()))} runs {len(missing)} {'is' if len(missing) == 1 else 'are'} "
             "still to be done: tasks and schemes that are missing above, or have fewer seeds.",
             "",
         ]
