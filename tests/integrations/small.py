@@ -28,14 +28,14 @@ class Pictures(Dataset):
         return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
 
 
-def make_vit(dropout: float = 0.1) -> torch.nn.Module:
+def make_vit(dropout: float = 0.1, layers: int = 2) -> torch.nn.Module:
     transformers.set_seed(0)
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(
             image_size=16,
             patch_size=4,
             hidden_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             intermediate_size=128,
             hidden_dropout_prob=dropout,
