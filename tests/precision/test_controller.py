@@ -27,14 +27,6 @@ from tests.precision.small import adaptive, backward, batch, codes, gradient, he
 AVERAGES = [2, 2.5, 3, 4]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same_run(left: tuple[nn.Module, Controller], right: tuple[nn.Module, Controller], steps: range) -> None:
     """Both go on with the same gradients and bits, and have adapted."""
     for step in steps:

@@ -18,14 +18,6 @@ from hf_actnn import codec
 from tests.precision.small import LABELS, adaptive, backward, batch, codes, gradient, held, net, train, widths
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("level", ["L2.5", "L3"])
 def test_the_first_step_has_no_all_zero_sensitivities(level):
     """Of 128 samples 109 got 1 bit and 18 got 8: before anything is known, samples that are alike get alike bits."""

@@ -18,15 +18,6 @@ from hf_actnn.precision.samples import SampleTable, assign
 from hf_actnn.precision.sensitivity import harmlessness
 from tests.precision.small import adaptive, backward, batch, codes, net, widths
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # -- assign -----------------------------------------------------------------------------------------------------------
 
 
