@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported. Tests share a small machine, and two threads show what one thread would hide.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+import pytest
+
+# Before torch is imported. Two workers share a small machine, and threads that wait for each other at the end of every
+# small operation, for cores that the other worker has, take several times as long as one. What starts processes hands
+# it on.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Waiting threads sleep instead of spinning: beside another busy process spinning makes a test many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,9 +21,19 @@ import torchvision_without_cuda  # in tools/, on the path by pyproject.toml
 torchvision_without_cuda.install()
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """One, whatever an earlier test has set. Tests of the codec have two (tests/codec/conftest.py)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(config, items):
     """Slow tests come first, and tests for the GPU are skipped, with the reason, where there is none."""
-    import pytest
     import torch
 
     _slow_ones_first(items)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import docs_site  # in tools/, on the path by pyproject.toml
 import pytest
-import torch
 
 from hf_actnn import cli
 from tests import forks
@@ -23,17 +22,6 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # The commands that a page may name, besides python files of this project and targets of the Makefile.
 KNOWN = {"make", "pip", "python", "accelerate", "torchrun", "hf-actnn", "git", "ruff", "clang-format", "tools/gpu.sh"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Of blocks that run here, and of the notebook's process. On two cores that others use too, two threads that wait
-    for each other at the end of every small operation take several times as long as one."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def name(page: Path) -> str:

@@ -27,14 +27,6 @@ STOP, STEPS = 6, 12
 LOGGED = ("loss", "grad_norm", "learning_rate", "actnn_bits")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(
     arguments: Callable[..., dict[str, Any]],
     data: Any,

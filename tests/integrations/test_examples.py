@@ -36,7 +36,7 @@ SHORT = [
 def run(command: list[str], timeout: int = 240) -> str:
     """What a command of Python prints, run in a fork. What it starts of ours are forks too."""
     assert command[0] == sys.executable
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = forks.server().run(command[1:], timeout, ROOT, environment, nested=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

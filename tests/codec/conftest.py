@@ -1,4 +1,4 @@
-"""One thread: these tests are made of small tensors, on which threads wait for each other longer than they work."""
+"""Two threads, which show what one would hide: how a kernel's work is divided."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
