@@ -34,7 +34,6 @@ LARGEST = {
     "swin_tiny_patch4_window7_224": "Swin-T",
     "vit_base_patch16_224": "ViT-B/16",
 }
-SEEDS = 3
 NAMES = {"vit": "Hugging Face ViT", "resnet": "Hugging Face ResNet"}
 
 
@@ -155,19 +154,22 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
         seeds = {end.partition("@")[0] for end in ends}
         runs = {key: one for key, one in accuracy["runs"].items() if key.rpartition("/")[2] in ends}
         where = " (on a GPU)" if all("@" in end for end in ends) else ""
-        if len(seeds) < SEEDS:
+        if len(seeds) < run.SEEDS:
             # By seed alone, where schemes ran on different devices. Losses are of pairs on one device all the same.
             found = {way: run.of_seeds(values) for way, values in found.items()}
             ends = sorted(seeds := set.intersection(*(set(values) for values in found.values())))
             runs, where = accuracy["runs"], " (some runs on a GPU)"
-        if len(seeds) < SEEDS:
+        if len(seeds) < run.SEEDS:
             continue  # a task counts when all of its seeds are there
         cells = []
         for way, values in found.items():
-            more = "" if way == run.PLAIN else f" ({100 * run.loss(runs, task, way)[0]:+.1f} %)"
+            lost = None if way == run.PLAIN else run.loss(runs, task, way)
+            # A pair is of one device: not every seed may have one.
+            fewer = f", {lost.seeds} seeds" if lost is not None and lost.seeds < len(seeds) else ""
+            more = "" if lost is None else f" ({100 * lost.mean:+.1f} %{fewer})"
             cells.append(f"{100 * statistics.mean(values[end] for end in ends):.1f}{more}")
         lines.append(f"| {name}{where} | {' | '.join([*cells, str(len(seeds))])} |")
-        for way in ("auto", "L3"):
+        for way in (one for one in ways if one != run.PLAIN):
             whole = run.compared(accuracy["runs"], task, way)
             if whole is not None and runs is not accuracy["runs"] and whole["pairs"] > len(ends):
                 further.append(
@@ -179,8 +181,8 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Means of the same seeds for all of a row; in brackets the training loss at the end relative to uncompressed, "
-        "which scatters less. "
+        "Means of scores of the same seeds for all of a row; in brackets the training loss at the end relative to "
+        "uncompressed, which scatters less. "
         + (f"Over all of their runs: {'; '.join(further)}. " if further else "")
         + 'Bits of L3 are 2 on average; `"auto"` chooses how many. The original scheme is that of '
         "the paper, every save for itself. Spreads, intervals, bytes and what does not hold: "
@@ -282,8 +284,8 @@ def _lost(runs: dict[str, Any]) -> str:
 
 
 def _on_a_gpu(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Times of steps on a GPU over plain training's, and how many times smaller the allocator's peak is, by model,
-    level and file."""
+    """Times of steps on a GPU over plain training's, and how many times smaller the allocator's peak is, of what is
+    allocated and of what is reserved; by model, level and file."""
     times, peaks = {}, {}
     for file in results.GPU:
         for model, row in found[file]["models"].items():
@@ -292,7 +294,8 @@ def _on_a_gpu(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]
                     continue
                 name = f"{model.split('_patch')[0]}, {way}, {file}.json"
                 times[name] = ratio
-                peaks[name] = row["methods"]["plain"]["allocated"] / row["methods"][way]["allocated"]
+                for peak in ("allocated", "reserved"):
+                    peaks[f"{name}, {peak}"] = row["methods"]["plain"][peak] / row["methods"][way][peak]
     return times, peaks
 
 

@@ -63,6 +63,10 @@ CONVOLUTIONAL = ("cifar10-resnet", "camvid-upernet")
 POINT = 0.01
 
 
+#: So many seeds a comparison should have.
+SEEDS = 3
+
+
 class Scheme(NamedTuple):
     """How activations are kept.
 
@@ -201,7 +205,8 @@ def compared(
     """A scheme's scores minus another's, paired by seed and device: mean over seeds, standard error, 95 % interval.
 
     Args:
-        across: paired by seed alone, where the schemes ran on different devices.
+        across: paired by seed alone, a seed's score being the mean over the devices that it ran on. For schemes that
+            ran on different ones, and differences larger than what a device makes.
     """
     ours, theirs = scores(runs, task, scheme), scores(runs, task, other)
     if across:
@@ -218,6 +223,15 @@ def compared(
         **{"standard_error": error, "interval": [mean - reach, mean + reach]},
         "as_good": mean >= -max(POINT, 2 * error),
     }
+
+
+def between(runs: dict[str, Any], task: str, scheme: str, other: str) -> tuple[dict[str, Any] | None, bool]:
+    """Two schemes, neither of them uncompressed: paired by seed and device, or by seed alone where that gives more
+    seeds and the former fewer than :data:`SEEDS`; and whether the latter."""
+    found = compared(runs, task, scheme, other)
+    seeds = 0 if found is None else found["seeds"]
+    more = compared(runs, task, scheme, other, across=True) if seeds < SEEDS else None
+    return (more, True) if more is not None and more["seeds"] > seeds else (found, False)
 
 
 def unpaired(runs: dict[str, Any], task: str, scheme: str) -> dict[str, Any] | None:
@@ -293,9 +307,18 @@ def ratio(runs: dict[str, Any], task: str, scheme: str) -> float | None:
     return statistics.median(plain) / statistics.mean(kept) if plain and kept else None
 
 
-def loss(runs: dict[str, Any], task: str, scheme: str) -> tuple[float, float] | None:
-    """The training loss of the last quarter over that of uncompressed runs of the same seeds, less one: mean over
-    seeds, standard error. Both see the same batches, so it scatters far less than the score."""
+class Loss(NamedTuple):
+    """A training loss relative to the uncompressed one: mean over seeds, standard error (nan of one seed), and how many
+    seeds."""
+
+    mean: float
+    error: float
+    seeds: int
+
+
+def loss(runs: dict[str, Any], task: str, scheme: str) -> Loss | None:
+    """The training loss of the last quarter over that of uncompressed runs of the same seed and device, less one. Both
+    see the same batches, so it scatters far less than the score."""
     pairs = {
         end: (run, runs[other])
         for key, run in runs.items()
@@ -305,7 +328,8 @@ def loss(runs: dict[str, Any], task: str, scheme: str) -> tuple[float, float] | 
     over = by_seed({end: _last(run["losses"]) / _last(other["losses"]) - 1 for end, (run, other) in pairs.items()})
     if not over:
         return None
-    return statistics.mean(over), statistics.stdev(over) / math.sqrt(len(over)) if len(over) > 1 else math.nan
+    error = statistics.stdev(over) / math.sqrt(len(over)) if len(over) > 1 else math.nan
+    return Loss(statistics.mean(over), error, len(over))
 
 
 def _last(losses: list[float]) -> float:
@@ -318,6 +342,12 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
     spread = f" ± {100 * statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
     found = compared(runs, task, scheme) if scheme != PLAIN else None
     less, more = ratio(runs, task, scheme), loss(runs, task, scheme) if scheme != PLAIN else None
+    seeds = len(of_seeds(values))
+
+    def of(paired: int) -> str:
+        """Where not every seed has an uncompressed run on its device."""
+        return f", {paired} {'seed' if paired == 1 else 'seeds'}" if paired < seeds else ""
+
     cells = [
         SCHEMES[scheme].title,
         str(len(values)),
@@ -326,8 +356,11 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
         if found is None
         else "{:+.1f} ({:+.1f} to {:+.1f})".format(
             *(100 * value for value in (found["difference"], *found["interval"]))
-        ),
-        "" if more is None else f"{100 * more[0]:+.1f} %" + (f" ± {100 * more[1]:.1f}" if more[1] == more[1] else ""),
+        )
+        + of(found["seeds"]),
+        ""
+        if more is None
+        else f"{100 * more.mean:+.1f} %" + (f" ± {100 * more.error:.1f}" if more.seeds > 1 else "") + of(more.seeds),
         f"{less:.1f}x" if less else "",
     ]
     return f"| {' | '.join(cells)} |"

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Each test compiles for itself: a graph from the cache of an earlier run would not be divided, and nothing would be
-    said of it. Loops over single values compile a quarter faster than those over vectors."""
+    """Each test compiles for itself: a graph from the cache of an earlier run would not be divided, and nothing would
+    be said of it. Loops over single values compile faster than those over vectors."""
     torch._dynamo.reset()
     counters.clear()
     compiled._warned.clear()
