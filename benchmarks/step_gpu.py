@@ -1,7 +1,7 @@
 """Time and memory of a training step on a GPU: plainly, with checkpointing, at hf_actnn's levels, with save_on_cpu.
 
     python benchmarks/step_gpu.py [--models resnet50 ...] [--methods plain ...] [--budget SECONDS] [--rounds 7]
-        [--out FILE] [--device cuda] [--batch N]
+        [--out FILE] [--device cuda] [--batch N] [--image-size N]
 
 Models have random weights and random images, under bf16 autocast; weights are fp32. They go by the names that
 ``hf-actnn estimate`` takes: timm's, or ``front:segformer`` and the others of front.py. A step is forward, loss and
@@ -37,6 +37,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -115,15 +116,15 @@ class Way:
     """The model trained in one way.
 
     Args:
-        batch: what the model is called with, on the device to train on.
+        batch: what the model is called with, on the device.
+        device: to train on. A batch need not tell: not all in it are tensors.
 
     Attributes:
         found: ``status``, "ok" until something fails, and what :meth:`prepare` finds.
     """
 
-    def __init__(self, name: str, model: nn.Module, batch: Any) -> None:
-        self.name, self.batch = name, batch
-        self.device = tree_leaves(batch)[0].device
+    def __init__(self, name: str, model: nn.Module, batch: Any, device: torch.device) -> None:
+        self.name, self.batch, self.device = name, batch, device
         self.found: dict[str, Any] = {"status": "ok"}
         self._given = model
 
@@ -202,6 +203,11 @@ class Way:
         return None
 
 
+def cut(batch: Any, samples: int) -> Any:
+    """The first samples of a batch. Numbers and tensors without dimensions belong to all samples, and stay."""
+    return tree_map(lambda value: value[:samples] if isinstance(value, Tensor) and value.ndim else value, batch)
+
+
 def batch_for(peak: Callable[[int], float], target: float) -> tuple[int, dict[int, float]]:
     """The batch whose peak is a little below the target, a multiple of 8, and the peaks of the small ones that say so.
 
@@ -271,9 +277,11 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
         row["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    row |= {"environment": facts(device), "image_size": options.image_size, "rounds": options.rounds}
+    row |= {"environment": facts(device), "rounds": options.rounds}
     row |= {"seconds": {}, "slow": {}, "methods": {}, "slow_methods": {}}
     found = named.load(model, options.image_size)
+    # Channels, height and width, the model's own where no size is asked for; none where a function gave the batch.
+    row["image_shape"] = found.image
     given = found.model.to(device)
 
     def data(batch: int) -> Any:
@@ -281,7 +289,7 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
         return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, found.batch(batch))
 
     def peak(batch: int) -> float:
-        plain = Way("plain", given, data(batch))
+        plain = Way("plain", given, data(batch), device)
         plain.start()
         plain.step()  # libraries take their workspaces
         return plain.peaks()["allocated"]
@@ -294,13 +302,12 @@ def measure(model: str, options: argparse.Namespace, row: dict[str, Any], save: 
     row["fixed_bytes"] = {
         "parameters": sum(parameter.nbytes for parameter in given.parameters()),
         "buffers": sum(buffer.nbytes for buffer in given.buffers()),
-        "images": sum(value.nbytes for value in tree_leaves(whole) if isinstance(value, Tensor)),
+        "batch": sum(value.nbytes for value in tree_leaves(whole) if isinstance(value, Tensor)),
     }
     print(f"{model}: batch {row['batch']}, after {time.time() - began:.0f} s", flush=True)
 
     def prepared(name: str, samples: int = row["batch"], where: str = "methods") -> Way:
-        part = tree_map(lambda value: value[:samples] if isinstance(value, Tensor) else value, whole)
-        way = Way(name, given, part)
+        way = Way(name, given, cut(whole, samples), device)
         row[where][name] = way.found
         start = time.time()
         way.tried(way.prepare)
@@ -417,13 +424,17 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
 
 def _without_out(words: Sequence[str]) -> list[str]:
     """Arguments that say what is measured, not where it is written."""
-    skipped = {at for at, word in enumerate(words) if word == "--out"}
-    return [word for at, word in enumerate(words) if at not in skipped and at - 1 not in skipped]
+    apart = {at for at, word in enumerate(words) if word == "--out"}
+    skipped = apart | {at + 1 for at in apart}
+    return [word for at, word in enumerate(words) if at not in skipped and not word.startswith("--out=")]
 
 
 def main() -> None:
     """Run the models one after the other and print the table; ends nonzero if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Not abbreviated: --out is taken out of the command that is noted, by its name.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names that estimate takes")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--device", default="cuda")
@@ -445,7 +456,7 @@ def main() -> None:
     elif device.type != "cuda" or not torch.cuda.is_available():
         raise SystemExit(f"This measures CUDA devices; {device} is none that torch sees here.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python benchmarks/step_gpu.py", *_without_out(sys.argv[1:])])
+    command = shlex.join(["python", "benchmarks/step_gpu.py", *_without_out(sys.argv[1:])])
     head = {"aims": AIMS, "precision": "bf16 autocast", "command": command}
     options.out.write_text(json.dumps({**head, "models": {}}) + "\n")
     end, rows = time.time() + options.budget, {}

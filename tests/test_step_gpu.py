@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def measured(model: str = "test_resnet", **others) -> dict:
 def test_ways_share_weights_and_differ_in_what_they_keep(data):
     """Bits are chosen once, before anything is timed."""
     given = max_batch.build("test_resnet", "batch", 4, 96)
-    ways = {name: step_gpu.Way(name, given, data) for name in ON_CPU}
+    ways = {name: step_gpu.Way(name, given, data, data.device) for name in ON_CPU}
     for way in ways.values():
         way.prepare()
         assert way.works
@@ -65,9 +66,9 @@ def test_gradients_do_not_depend_on_who_shares(data):
     given = max_batch.build("test_resnet", "batch", 4, 96)
     apart = max_batch.build("test_resnet", "batch", 4, 96)
     for name in ("L3", "checkpoint"):
-        step_gpu.Way(name, given, data).prepare()
+        step_gpu.Way(name, given, data, data.device).prepare()
     for model in (given, apart):
-        way = step_gpu.Way("plain", model, data)
+        way = step_gpu.Way("plain", model, data, data.device)
         way.start()
         way.step()
     for one, other in zip(given.parameters(), apart.parameters(), strict=True):
@@ -123,25 +124,47 @@ class Model(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 4))
 
-    def forward(self, pixel_values, labels, scale):
-        given.append((pixel_values.shape[0], labels.shape[0], scale))
-        return {"loss": scale * nn.functional.cross_entropy(self.body(pixel_values), labels)}
+    def forward(self, scale, weight, pixel_values, labels):
+        given.append((scale, weight.item(), pixel_values.shape[0], labels.shape[0]))
+        return {"loss": scale * weight * nn.functional.cross_entropy(self.body(pixel_values), labels)}
 
 
 def pair():
-    return Model(), {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 3]), "scale": 2.0}
+    samples = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 3])}
+    return Model(), {"scale": 2.0, "weight": torch.tensor(0.5), **samples}
 """
 
 
 def test_a_model_of_ones_own_with_its_batch(tmp_path, monkeypatch):
-    """All of the batch is given to it, and its own loss is what is trained."""
+    """All of the batch is given to it, and its own loss is what is trained. Where the batch is cut, samples are: what
+    there is one of for all of them stays."""
     (tmp_path / "own_pair.py").write_text(PAIR)
     monkeypatch.syspath_prepend(tmp_path)
-    row = measured("own_pair:pair", methods=["plain", "L2"], batch=6, image_size=None)
+    apply = max_batch.apply
+
+    def on_a_cpu(method, model, device, **fields):
+        """What needs a device is plain training here."""
+        return max_batch.Method(model) if method in step_gpu.ON_A_DEVICE else apply(method, model, device, **fields)
+
+    monkeypatch.setattr(step_gpu.max_batch, "apply", on_a_cpu)
+    row = measured("own_pair:pair", methods=["plain", "L2", "save_on_cpu"], batch=8, image_size=None)
     assert {name: found["status"] for name, found in row["methods"].items()} == {"plain": "ok", "L2": "ok"}
+    assert {name: found["status"] for name, found in row["slow_methods"].items()} == {"save_on_cpu": "ok"}
     assert row["methods"]["L2"]["kept_bytes"] < row["methods"]["plain"]["kept_bytes"] / 4
-    assert set(sys.modules["own_pair"].given) == {(6, 6, 2.0)}
-    assert row["fixed_bytes"]["images"] == 6 * (3 * 16 * 16 * 4 + 8)
+    assert set(sys.modules["own_pair"].given) == {(2.0, 0.5, *sizes) for sizes in ((8, 8), (1, 1))}
+    assert row["fixed_bytes"]["batch"] == 4 + 8 * (3 * 16 * 16 * 4 + 8)
+    assert row["image_shape"] is None
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_the_images_that_were_trained_on_are_noted(size, monkeypatch):
+    """The model's own, too."""
+    shapes, loss = set(), step_gpu.named.loss
+    monkeypatch.setattr(step_gpu.named, "loss", lambda model, batch: shapes.add(batch.shape) or loss(model, batch))
+    row = measured(methods=["plain"], batch=2, image_size=size)
+    assert shapes == {(2, *row["image_shape"])}
+    assert row["fixed_bytes"]["batch"] == 4 * next(iter(shapes)).numel()
+    assert size is None or row["image_shape"] == (3, size, size)
 
 
 def test_a_segmenter():
@@ -188,7 +211,7 @@ def test_peaks_are_those_of_a_step_by_itself(monkeypatch):
         "max_memory_reserved": 3,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: events.append(name) or value)
-    way = step_gpu.Way("plain", None, SimpleNamespace(device=torch.device("cuda")))
+    way = step_gpu.Way("plain", None, None, torch.device("cuda"))
     way.model = SimpleNamespace(zero_grad=lambda set_to_none: events.append("zero_grad"))
     way.step = lambda: events.append("step")
     assert way.peaks() == {"allocated": 2, "reserved": 3, "before": 1}
@@ -224,8 +247,45 @@ def run(monkeypatch, out: Path, *others: str) -> tuple[int, dict]:
     with pytest.raises(SystemExit) as ended:
         step_gpu.main()
     results = json.loads(out.read_text())
-    assert results["command"] == " ".join(["python benchmarks/step_gpu.py --device cpu", *others])
+    assert shlex.split(results["command"]) == ["python", "benchmarks/step_gpu.py", "--device", "cpu", *others]
     return int(ended.value.code), results["models"]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_command_that_is_noted_measures_the_same(joined, tmp_path, monkeypatch):
+    """Without where it writes to, however that is said; in a shell, names with a space in them are one word."""
+    measured = []
+
+    def noted(*words: str) -> str:
+        """The command that a call with these words writes down."""
+        out = tmp_path / "with a space.json"
+        at = ["--out", str(out)] if not joined else [f"--out={out}"]
+        monkeypatch.setattr(sys, "argv", ["step_gpu.py", *words[:2], *at, *words[2:]])
+        with pytest.raises(SystemExit):
+            step_gpu.main()
+        return json.loads(out.read_text())["command"]
+
+    monkeypatch.setattr(
+        step_gpu, "run", lambda model, options, seconds: measured.append((model, options)) or {"status": "ok"}
+    )
+    command = noted("--device", "cpu", "--models", "a_model", "--methods", "plain", "L3 unfused", "--rounds", "2")
+    assert command == (
+        "python benchmarks/step_gpu.py --device cpu --models a_model --methods plain 'L3 unfused' --rounds 2"
+    )
+    assert noted(*shlex.split(command)[2:]) == command
+    first, second = measured
+    assert first == second
+    assert first[1].methods == ["plain", "L3 unfused"]
+
+
+def test_options_are_not_abbreviated(tmp_path, monkeypatch, capsys):
+    """Or the file would be part of the command that is noted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step_gpu, "run", lambda model, options, seconds: {"status": "ok"})
+    monkeypatch.setattr(sys, "argv", ["step_gpu.py", "--device", "cpu", "--ou", "rows.json"])
+    with pytest.raises(SystemExit):
+        step_gpu.main()
+    assert "unrecognized arguments: --ou rows.json" in capsys.readouterr().err
 
 
 def test_in_real_processes(tmp_path, monkeypatch, capfd):
@@ -236,6 +296,7 @@ def test_in_real_processes(tmp_path, monkeypatch, capfd):
     assert rows["no_such_model"]["status"] == "error" and "no_such_model" in rows["no_such_model"]["error"]
     assert rows["test_resnet"]["status"] == "ok" and set(rows["test_resnet"]["seconds"]) == set(ON_CPU)
     assert rows["test_resnet"]["environment"]["torch"] == torch.__version__
+    assert rows["test_resnet"]["image_shape"] == [3, 64, 64]
     printed = capfd.readouterr().out
     assert "none of L4, save_on_cpu: left out" in printed
     assert "missed" not in printed
