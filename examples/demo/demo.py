@@ -33,6 +33,17 @@ COLUMNS = ("model", "level", "test accuracy", "activations per image", "ratio", 
 PAGES = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
+def environment(heap: bool) -> dict[str, str]:
+    """What a run is given: this process's own, but for settings of malloc, which are the demo's in any shell."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    # glibc takes the same settings from here too, between others: name=value:name=value.
+    tunables = own.pop("GLIBC_TUNABLES", "").split(":")
+    others = ":".join(one for one in tunables if one and not one.startswith("glibc.malloc."))
+    own |= {"GLIBC_TUNABLES": others} if others else {}
+    # Waiting threads sleep instead of spinning: on a machine that is busy otherwise, spinning costs many times more.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **own, **({} if heap else PAGES)}
+
+
 def run(model: str, level: str, folder: Path, words: list[str], heap: bool) -> dict[str, Any]:
     """Train once in a process of its own and read what it measured."""
     result = folder / f"{model}-{level}.json"
@@ -40,10 +51,8 @@ def run(model: str, level: str, folder: Path, words: list[str], heap: bool) -> d
     command = [sys.executable, str(HERE / "train.py"), "--model", model, "--level", level, "--result", str(result)]
     command += words
     print(f"\n{TITLES[model]}, {'uncompressed' if level == 'none' else level}", flush=True)
-    # Waiting threads sleep instead of spinning: on a machine that is busy otherwise, spinning costs many times more.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **({} if heap else PAGES), **os.environ}
     # stdout carries the figures, read from the file instead; stderr carries the Trainer's progress bar.
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(heap))
     return json.loads(result.read_text())
 
 

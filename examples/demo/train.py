@@ -130,9 +130,14 @@ def main() -> None:
     options = parser.parse_args()
 
     build, size, epochs, learning_rate = MODELS[options.model]
+    train, test = Digits(train=True, size=size), Digits(train=False, size=size)
+    if not 1 <= options.batch <= len(train):
+        parser.error(
+            f"--batch takes 1 to {len(train)} images, as many as there are to train on, and got {options.batch}: "
+            "give another number, or leave it out"
+        )
     set_seed(0)
     model = build()
-    train, test = Digits(train=True, size=size), Digits(train=False, size=size)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -308,12 +309,16 @@ def test_options_that_would_do_nothing_are_refused(words, said):
         run([sys.executable, f"examples/{words[0]}", *words[1:]])
 
 
-@pytest.mark.slow
-def test_demo(tmp_path, monkeypatch, capsys):
-    """Its runs are forks, here, of a process that has imported what they import."""
+@pytest.fixture
+def demo(monkeypatch):
+    """Its module."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo"))
-    import demo
+    return importlib.import_module("demo")
 
+
+@pytest.mark.slow
+def test_demo(demo, tmp_path, monkeypatch, capsys):
+    """Its runs are forks, here, of a process that has imported what they import."""
     trained = []
 
     def forked(command: list[str], *, env: dict[str, str], **options: Any) -> None:
@@ -341,6 +346,69 @@ def test_demo(tmp_path, monkeypatch, capsys):
         assert ours["ratio"] >= 7
         assert ours["activation_bytes_per_image"] < plain["activation_bytes_per_image"] / 7
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("heap", [False, True])
+@pytest.mark.parametrize(
+    ("inherited", "kept"),
+    [
+        ({}, {}),
+        ({"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_ARENA_MAX": "1"}, {}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"}, {}),
+        (
+            {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072:glibc.cpu.x86_ibt=off", "ANOTHER": "one"},
+            {"GLIBC_TUNABLES": "glibc.cpu.x86_ibt=off", "ANOTHER": "one"},
+        ),
+    ],
+    ids=["nothing", "variables", "tunables", "others"],
+)
+def test_malloc_in_the_demo(heap, inherited, kept, demo, tmp_path, monkeypatch):
+    """A run has the threshold that the demo is about, or glibc's own, whatever the shell has."""
+    for name in [one for one in os.environ if one.startswith("MALLOC_") or one == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    given = []
+
+    def noted(command: list[str], *, env: dict[str, str], **options: Any) -> None:
+        given.append(env)
+        keys = ("test_accuracy", "activation_bytes_per_image", "ratio", "peak_rss_growth_bytes", "seconds_per_step")
+        result = {"model": "vit", "level": "none", "batch": 256, **dict.fromkeys(keys, 1)}
+        Path(command[command.index("--result") + 1]).write_text(json.dumps(result))
+
+    monkeypatch.setattr(demo.subprocess, "run", noted)
+    monkeypatch.setattr(demo, "picture", lambda results, path: None)
+    words = ["demo.py", "--out", str(tmp_path), "--models", "vit", "--levels", "none"]
+    monkeypatch.setattr(sys, "argv", [*words, "--heap"] if heap else words)
+    demo.main()
+    (found,) = given
+    malloc = {name: value for name, value in found.items() if name.startswith("MALLOC_")}
+    assert malloc == ({} if heap else {"MALLOC_MMAP_THRESHOLD_": "131072"})
+    assert {name: found[name] for name in ("GLIBC_TUNABLES", "ANOTHER") if name in found} == kept
+    assert found["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(("batch", "trains"), [(0, False), (1, True), (1297, True), (1298, False)])
+def test_a_batch_that_the_demo_has_no_images_for_is_refused(batch, trains, monkeypatch, capsys):
+    """Before it trains: what comes last reads a whole batch, and would lose the rest."""
+    spec = importlib.util.spec_from_file_location("train_of_the_demo", ROOT / "examples" / "demo" / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+
+    class Begun(Exception):
+        """There is a trainer."""
+
+    def begin(*args: Any, **options: Any) -> None:
+        raise Begun
+
+    monkeypatch.setattr(train, "Trainer", begin)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batch", str(batch)])
+    with pytest.raises(Begun if trains else SystemExit):
+        train.main()
+    if not trains:
+        assert f"--batch takes 1 to 1297 images, as many as there are to train on, and got {batch}" in (
+            capsys.readouterr().err
+        )
 
 
 DATA = os.environ.get("HF_ACTNN_DATA", "")
