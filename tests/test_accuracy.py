@@ -155,6 +155,20 @@ def test_across_devices_seeds_are_paired_only_where_that_is_asked_for():
     assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.3)
 
 
+def test_pairs_across_devices_are_for_who_has_too_few_on_one():
+    def made(*ends):
+        schemes = {"L3": ends, "original-2": ("0", "1", "2")}
+        return {f"cifar10-vit/{name}/{end}": {"score": 0.5} for name, found in schemes.items() for end in found}
+
+    def seeds(runs):
+        found, across = run.between(runs, "cifar10-vit", "L3", "original-2")
+        return found["seeds"], across
+
+    assert seeds(made("0", "1", "2", "2@cuda")) == (3, False)
+    assert seeds(made("0", "1", "2@cuda")) == (3, True)
+    assert seeds(made("0", "1")) == (2, False)  # no more seeds across
+
+
 def test_without_pairs_the_repeated_runs_are_uncompressed_ones():
     """By seed: 0.5 and 0.6 uncompressed, the first of two runs; 0.3 and 0.5 at L3."""
     runs = {
@@ -208,7 +222,7 @@ def test_losses_and_bytes_are_those_of_the_same_task():
         "cifar10-vit/original-2/1": one(2.0, actnn_bytes_per_sample=125.0),
         "cifar10-resnet/original-2/0": one(2.0, actnn_bytes_per_sample=125.0),
     }
-    assert run.loss(runs, "cifar10-vit", "L3") == pytest.approx((0.2, 0.1))
+    assert run.loss(runs, "cifar10-vit", "L3") == pytest.approx((0.2, 0.1, 2))
     assert run.loss(runs, "cifar10-resnet", "original-2") is None
     assert run.ratio(runs, "cifar10-vit", "original-2") == 4.0
     assert run.ratio(runs, "cifar10-resnet", "original-2") is None
