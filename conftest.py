@@ -21,13 +21,19 @@ import torchvision_without_cuda  # in tools/, on the path by pyproject.toml
 torchvision_without_cuda.install()
 
 
+@pytest.fixture
+def own_threads():
+    """How many a test has. Those of the codec have two (tests/codec/conftest.py)."""
+    return 1
+
+
 @pytest.fixture(autouse=True)
-def threads():
-    """One, whatever an earlier test has set. Tests of the codec have two (tests/codec/conftest.py)."""
+def threads(own_threads):
+    """So many, whatever an earlier test has set."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(own_threads)
     yield
     torch.set_num_threads(before)
 

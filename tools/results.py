@@ -379,8 +379,9 @@ def gpu_steps(results: dict[str, Any], name: str) -> list[str]:
         more += f" These are {results['printed']}."
     if name == "step_gpu_shared":
         more += host_slower()
-    command = results.get("command", "make gpu")  # which ran it before the command was written down
-    return [*table(head, rows), *source(name, command, machine, more)]
+    if "command" not in results:
+        more += " The options of this run, its shorter time above all, were not written down."
+    return [*table(head, rows), *source(name, results.get("command", "python benchmarks/step_gpu.py"), machine, more)]
 
 
 def over(points: dict[str, tuple[float, float]], others: Iterable[str], model: str) -> list[str]:
