@@ -36,10 +36,6 @@ PAGES = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 def environment(heap: bool) -> dict[str, str]:
     """What a run is given: this process's own, but for settings of malloc, which are the demo's in any shell."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    # glibc takes the same settings from here too, between others: name=value:name=value.
-    tunables = own.pop("GLIBC_TUNABLES", "").split(":")
-    others = ":".join(one for one in tunables if one and not one.startswith("glibc.malloc."))
-    own |= {"GLIBC_TUNABLES": others} if others else {}
     # Waiting threads sleep instead of spinning: on a machine that is busy otherwise, spinning costs many times more.
     return {"OMP_WAIT_POLICY": "PASSIVE", **own, **({} if heap else PAGES)}
 
