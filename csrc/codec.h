@@ -190,10 +190,15 @@ HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, const PhiloxKeys& keys, uin
   out[3] = c3;
 }
 
-// Word w of a call's four, xor the word that stands there when the call's sixteen bytes are turned by k of them, k from
-// 1 to 3. Two of the bytes that a call so gives are never functions of one another: docs/codec.md, "Dither".
+// Word w of the four whose bytes are the dither of elements 4 c + w of a call's run k, k from 0 to 3. Runs 0 and 1 have
+// the call's own words, two each, runs 2 and 3 have them xor the words that stand there when the call's sixteen bytes are
+// turned by one. Words 2 and 3 mirror words 0 and 1, so that two elements with one between them lean to either side. Two
+// bytes that are no mirror images are never functions of one another: docs/codec.md, "Dither".
 HF_ACTNN_HD uint32_t dither_word(const uint32_t call[4], int w, int k) {
-  return call[w] ^ (call[w] >> 8 * k | call[(w + 1) % 4] << (32 - 8 * k));
+  const int from = 2 * (k % 2) + w % 2;
+  const uint32_t a = call[from];
+  const uint32_t word = k < 2 ? a : a ^ (a >> 8 | call[(from + 1) % 4] << 24);
+  return w < 2 ? word : ~word;
 }
 
 // ---------------------------------------------------------------- one value

@@ -261,10 +261,14 @@ struct Simd {
       store_half_block(out + 8, _mm256_unpackhi_epi64(a, b));
     }
     static void store_half_block(uint32_t* out, __m256i words) {
-      _mm256_storeu_si256((__m256i*)out, words);
-      _mm256_storeu_si256((__m256i*)(out + 16), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 1)));
-      _mm256_storeu_si256((__m256i*)(out + 32), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 2)));
-      _mm256_storeu_si256((__m256i*)(out + 48), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 3)));
+      store_mirrored(out, words);
+      store_mirrored(out + 32, _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 1)));
+    }
+    // Words 0 and 1 of each call with their mirror images, and a run further words 2 and 3 with theirs.
+    static void store_mirrored(uint32_t* out, __m256i words) {
+      const __m256i mirror = _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1);
+      _mm256_storeu_si256((__m256i*)out, _mm256_xor_si256(_mm256_shuffle_epi32(words, 0x44), mirror));
+      _mm256_storeu_si256((__m256i*)(out + 16), _mm256_xor_si256(_mm256_shuffle_epi32(words, 0xEE), mirror));
     }
   };
   // As a shuffle: products and shifts would share two ports.

@@ -246,10 +246,14 @@ struct Simd {
       store_block(out + kDitherBlock / 4, _mm512_unpackhi_epi64(a, b));
     }
     static void store_block(uint32_t* out, __m512i words) {
-      _mm512_storeu_si512(out, words);
-      _mm512_storeu_si512(out + 16, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 1)));
-      _mm512_storeu_si512(out + 32, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 2)));
-      _mm512_storeu_si512(out + 48, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 3)));
+      store_mirrored(out, words);
+      store_mirrored(out + 32, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 1)));
+    }
+    // Words 0 and 1 of each call with their mirror images, and a run further words 2 and 3 with theirs.
+    static void store_mirrored(uint32_t* out, __m512i words) {
+      const __m512i mirror = _mm512_set4_epi32(-1, -1, 0, 0);
+      _mm512_storeu_si512(out, _mm512_xor_si512(_mm512_shuffle_epi32(words, _MM_PERM_BABA), mirror));
+      _mm512_storeu_si512(out + 16, _mm512_xor_si512(_mm512_shuffle_epi32(words, _MM_PERM_DCDC), mirror));
     }
   };
   // As a shuffle: shifts would share a port with the products.

@@ -180,14 +180,16 @@ struct Simd {
   static void stream_lines(void* out, const void* in, int64_t lines) { memcpy(out, in, (size_t)lines * 64); }
   static void stream_done() {}
 
-  // Dither of blocks of 256 elements, from call q on: for each block the sixteen words of four calls, then three times
-  // these words xor themselves, each call's sixteen bytes turned by one, two and three.
+  // Dither of blocks of 256 elements, from call q on: for each block four runs of sixteen words, four of each call.
   static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     const PhiloxKeys keys = philox_keys(seed);
     for (int64_t block = 0; block < count; ++block, q += 4, out += kDitherBlock / 4) {
-      for (int call = 0; call < 4; ++call) philox(q + (uint64_t)call, stream, keys, out + 4 * call);
-      for (int k = 1; k < 4; ++k)
-        for (int i = 0; i < 16; ++i) out[16 * k + i] = dither_word(out + i / 4 * 4, i % 4, k);
+      for (int i = 0; i < 4; ++i) {
+        uint32_t call[4];
+        philox(q + (uint64_t)i, stream, keys, call);
+        for (int k = 0; k < 4; ++k)
+          for (int w = 0; w < 4; ++w) out[16 * k + 4 * i + w] = dither_word(call, w, k);
+      }
     }
   }
 };

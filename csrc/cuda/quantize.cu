@@ -81,7 +81,7 @@ __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupS
 #pragma unroll
     for (int c = 0; c < Calls; ++c)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) turned[c][w] = k == 0 ? calls[c][w] : dither_word(calls[c], w, k);
+      for (int w = 0; w < 4; ++w) turned[c][w] = dither_word(calls[c], w, k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = 2 * k + half;
@@ -192,8 +192,7 @@ inline Scratch scratch_of(const Layout& at) {
 // The byte of element e, from the words of its block's four calls.
 __device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e) {
   const uint32_t* call = calls + e / kDitherBlock * 16 + e % 16 / 4 * 4;
-  const int k = e / kDitherRun % 4;
-  const uint32_t word = k == 0 ? call[e % 4] : dither_word(call, e % 4, k);
+  const uint32_t word = dither_word(call, e % 4, e / kDitherRun % 4);
   return (uint8_t)(word >> (8 * (e / 16 % 4)));
 }
 

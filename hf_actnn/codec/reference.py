@@ -111,17 +111,19 @@ def dither(n_groups: int, group: int, seed: int, stream: int | Tensor, device: t
     """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
     ``(byte + 1/2) / 256``, so centred within a step.
 
-    A group has ``K = ceil(group / 256)`` blocks of 256 elements, each with four calls of the generator. Element ``e``
-    of group ``g`` takes byte ``i = 4 (e % 4) + e / 16 % 4`` of the call with counter
-    ``4 (K g + e / 256) + e % 16 / 4``, and where ``k = e / 64 % 4`` is not 0 that byte xor byte ``(i + k) % 16`` of the
-    same call. Each byte is uniform and any two of them are independent: all that a mean and a variance ask for.
+    A group has ``K = ceil(group / 256)`` blocks of 256 elements, each with four calls of the generator. Where
+    ``e % 4`` is 0 or 1, element ``e`` of group ``g`` takes byte ``i = 8 (k % 2) + 4 (e % 4) + e / 16 % 4`` of the call
+    with counter ``4 (K g + e / 256) + e % 16 / 4``, ``k = e / 64 % 4``; and where ``k`` is 2 or 3 that byte xor byte
+    ``(i + 1) % 16`` of the same call. Element ``e + 2`` has the mirror image of that, ``1 - u``: the errors of such two
+    are as far apart as they can be, and in what sums over both, as a convolution's gradient does, they largely cancel.
+    Each byte is uniform, and any two that are no mirror images are independent.
     """
     blocks = _ceil(group, DITHER_BLOCK)
     words = torch.stack(philox(torch.arange(n_groups * blocks * 4, device=device), seed, stream), -1)  # [calls, 4]
     shifts = torch.arange(0, 32, 8, device=device)
     drawn = ((words.unsqueeze(-1) >> shifts) & 0xFF).flatten(1)  # [calls, 16 bytes]
-    turned = [drawn, *(drawn ^ drawn.roll(-k, 1) for k in range(1, 4))]
-    values = torch.stack(turned, 1).view(n_groups, blocks, 4, 4, 4, 4)  # group, block, call, k, word, byte
+    halves = torch.cat([drawn, drawn ^ drawn.roll(-1, 1)], 1).view(-1, 4, 1, 8)  # call, k, 1, two words of bytes
+    values = torch.cat([halves, 255 - halves], 2).view(n_groups, blocks, 4, 4, 4, 4)  # group, block, call, k, word, byte
     values = values.permute(0, 1, 3, 5, 2, 4).reshape(n_groups, blocks * DITHER_BLOCK)  # k, byte, call, word
     return (values[:, :group].to(torch.float32) + 0.5) / 256
 

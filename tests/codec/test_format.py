@@ -43,31 +43,48 @@ def test_dither_positions(group):
         for e in {0, 3, 4, 15, 16, 63, 64, 79, 150, 191, 192, 255, 256, 299, group - 1} & set(range(group)):
             words = reference.philox(torch.tensor([4 * (g * blocks + e // 256) + e % 16 // 4]), 5, 6)
             drawn = b"".join(int(word).to_bytes(4, "little") for word in words)
-            i, k = 4 * (e % 4) + e // 16 % 4, e // 64 % 4
-            byte = drawn[i] ^ (drawn[(i + k) % 16] if k else 0)
-            assert u[g, e] == (byte + 0.5) / 256
+            k = e // 64 % 4
+            i = 8 * (k % 2) + 4 * (e % 2) + e // 16 % 4
+            byte = drawn[i] ^ (drawn[(i + 1) % 16] if k >= 2 else 0)
+            assert u[g, e] == ((255 - byte if e % 4 >= 2 else byte) + 0.5) / 256
+
+
+#: Elements of a block that have bytes of their own; the one two further on has the mirror image.
+DRAWN = [e for e in range(256) if e % 4 < 2]
 
 
 def _sources(e: int) -> frozenset[tuple[int, int]]:
-    """The bytes, each (call, place), whose exclusive or is the dither of element ``e`` of a block."""
-    call, i, k = e % 16 // 4, 4 * (e % 4) + e // 16 % 4, e // 64
-    return frozenset({(call, i), (call, (i + k) % 16)})
+    """The bytes, each (call, place), whose exclusive or is the dither of element ``e`` of a block, ``e % 4 < 2``."""
+    call, k = e % 16 // 4, e // 64
+    i = 8 * (k % 2) + 4 * (e % 4) + e // 16 % 4
+    return frozenset({(call, i), (call, (i + 1) % 16)} if k >= 2 else {(call, i)})
 
 
-def test_dithers_are_pairwise_independent():
+def test_dithers_but_mirror_images_are_pairwise_independent():
     """Exclusive ors of independent uniform bytes are independent in pairs just where no two are of the same bytes."""
-    sets = [_sources(e) for e in range(256)]
-    assert len(set(sets)) == 256
+    sets = [_sources(e) for e in DRAWN]
+    assert len(set(sets)) == 128
+
+
+@pytest.mark.parametrize("group", [3, 4, 7, 64, 255, 300])
+def test_dithers_two_apart_are_mirror_images(group):
+    u = reference.dither(50, group, 5, 6)
+    first = [e for e in range(group - 2) if e % 4 < 2]
+    assert torch.equal(u[:, [e + 2 for e in first]], 1 - u[:, first])
 
 
 def test_pairs_of_dithers_in_practice():
-    """Over many groups each pair of elements has uncorrelated dithers, and uncorrelated squares."""
+    """Over many groups each pair of elements but mirror images has uncorrelated dithers, and uncorrelated squares."""
     u = reference.dither(20_000, 256, 3, 4).double() - 0.5
+    one, other = torch.triu_indices(256, 256, 1)
+    mirrored = (one % 4 < 2) & (other == one + 2)
+    assert mirrored.sum() == 128
     for values in (u, u.square() - u.square().mean()):
         scaled = values / values.square().mean().sqrt()
-        correlations = (scaled.T @ scaled / len(u))[tuple(torch.triu_indices(256, 256, 1))]
-        # 32,640 pairs: beyond six standard errors one in 10^4 runs would show, and the seed is fixed.
-        assert correlations.abs().max() < 6 / len(u) ** 0.5
+        correlations = (scaled.T @ scaled / len(u))[one, other]
+        # 32,512 pairs: beyond six standard errors one in 10^4 runs would show, and the seed is fixed.
+        assert correlations[~mirrored].abs().max() < 6 / len(u) ** 0.5
+        assert (correlations[mirrored].abs() - 1).abs().max() < 0.05  # squares of mirror images are the same
 
 
 @pytest.mark.parametrize(
