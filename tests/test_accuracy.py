@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from hf_actnn import codec
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks" / "accuracy"), str(ROOT / "benchmarks")]
@@ -74,6 +77,27 @@ def test_two_bits_are_unbiased_and_a_bias_shows(net):
     they independent."""
     assert errors(net, 2) < 1.25
     assert errors(net, 2, shift=0.2) > 1.25
+
+
+@pytest.mark.parametrize(("row", "bits"), [(4, 1), (256, 2), (300, 1), (1030, 3)])
+def test_no_two_roundings_of_the_original_scheme_are_related(row, bits):
+    """Halfway between two codes, where a mirror image is rounded the other way; a plain draw is."""
+    x = torch.full((row,), 0.5)
+    group = math.ceil(row / math.ceil(row / 256))
+    x[0::group], x[1::group] = 0.0, 1.0
+    free = (torch.arange(row) % group >= 2).nonzero().flatten()
+    rows = x.repeat(20_000, 1)
+    for packed, most in (
+        (original.Independent.of(rows, bits, 1, 2, row), 6 / len(rows) ** 0.5),
+        (codec.quantize(rows, bits, 256, 1, 2, row), None),
+    ):
+        up = (packed.dequantize() > 0.5).double()[:, free[:256]] * 2 - 1
+        correlations = (up.T @ up / len(up)).fill_diagonal_(0).abs()
+        if most is None:
+            assert correlations.max() > 0.9 or row == 4  # which has two values between its ends, next to each other
+        else:
+            assert correlations.max() < most
+    assert original.Independent.of(rows, bits, 1, 2, row).nbytes == codec.quantize(rows, bits, 256, 1, 2, row).nbytes
 
 
 def test_every_save_is_coded_for_itself(net):

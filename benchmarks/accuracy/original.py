@@ -18,7 +18,8 @@ over samples, since which sample it was is not known; averages are chosen every 
 the samples' bits from their ranges each time.
 
 Codes and their metadata are hf_actnn's: a minimum and a step are rounded before the values are, so the codes are
-unbiased, which those of the paper's implementation are not quite.
+unbiased, which those of the paper's implementation are not quite. Each value is rounded for itself, as in the paper:
+where hf_actnn's roundings mirror each other, one of them is taken from a second draw.
 """
 
 from __future__ import annotations
@@ -65,6 +66,33 @@ class Save(NamedTuple):
 class _Mask(NamedTuple):
     codes: Tensor
     like: Tensor
+
+
+class Independent(NamedTuple):
+    """A tensor coded twice: what is mirrored in the one is taken from the other, so that no two roundings are related.
+
+    It has the bytes of one of them, for codes of as many bits could be drawn so at once.
+    """
+
+    first: codec.PackedTensor
+    second: codec.PackedTensor
+    row: int
+
+    @classmethod
+    def of(cls, x: Tensor, bits: int | Tensor, seed: int, stream: int, row: int) -> Independent:
+        """``row`` values of ``x`` are cut into groups for themselves; streams ``2 stream`` and ``2 stream + 1``."""
+        draws = (codec.quantize(x, bits, GROUP, seed, 2 * stream + i, row) for i in range(2))
+        return cls(*draws, row)
+
+    @property
+    def nbytes(self) -> int:
+        return self.first.nbytes
+
+    def dequantize(self) -> Tensor:
+        group = math.ceil(self.row / math.ceil(self.row / GROUP))
+        drawn = torch.arange(self.row, device=self.first.codes.device) % group % 4 < 2
+        rows = [packed.dequantize().reshape(-1, self.row) for packed in (self.first, self.second)]
+        return torch.where(drawn, *rows).view(self.first.shape)
 
 
 class Original:
@@ -145,7 +173,7 @@ class Original:
             self._saves[index] = Save(spread, row, positions)
             bits = self._of_samples(index, spread)
         self._stream += 1
-        packed = codec.quantize(x, bits, GROUP, self._seed, self._stream, row)
+        packed = Independent.of(x, bits, self._seed, self._stream, row)
         self.nbytes += packed.nbytes
         return packed
 
