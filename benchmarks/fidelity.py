@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_actnn
+from hf_actnn.codec import native, reference
 from hf_actnn.saving import call as saving_call
 from hf_actnn.saving.identity import Registry
 from hf_actnn.saving.kept import Exact, Kept, Quantized
@@ -280,9 +281,24 @@ def straddling() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def independently() -> Iterator[None]:
+    """No two roundings mirror each other: what mirrors is taken from a stream of its own. Done by the specification in
+    plain torch, for the kernels know but one dither."""
+    mirrored = reference.dither
+
+    def dither(n_groups: int, group: int, seed: int, stream: Any, device: Any = "cpu") -> Tensor:
+        one, other = (mirrored(n_groups, group, seed, 2 * stream + i, device) for i in range(2))
+        return torch.where(torch.arange(group, device=device) % 4 < 2, one, other)
+
+    with mock.patch.object(reference, "dither", dither), mock.patch.object(native, "module", lambda: None):
+        yield
+
+
+@contextlib.contextmanager
 def original() -> Iterator[None]:
-    """As the original keeps it: every save by itself as it is, in flat groups."""
-    with separately(), straddling(), mock.patch("hf_actnn.saving.rows.GROUPS_OF_ONE_SPREAD", 0):
+    """As the original keeps it: every save by itself as it is, in flat groups, every value rounded for itself."""
+    flat = mock.patch("hf_actnn.saving.rows.GROUPS_OF_ONE_SPREAD", 0)
+    with separately(), straddling(), independently(), flat:
         yield
 
 

@@ -1,0 +1,110 @@
+"""How much less variance the gradient has where two roundings mirror each other, on trained weights.
+
+    python benchmarks/mirrored.py --data path/to/cifar10 [--models resnet20 convnext swin vit_192] [--draws 16]
+
+Two values with one between them are rounded by one dither and its mirror image (docs/codec.md, "Dither"). Measured
+against the same codec with a dither for each value, at the same weights, batch and bits: relative variance as in
+fidelity.py, the same bits for all, and L3 with bits that were chosen on other batches, the same ones both times.
+Weights are those after so many steps of the trainings of accuracy/variance.py (ResNet-20) and of fidelity.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent / "accuracy"))
+import fidelity
+import timing
+import variance
+
+import hf_actnn
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "1 bit": {"level": "L2", "bits": 1},
+    "2 bits": {"level": "L2", "bits": 2},
+    "4 bits": {"level": "L2", "bits": 4},
+    "L3, 1.5 bits": {"level": "L3", "bits": 1.5, "update_interval": 1},
+    "L3": {"level": "L3", "update_interval": 1},
+}
+ROUNDINGS = {"mirrored": contextlib.nullcontext, "independent": fidelity.independently}
+
+
+def trained(name: str, data: Path, steps: int) -> nn.Module:
+    images, labels = fidelity.read(data, "train", 10_000)
+    if name in variance.MODELS:
+        [(_, model, _)] = variance.moments(name, images, labels, [steps])
+        return model
+    return fidelity.trained(name, images, labels, steps)
+
+
+def measured(
+    model: nn.Module, fields: dict[str, Any], batches: fidelity.Batches, batch: tuple[Tensor, Tensor], draws: int
+) -> dict[str, Any]:
+    """Relative variance of both roundings with their standard errors, and the ratio of the two with its own."""
+    exact = fidelity.gradient(model, *batch)
+    scale = exact.double().square().sum().item()
+    hf_actnn.convert(model, **fields)
+    controller = hf_actnn.controller(model)
+    for _ in range(3 if controller.adaptive else 0):
+        fidelity.gradient(model, *batches(len(batch[0])))
+        controller.step()
+    controller.active = False
+    row: dict[str, Any] = {}
+    for rounding, context in ROUNDINGS.items():
+        errors: list[float] = []
+        total = torch.zeros_like(exact, dtype=torch.float64)
+        with context():
+            for _ in range(draws):
+                error = (fidelity.gradient(model, *batch) - exact).double()
+                errors.append(error.square().sum().item() / scale)
+                total += error
+        row[rounding] = fidelity.summary(errors, total, scale)
+    hf_actnn.revert(model)
+    one, other = (row[rounding] for rounding in ROUNDINGS)
+    ratio = one["variance"] / other["variance"]
+    relative = math.hypot(*(part["standard_error"] / part["variance"] for part in (one, other)))
+    return {**row, "ratio": ratio, "ratio_standard_error": ratio * relative}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HF_ACTNN_DATA", "data")) / "cifar10")
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet20", "convnext", "swin", "vit_192"],
+        choices=[*variance.MODELS, *fidelity.MODELS], metavar="MODEL",
+    )  # fmt: skip
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=300)
+    options = parser.parse_args()
+    if options.draws < 2:
+        parser.error(f"--draws {options.draws}: a standard error takes at least 2")
+    images, labels = fidelity.read(options.data, "train", 10_000)
+    batch = fidelity.Batches(images, labels, seed=7)(fidelity.BATCH)
+    rows = []
+    for name in options.models:
+        model = trained(name, options.data, options.steps)
+        for bits, fields in FIELDS.items():
+            others = fidelity.Batches(images, labels, seed=9)
+            row = {"model": name, "bits": bits, **measured(model, fields, others, batch, options.draws)}
+            rows.append(row)
+            print(
+                f"{name:10s} {bits:12s} {row['mirrored']['variance']:.4g} of {row['independent']['variance']:.4g}: "
+                f"{row['ratio']:.3f} ± {row['ratio_standard_error']:.3f}",
+                flush=True,
+            )
+    mean = statistics.geometric_mean(row["ratio"] for row in rows)
+    print(f"geometric mean {mean:.3f}; {timing.write('mirrored', {'steps': options.steps, 'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main()
