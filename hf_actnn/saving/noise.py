@@ -10,10 +10,28 @@ from torch import Tensor
 
 from hf_actnn import codec
 
-#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of.
-SIGNS = 65521
+#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of, and
+#: four times a prime, for mirror images are two values apart.
+SIGNS = 4 * 16381
+#: Share of the roundings of two values by a dither and its mirror image that go opposite ways: their correlation is
+#: minus one half where values lie anywhere between two codes (docs/codec.md, "Mirrored roundings").
+OPPOSITE = 0.75
 #: Values of it that are made at a time, on a CPU and elsewhere, where each piece costs some launches.
 PIECE, PIECE_ELSEWHERE = 2**20, 2**24
+
+
+def random_signs(generator: torch.Generator) -> Tensor:
+    """``[SIGNS]`` of them, each independent of the others."""
+    return torch.randint(0, 2, (SIGNS,), generator=generator).mul_(2).sub_(1).float()
+
+
+def mirrored(signs: Tensor, generator: torch.Generator) -> Tensor:
+    """``[SIGNS]`` random signs that are related as the roundings of a group's values are: element ``e + 2`` has that of
+    element ``e`` the other way round, :data:`OPPOSITE` of the times, for ``e % 4`` 0 and 1."""
+    opposite = torch.rand(len(signs) // 2, generator=generator) < OPPOSITE
+    found = signs.clone().view(-1, 2, 2)
+    found[:, 1] = torch.where(opposite.view(-1, 2), -found[:, 0], found[:, 0])
+    return found.view(-1)
 
 
 class Noise:
@@ -23,11 +41,12 @@ class Noise:
     Args:
         packed: the tensor.
         variance: ``[S]``, of its rounding, of each sample.
-        signs: ``[SIGNS]`` random signs.
+        signs: ``[SIGNS]`` random signs, and such that are :func:`mirrored`. Groups that do not begin at a multiple of
+            four take the former: their roundings count as independent.
         start: which of them is the first value's.
     """
 
-    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: Tensor, start: int) -> None:
+    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: tuple[Tensor, Tensor], start: int) -> None:
         step = packed.meta[:, 1].to(torch.float64 if packed.dtype == torch.float64 else torch.float32)
         step = torch.where((step > 0) & step.isfinite(), step, 0.0)
         twin = copy.copy(packed)
@@ -47,7 +66,9 @@ class Noise:
             each = len(variance) // len(packed.widths)
             top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
             self._factors /= top.repeat_interleave(each)
-        self._twin, self._signs, self._start = twin, signs.to(step.dtype), start
+        aligned = at.group % 4 == 0 and packed.row_length % 4 == 0
+        self._signs, self._start = signs[aligned].to(step.dtype), start // 4 * 4 if aligned else start
+        self._twin = twin
         self._each = packed.numel // len(variance)
 
     def add_to(self, value: Tensor) -> None:

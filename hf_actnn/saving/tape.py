@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
 from hf_actnn.saving.kept import Others, Quantized, fills_its_memory, probe
-from hf_actnn.saving.noise import SIGNS, Noise, sign_
+from hf_actnn.saving.noise import SIGNS, Noise, mirrored, random_signs, sign_
 
 #: Different draws of signs for samples.
 _HALVES = 32
@@ -196,10 +196,11 @@ class Tape:
         #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
         self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
-        signs = torch.randint(0, 2, (SIGNS,), generator=self._generator, device="cpu")
-        self._signs = signs.mul_(2).sub_(1).float()
+        signs = random_signs(self._generator)
+        #: Independent ones, and such as roundings of one tensor have.
+        self._signs = signs, mirrored(signs, self._generator)
         self._told = False
-        self._by_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._by_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._balanced: dict[tuple[int, torch.device, torch.dtype], Iterator[Tensor]] = {}
 
     def add(self, item: Item) -> None:
@@ -394,11 +395,12 @@ class Tape:
         """Where among the random signs a tensor begins."""
         return int(torch.randint(0, SIGNS, (), generator=self._generator))
 
-    def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         where = device, dtype
         signs = self._by_device.get(where)
         if signs is None:
-            signs = self._by_device[where] = self._signs.to(*where)
+            independent, paired = self._signs
+            signs = self._by_device[where] = independent.to(*where), paired.to(*where)
         return signs
 
     def _signed(self, grad: Tensor | None, samples: int = 0) -> Tensor | None:
@@ -409,7 +411,7 @@ class Tape:
         signed = grad.clone()
         if not fills_its_memory(signed):
             signed = signed.contiguous()
-        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype), self._place())
+        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype)[0], self._place())
         return signed
 
     def _halves(self, samples: int, like: Tensor) -> Tensor:

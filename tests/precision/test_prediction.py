@@ -18,7 +18,7 @@ from hf_actnn import codec
 from hf_actnn.codec import buffers
 from hf_actnn.precision import sensitivity, variance
 from hf_actnn.precision.sensitivity import Reading, amplification
-from hf_actnn.saving import fused
+from hf_actnn.saving import fused, noise
 from hf_actnn.saving import tape as tapes
 
 #: Of a prediction for one operation, and for a whole network.
@@ -499,6 +499,25 @@ def test_network(name):
     mean, error = measured(draws(model, run, 4, count)[1])
     assert error < 0.03, "too few draws to tell"
     assert sum(predict(model, run, 4, steps=6).values()) == pytest.approx(mean, rel=NETWORK)
+
+
+class Smooth(nn.Sequential):
+    """A convolution whose gradient is alike in neighbouring places, as a mean over 16 x 16 makes it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 10, 3, padding=1), nn.AvgPool2d(16), nn.Flatten())
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_mirrored_roundings_are_foreseen(monkeypatch, independent):
+    """Where errors of neighbours cancel; with noise that is independent from value to value far more is predicted."""
+    model, run = seeded(Smooth), classify(normal(8, 8, 16, 16))
+    mean, error = measured(draws(model, run, 2, 300)[1])
+    assert error < 0.03, "too few draws to tell"
+    if independent:
+        monkeypatch.setattr(noise, "OPPOSITE", 0.5)
+    ratio = sum(predict(model, run, 2, steps=30).values()) / mean
+    assert ratio > 1.4 if independent else abs(ratio - 1) < NETWORK
 
 
 # -- no bias ----------------------------------------------------------------------------------------------------------

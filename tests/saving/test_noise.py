@@ -8,9 +8,11 @@ import torch
 from hf_actnn import codec
 from hf_actnn.saving import noise as noises
 from hf_actnn.saving.noise import SIGNS as COUNT
-from hf_actnn.saving.noise import Noise
+from hf_actnn.saving.noise import Noise, mirrored, random_signs
 
-SIGNS = torch.where(torch.rand(COUNT, generator=torch.Generator().manual_seed(2)) < 0.5, -1.0, 1.0)
+GENERATOR = torch.Generator().manual_seed(2)
+INDEPENDENT = random_signs(GENERATOR)
+SIGNS = INDEPENDENT, mirrored(INDEPENDENT, GENERATOR)
 
 
 def packed_of(bits, shape=(6, 4, 300), dtype=torch.float32):
@@ -90,3 +92,38 @@ def test_a_step_that_is_none_makes_no_noise():
     packed = codec.quantize(torch.cat([torch.full((1, 256), 3.0), torch.randn(1, 256)]), 2)
     noise = whole(Noise(packed, torch.ones(2, dtype=torch.float64), SIGNS, 0), packed)
     assert not noise[0].any() and noise[1].all() and noise.isfinite().all()
+
+
+def products(signs: torch.Tensor, apart: int) -> torch.Tensor:
+    """``[4]``, by the place in a quad of the first: the mean product of signs so far apart."""
+    return (signs * signs.roll(-apart))[: len(signs) - 4].view(-1, 4).mean(0)
+
+
+@pytest.mark.parametrize("apart", [1, 2, 3, 4])
+def test_signs_that_are_mirrored(apart):
+    """Two apart within a quad they are opposite three times out of four, and otherwise independent."""
+    expected = torch.tensor([-0.5, -0.5, 0.0, 0.0]) if apart == 2 else torch.zeros(4)
+    four_errors = 4 / (COUNT // 4) ** 0.5
+    for signs, wanted in zip(SIGNS, (torch.zeros(4), expected), strict=True):
+        assert (signs.abs() == 1).all() and signs.mean().abs() < 4 / COUNT**0.5
+        assert (products(signs, apart) - wanted).abs().max() < four_errors
+
+
+def test_roundings_halfway_and_anywhere_have_that_correlation():
+    """What the signs are to show, of the codec itself: over values anywhere between two codes."""
+    x = torch.rand(400, 256, generator=torch.Generator().manual_seed(5)) * 3
+    x[:, 0], x[:, 1] = 0.0, 3.0
+    errors = torch.stack([codec.quantize(x, 2, seed=seed).dequantize() - x for seed in range(200)])
+    one, other = (errors.view(200, 400, 64, 2, 2)[:, :, 1:, place] for place in (0, 1))
+    assert float((one * other).mean() / one.square().mean()) == pytest.approx(-0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "aligned"), [((6, 16, 16), True), ((6, 300), False), ((6, 4, 150), False), ((6, 515), False)]
+)
+def test_mirror_images_are_those_of_groups(shape, aligned):
+    packed = codec.quantize(torch.randn(shape), 2, row_length=shape[-1])
+    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 18), packed)
+    signs = noise.flatten().sign()
+    start = 16 if aligned else 18
+    assert torch.equal(signs, SIGNS[aligned].roll(-start)[: len(signs)])
