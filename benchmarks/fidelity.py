@@ -413,6 +413,7 @@ def study(name: str, data: Path, draws: int, steps: int) -> Iterator[dict[str, A
         "steps": steps,
         "accuracy": score,
         "minibatch_variance": noise,
+        "roundings": timing.ROUNDINGS,
     }
     for bits in BITS:
         for way in ("once", "separately", "straddling", "original"):
@@ -552,6 +553,13 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
     rows = results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     yield _INTRODUCTION.format(**results["environment"])
+    if alone := [model for model in models if not all("roundings" in row for row in rows if row["model"] == model)]:
+        those = "All" if len(alone) == len(models) else ", ".join(MODELS[model].title for model in alone)
+        yield (
+            f"{those}: with each value rounded for itself. Roundings that mirror each other\n"
+            "([The codec](codec.md#dither)), as they do now, add less to the gradients of convolutions\n"
+            "(`benchmarks/results/mirrored.json`).\n"
+        )
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         first = mine[0]

@@ -41,6 +41,10 @@ def interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+#: How a tensor's values are rounded, from when results say so: docs/codec.md, "Mirrored roundings".
+ROUNDINGS = "mirrored"
+
+
 def environment() -> dict[str, Any]:
     """What a published number depends on: versions, processor, threads, date."""
     model = platform.processor()
@@ -58,6 +62,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": [round(v, 2) for v in os.getloadavg()],  # of others too: above 0 before the run, the figures are low
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "roundings": ROUNDINGS,
     }
 
 

@@ -130,7 +130,8 @@ def chosen_bits(fidelity: dict[str, Any]) -> list[str]:
         "",
         "Relative to the squared gradient, by Monte Carlo, after some hundred steps; equal bytes within 0.5 % "
         f"([fidelity.json](benchmarks/results/fidelity.json), {machine['cpu']}). Measured with earlier weights of "
-        "parameters ([Theory](docs/theory.md#choosing-bits)), as was RT-DETR's score at L3 below.",
+        "parameters ([Theory](docs/theory.md#choosing-bits)), as was RT-DETR's score at L3 below"
+        + ("." if all("roundings" in row for row in fidelity["rows"]) else ", and with each value rounded for itself."),
     ]
     return lines
 

@@ -40,6 +40,20 @@ def source(name: str, command: str, machine: dict[str, Any], more: str = "") -> 
     return ["", f"`{command}`, {file}; {where}, torch {machine['torch']}, {machine['date']}.{more}", ""]
 
 
+def rounded_alone(machines: Iterable[dict[str, Any]], what: str = "figures") -> list[str]:
+    """A sentence on those that are of a codec whose roundings did not mirror each other yet."""
+    machines = list(machines)
+    count = sum("roundings" not in machine for machine in machines)
+    if not count:
+        return []
+    those = f"The {what}" if count == len(machines) else f"{count} of the {len(machines)} {what}"
+    return [
+        f"{those} are of an hf_actnn that rounded each value for itself. Roundings that mirror each other "
+        "([The codec](../codec.md#dither)), as they do now, add less variance to the gradients of convolutions.",
+        "",
+    ]
+
+
 # -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +137,8 @@ def accuracy(pictures: bool) -> list[str] | None:
             if picture.exists():
                 lines += [f"![Training loss by step, a line for each scheme]({picture.name})", ""]
     missing = [key for key in run.grid() if not run.done(runs, key)]
+    ours = [one["machine"] for key, one in runs.items() if run.SCHEMES[key.split("/")[1]].fields]
+    lines += rounded_alone(ours, "runs at levels")
     lines += ["## Where it comes from", ""]
     lines += source("accuracy", "python benchmarks/accuracy/run.py --data DATA", latest, " One thread a run.")
     said = ", ".join(f"{count} with {name}" for name, count in machines.most_common())
@@ -596,6 +612,7 @@ def variance(pictures: bool) -> list[str] | None:
         draw_variance(results, PAGES / "variance.svg")
     if (PAGES / "variance.svg").exists():
         lines += ["![Variance of each kept tensor, predicted and by Monte Carlo, at each step](variance.svg)", ""]
+    lines += rounded_alone([results["environment"]])
     command = f"python benchmarks/accuracy/variance.py --data DATA/cifar10 --draws {results['draws']}"
     lines += source("variance", command, results["environment"])
     return lines
