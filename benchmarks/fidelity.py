@@ -284,13 +284,14 @@ def straddling() -> Iterator[None]:
 def independently() -> Iterator[None]:
     """No two roundings mirror each other: what mirrors is taken from a stream of its own. Done by the specification in
     plain torch, for the kernels know but one dither."""
+    kernels = [mock.patch.object(native, name, lambda *device: None) for name in ("module", "cuda")]
     mirrored = reference.dither
 
     def dither(n_groups: int, group: int, seed: int, stream: Any, device: Any = "cpu") -> Tensor:
         one, other = (mirrored(n_groups, group, seed, 2 * stream + i, device) for i in range(2))
         return torch.where(torch.arange(group, device=device) % 4 < 2, one, other)
 
-    with mock.patch.object(reference, "dither", dither), mock.patch.object(native, "module", lambda: None):
+    with mock.patch.object(reference, "dither", dither), kernels[0], kernels[1]:
         yield
 
 

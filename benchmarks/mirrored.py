@@ -4,7 +4,8 @@
 
 Two values with one between them are rounded by one dither and its mirror image (docs/codec.md, "Dither"). Measured
 against the same codec with a dither for each value, at the same weights, batch and bits: relative variance as in
-fidelity.py, the same bits for all, and L3 with bits that were chosen on other batches, the same ones both times.
+fidelity.py, the same bits for all, and L3 with bits that were chosen on other batches, the same ones both times. And
+how alike the gradients are that come back to places one and two apart, by convolution.
 Weights are those after so many steps of the trainings of accuracy/variance.py (ResNet-20) and of fidelity.py.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import statistics
@@ -45,6 +47,27 @@ def trained(name: str, data: Path, steps: int) -> nn.Module:
         [(_, model, _)] = variance.moments(name, images, labels, [steps])
         return model
     return fidelity.trained(name, images, labels, steps)
+
+
+def alike(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
+    """By convolution, of the gradient of its output: the correlation (about zero) of values one and two places apart in
+    a row of an image."""
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, grad: Tensor) -> None:
+        width, power = grad.shape[-1], float(grad.square().mean())
+        if width > 2 and power > 0:
+            found[name] = [float((grad[..., :-d] * grad[..., d:]).mean()) / power for d in (1, 2)]
+
+    def watch(name: str) -> Any:
+        return lambda module, args, out: out.register_hook(functools.partial(note, name)) and None
+
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in convolutions]
+    fidelity.gradient(model, *batch)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def measured(
@@ -90,9 +113,10 @@ def main() -> None:
         parser.error(f"--draws {options.draws}: a standard error takes at least 2")
     images, labels = fidelity.read(options.data, "train", 10_000)
     batch = fidelity.Batches(images, labels, seed=7)(fidelity.BATCH)
-    rows = []
+    rows, gradients = [], {}
     for name in options.models:
         model = trained(name, options.data, options.steps)
+        gradients[name] = alike(model, batch)
         for bits, fields in FIELDS.items():
             others = fidelity.Batches(images, labels, seed=9)
             row = {"model": name, "bits": bits, **measured(model, fields, others, batch, options.draws)}
@@ -103,7 +127,8 @@ def main() -> None:
                 flush=True,
             )
     mean = statistics.geometric_mean(row["ratio"] for row in rows)
-    print(f"geometric mean {mean:.3f}; {timing.write('mirrored', {'steps': options.steps, 'rows': rows})}")
+    results = {"steps": options.steps, "rows": rows, "gradients_one_and_two_places_apart": gradients}
+    print(f"geometric mean {mean:.3f}; {timing.write('mirrored', results)}")
 
 
 if __name__ == "__main__":

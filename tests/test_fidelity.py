@@ -71,6 +71,35 @@ def test_other_ways_keep_more():
     assert again["bytes"] == held["once"]  # what was patched is as it was
 
 
+@pytest.mark.parametrize("bits", [2, torch.tensor([1, 2] * 10, dtype=torch.uint8)], ids=["2", "mixed"])
+def test_no_two_roundings_are_related_where_a_way_says_so(bits):
+    x = torch.cat([torch.zeros(20, 1), torch.ones(20, 1), torch.full((20, 254), 0.5)], 1)
+
+    def largest() -> float:
+        found = torch.stack([hf_actnn.codec.quantize(x, bits, seed=seed).dequantize() for seed in range(200)])
+        up = (found[..., 2:] > 0.5).double().view(-1, 254) * 2 - 1
+        return float((up.T @ up / len(up)).fill_diagonal_(0).abs().max())
+
+    assert largest() > 0.9
+    with fidelity.independently():
+        assert largest() < 6 / (20 * 200) ** 0.5
+    assert largest() > 0.9  # what was patched is as it was
+
+
+def test_mirrored_roundings_against_independent_ones(tmp_path, monkeypatch):
+    """A convolution whose gradient is alike everywhere, and what a file of results says of it."""
+    import mirrored
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    batch = torch.randn(4, 3, 32, 32), torch.arange(4)
+    row = mirrored.measured(model, {"level": "L2", "bits": 2}, None, batch, draws=40)
+    assert row["ratio"] < 0.75 and 0 < row["ratio_standard_error"] < 0.2
+    assert row["ratio"] == row["mirrored"]["variance"] / row["independent"]["variance"]
+    assert not hf_actnn.is_converted(model)
+    assert mirrored.alike(model, batch) == {"0": pytest.approx([1.0, 1.0])}
+
+
 @pytest.mark.parametrize(("way", "straddles"), [("once", False), ("straddling", True), ("original", True)])
 def test_groups_lie_as_the_way_says(way, straddles, monkeypatch):
     """In rows of a token's values, or over the whole tensor."""

@@ -77,11 +77,11 @@ __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupS
   const uint32_t first = Dither::kFirst + Dither::kStep * (uint32_t)(V * lane / 16);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    uint32_t turned[Calls][4];
+    uint32_t words[Calls][4];
 #pragma unroll
     for (int c = 0; c < Calls; ++c)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) turned[c][w] = dither_word(calls[c], w, k);
+      for (int w = 0; w < 4; ++w) words[c][w] = dither_word(calls[c], w, k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = 2 * k + half;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupS
         for (int i = 0; i < 4; ++i) {
           float d = difference(element(T{}, v[m], 4 * c + i), s.minimum);
           if (Scaled) d *= s.scale;
-          sum[i] = Dither::code(__fmaf_rz(d, s.reciprocal, Dither::above(turned[c][i], select)));
+          sum[i] = Dither::code(__fmaf_rz(d, s.reciprocal, Dither::above(words[c][i], select)));
         }
         codes[m].w[c] = __byte_perm(__byte_perm(sum[0], sum[1], 0x0062), __byte_perm(sum[2], sum[3], 0x0062), 0x5410);
       }

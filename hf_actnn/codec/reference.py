@@ -123,9 +123,8 @@ def dither(n_groups: int, group: int, seed: int, stream: int | Tensor, device: t
     shifts = torch.arange(0, 32, 8, device=device)
     drawn = ((words.unsqueeze(-1) >> shifts) & 0xFF).flatten(1)  # [calls, 16 bytes]
     halves = torch.cat([drawn, drawn ^ drawn.roll(-1, 1)], 1).view(-1, 4, 1, 8)  # call, k, 1, two words of bytes
-    values = torch.cat([halves, 255 - halves], 2).view(
-        n_groups, blocks, 4, 4, 4, 4
-    )  # group, block, call, k, word, byte
+    # group, block, call, k, word, byte
+    values = torch.cat([halves, 255 - halves], 2).view(n_groups, blocks, 4, 4, 4, 4)
     values = values.permute(0, 1, 3, 5, 2, 4).reshape(n_groups, blocks * DITHER_BLOCK)  # k, byte, call, word
     return (values[:, :group].to(torch.float32) + 0.5) / 256
 

@@ -13,6 +13,8 @@ from hf_actnn.errors import CodecError, message
 _CHUNK = 1 << 18
 #: Where each operation is a launch of its own.
 _CHUNK_ELSEWHERE = 1 << 22
+#: Groups that a tensor's correlation of roundings is taken from, evenly spaced.
+_SEEN = 128
 
 
 def sample_spread(x: Tensor, samples: int, row_length: int | None = None, group_size: int = 256) -> Tensor:
@@ -68,16 +70,7 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
     Returns:
         ``[samples]`` float64 on the device of ``x``. Groups that are kept exact, not finite or constant count as 0.
     """
-    if packed.code != "uniform" or x.shape != packed.shape or x.dtype not in ops.FLOATS:
-        raise CodecError(
-            message(
-                "This is not what was quantised",
-                where="x",
-                expected=f"a floating-point tensor of shape {tuple(packed.shape)}, and the code 'uniform'",
-                received=f"{x.dtype} of shape {tuple(x.shape)}, and the code {packed.code!r}",
-                next_step="Pass the tensor that quantize was called with",
-            )
-        )
+    _check(x, packed)
     if samples is None:
         samples = 1 if packed.widths is None else packed.widths.numel()
     numel, length = packed.numel, packed.row_length
@@ -85,11 +78,7 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
     total = torch.zeros(samples, dtype=torch.float64, device=x.device)
     if numel == 0:
         return total
-    x = x.detach()
-    flat, _, stride = flatten(x)
-    if stride != packed.stride:
-        flat = torch.empty_strided(packed.shape, packed.stride, dtype=x.dtype, device=x.device).copy_(x)
-        flat = flat.as_strided((numel,), (1,))
+    flat = _in_order(x, packed)
     at = reference.layout(numel, length, 1, packed.group_size)
     kernels = None if ops._on_cpu(flat) else ops._direct(flat)
     if kernels is not None:
@@ -118,6 +107,69 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
                     scale = meta[s : s + by_sample, r : r + by_row, first + g : first + last].to(torch.float64)
                     total[s : s + by_sample] += _variance(part, *scale.unbind(-1)).sum((1, 2))
     return total
+
+
+def rounding_correlation(x: Tensor, packed: PackedTensor) -> Tensor:
+    """How far the errors of two values of ``x`` that mirror images of one dither round cancel: twice their covariances
+    over their variances, each summed over such pairs of some groups.
+
+    With the fractions ``f`` and ``g`` of a step, both are rounded up with probability ``max(f + g - 1, 0)``, so that
+    the covariance is ``-f g`` or ``-(1 - f) (1 - g)`` squared steps, whichever is smaller. It is minus one half of the
+    variance where values lie anywhere between two codes, more halfway, and nothing beside a value that lies on a code,
+    as a zero behind a ReLU does.
+
+    Args:
+        x: what was quantised, in any strides.
+        packed: what :func:`hf_actnn.codec.quantize` made of it, in its uniform code.
+
+    Returns:
+        Between -1 and 0, float64 without dimensions on the device of ``x``; 0 where no two values are rounded together.
+    """
+    _check(x, packed)
+    at = reference.layout(packed.numel, packed.row_length, 1, packed.group_size)
+    first = torch.tensor([e for e in range(at.group - 2) if e % 4 < 2], dtype=torch.int64, device=x.device)
+    if packed.numel == 0 or not len(first):
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+    full = at.groups_per_row - 1 if at.tail < at.group else at.groups_per_row  # of a row
+    count = at.n_rows * full
+    seen = min(count, _SEEN)
+    picked = torch.arange(seen, device=x.device) * count // seen
+    row, within = picked // full, picked % full
+    start = (row * packed.row_length + within * at.group)[:, None] + first
+    flat = _in_order(x, packed)
+    minimum, step = packed.meta[row * at.groups_per_row + within].to(torch.float64)[..., None].unbind(1)
+    f, g = (
+        flat[start + apart].to(torch.float32).to(torch.float64).sub_(minimum).div_(step).frac_() for apart in (0, 2)
+    )
+    coded = (step > 0).expand_as(f)  # not 0, nan, or the mark of an exact group
+    weight = torch.where(coded, step * step, 0.0)
+    f, g = torch.where(coded, f, 0.0), torch.where(coded, g, 0.0)
+    covariance = -(torch.minimum(f * g, (1 - f) * (1 - g)) * weight).sum()
+    variance = ((f * (1 - f) + g * (1 - g)) * weight).sum()
+    return torch.where(variance > 0, 2 * covariance / variance, 0.0).clamp(-1.0, 0.0)
+
+
+def _check(x: Tensor, packed: PackedTensor) -> None:
+    if packed.code != "uniform" or x.shape != packed.shape or x.dtype not in ops.FLOATS:
+        raise CodecError(
+            message(
+                "This is not what was quantised",
+                where="x",
+                expected=f"a floating-point tensor of shape {tuple(packed.shape)}, and the code 'uniform'",
+                received=f"{x.dtype} of shape {tuple(x.shape)}, and the code {packed.code!r}",
+                next_step="Pass the tensor that quantize was called with",
+            )
+        )
+
+
+def _in_order(x: Tensor, packed: PackedTensor) -> Tensor:
+    """The values ``[numel]`` in the storage order of the codes."""
+    x = x.detach()
+    flat, _, stride = flatten(x)
+    if stride != packed.stride:
+        flat = torch.empty_strided(packed.shape, packed.stride, dtype=x.dtype, device=x.device).copy_(x)
+        flat = flat.as_strided((packed.numel,), (1,))
+    return flat
 
 
 def _variance(x: Tensor, minimum: Tensor, step: Tensor) -> Tensor:

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_actnn import codec
 
-#: Random signs are drawn once per tape and used again from another place: a length that no row is a multiple of, and
-#: four times a prime, for mirror images are two values apart.
-SIGNS = 4 * 16381
-#: Share of the roundings of two values by a dither and its mirror image that go opposite ways: their correlation is
-#: minus one half where values lie anywhere between two codes (docs/codec.md, "Mirrored roundings").
-OPPOSITE = 0.75
+#: Random signs are drawn once per tape and used again from another place. Four times a prime, for roundings are related
+#: two values apart within fours: rows that four divides meet the same signs again after 65,521 of them, others later.
+SIGNS = 4 * 65521
 #: Values of it that are made at a time, on a CPU and elsewhere, where each piece costs some launches.
 PIECE, PIECE_ELSEWHERE = 2**20, 2**24
 
 
-def random_signs(generator: torch.Generator) -> Tensor:
-    """``[SIGNS]`` of them, each independent of the others."""
-    return torch.randint(0, 2, (SIGNS,), generator=generator).mul_(2).sub_(1).float()
+class Signs(NamedTuple):
+    """Random signs of a tape.
 
+    Attributes:
+        independent: ``[SIGNS]``, each independent of the others.
+        uniform: ``[SIGNS / 2]`` in 0..1, for each of the first two of every four: how its sign goes on to the last two.
+    """
 
-def mirrored(signs: Tensor, generator: torch.Generator) -> Tensor:
-    """``[SIGNS]`` random signs that are related as the roundings of a group's values are: element ``e + 2`` has that of
-    element ``e`` the other way round, :data:`OPPOSITE` of the times, for ``e % 4`` 0 and 1."""
-    opposite = torch.rand(len(signs) // 2, generator=generator) < OPPOSITE
-    found = signs.clone().view(-1, 2, 2)
-    found[:, 1] = torch.where(opposite.view(-1, 2), -found[:, 0], found[:, 0])
-    return found.view(-1)
+    independent: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def draw(cls, generator: torch.Generator) -> Signs:
+        """From a generator of the CPU, whatever torch's default device is."""
+        signs = torch.randint(0, 2, (SIGNS,), generator=generator, device="cpu").mul_(2).sub_(1).float()
+        return cls(signs, torch.rand(SIGNS // 2, generator=generator, device="cpu"))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Signs:
+        return Signs(self.independent.to(device, dtype), self.uniform.to(device))
+
+    def mirrored(self, correlation: Tensor) -> Tensor:
+        """``[SIGNS]`` that are related as the roundings of a group's values are: those of elements ``e`` and ``e + 2``,
+        ``e % 4`` 0 and 1, have this correlation, and all others none."""
+        opposite = self.uniform.view(-1, 2) < (1 - correlation.to(self.uniform)) / 2
+        found = self.independent.clone().view(-1, 2, 2)
+        found[:, 1] = torch.where(opposite, -found[:, 0], found[:, 0])
+        return found.view(-1)
 
 
 class Noise:
@@ -41,12 +54,15 @@ class Noise:
     Args:
         packed: the tensor.
         variance: ``[S]``, of its rounding, of each sample.
-        signs: ``[SIGNS]`` random signs, and such that are :func:`mirrored`. Groups that do not begin at a multiple of
-            four take the former: their roundings count as independent.
-        start: which of them is the first value's.
+        correlation: of roundings that mirror each other, without dimensions. Where groups do not begin at multiples of
+            four, all count as independent.
+        signs: of the tape.
+        start: which of the signs is the first value's.
     """
 
-    def __init__(self, packed: codec.PackedTensor, variance: Tensor, signs: tuple[Tensor, Tensor], start: int) -> None:
+    def __init__(
+        self, packed: codec.PackedTensor, variance: Tensor, correlation: Tensor, signs: Signs, start: int
+    ) -> None:
         step = packed.meta[:, 1].to(torch.float64 if packed.dtype == torch.float64 else torch.float32)
         step = torch.where((step > 0) & step.isfinite(), step, 0.0)
         twin = copy.copy(packed)
@@ -66,8 +82,10 @@ class Noise:
             each = len(variance) // len(packed.widths)
             top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
             self._factors /= top.repeat_interleave(each)
-        aligned = at.group % 4 == 0 and packed.row_length % 4 == 0
-        self._signs, self._start = signs[aligned].to(step.dtype), start // 4 * 4 if aligned else start
+        if at.group % 4 == 0 and packed.row_length % 4 == 0:
+            self._signs, self._start = signs.mirrored(correlation).to(step.dtype), start // 4 * 4
+        else:
+            self._signs, self._start = signs.independent.to(step.dtype), start
         self._twin = twin
         self._each = packed.numel // len(variance)
 

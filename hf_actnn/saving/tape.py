@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_actnn import codec
 from hf_actnn.errors import ActNNWarning, message
 from hf_actnn.saving.kept import Others, Quantized, fills_its_memory, probe
-from hf_actnn.saving.noise import SIGNS, Noise, mirrored, random_signs, sign_
+from hf_actnn.saving.noise import SIGNS, Noise, Signs, sign_
 
 #: Different draws of signs for samples.
 _HALVES = 32
@@ -76,6 +76,7 @@ class Item:
         numel: values of one sample.
         bits: ``[S]`` float64, bits of each sample.
         variance: ``[S]`` float64, the exact variance of the rounding, summed over a sample's values.
+        correlation: of the roundings of two values that mirror each other, without dimensions.
         low, high: bits that may be chosen.
         asked: bits on average, in the configuration.
         row_length, group_size: of its groups.
@@ -89,6 +90,7 @@ class Item:
         "numel",
         "bits",
         "variance",
+        "correlation",
         "low",
         "high",
         "asked",
@@ -120,6 +122,7 @@ class Item:
         else:
             self.bits = packed.widths.double()
         self.variance = codec.rounding_variance(tensor, packed, samples=samples)
+        self.correlation = codec.rounding_correlation(tensor, packed)
 
 
 class Node:
@@ -196,11 +199,9 @@ class Tape:
         #: Noise on its way to a node: item, which of the node's outputs, noise, nodes to follow it through after that.
         self._coming: dict[int, list[tuple[str, int, Tensor, int]]] = {}
         self._generator = torch.Generator().manual_seed(seed % 2**63)
-        signs = random_signs(self._generator)
-        #: Independent ones, and such as roundings of one tensor have.
-        self._signs = signs, mirrored(signs, self._generator)
+        self._signs = Signs.draw(self._generator)
         self._told = False
-        self._by_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._by_device: dict[tuple[torch.device, torch.dtype], Signs] = {}
         self._balanced: dict[tuple[int, torch.device, torch.dtype], Iterator[Tensor]] = {}
 
     def add(self, item: Item) -> None:
@@ -393,14 +394,13 @@ class Tape:
 
     def _place(self) -> int:
         """Where among the random signs a tensor begins."""
-        return int(torch.randint(0, SIGNS, (), generator=self._generator))
+        return int(torch.randint(0, SIGNS, (), generator=self._generator, device="cpu"))
 
-    def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def _signs_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Signs:
         where = device, dtype
         signs = self._by_device.get(where)
         if signs is None:
-            independent, paired = self._signs
-            signs = self._by_device[where] = independent.to(*where), paired.to(*where)
+            signs = self._by_device[where] = self._signs.to(*where)
         return signs
 
     def _signed(self, grad: Tensor | None, samples: int = 0) -> Tensor | None:
@@ -411,7 +411,8 @@ class Tape:
         signed = grad.clone()
         if not fills_its_memory(signed):
             signed = signed.contiguous()
-        sign_(signed.as_strided((signed.numel(),), (1,)), self._signs_on(grad.device, grad.dtype)[0], self._place())
+        signs = self._signs_on(grad.device, grad.dtype).independent
+        sign_(signed.as_strided((signed.numel(),), (1,)), signs, self._place())
         return signed
 
     def _halves(self, samples: int, like: Tensor) -> Tensor:
@@ -456,7 +457,8 @@ class Tape:
             return None
 
     def _noise(self, kept: Quantized, item: Item) -> Noise:
-        return Noise(kept.packed, item.variance, self._signs_on(kept.packed.device), self._place())
+        signs = self._signs_on(kept.packed.device)
+        return Noise(kept.packed, item.variance, item.correlation, signs, self._place())
 
 
 class _Hook:

@@ -1,12 +1,14 @@
 """Two values with one between them are rounded by mirror images of one dither: the variance of their sum is the least
 that two unbiased roundings can have."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
 from hf_actnn.codec import ops, quantize, reference
 
-PLACES, DRAWS = 64, 40_000
+PLACES, DRAWS = 256, 20_000
 
 
 def variance_of_sums(quantise, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,8 +29,8 @@ def variance_of_sums(quantise, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def farthest(found: torch.Tensor, least: torch.Tensor) -> float:
-    """In standard errors. A sum is off by ``1 - s`` or by ``s``, so its square has the variance ``s (1-s) (1-2s)^2``,
-    and the dither's 256 values move ``s`` by up to 1/256."""
+    """In standard errors and what the dither's coarseness allows. A sum is off by ``1 - s`` or by ``s``, so its square
+    has the variance ``s (1-s) (1-2s)^2``, and the dither's 256 values move ``s`` by up to 1/256."""
     spread = (least * (1 - 4 * least) / DRAWS).clamp(min=0).sqrt()
     return float(((found - least).abs() / (spread + 1 / 256)).max())
 

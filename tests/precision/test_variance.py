@@ -29,10 +29,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def kept(x: Tensor, bits: int, row_length: int, group_size: int = 256) -> tuple[Tensor, Tensor]:
     """Draws of what comes back `[DRAWS, *shape]`, and the exact variance of each value `[*shape]`.
 
-    Rows have groups and dither of their own, so copies of a tensor, end to end, are independent draws of it.
+    Rows have groups and dither of their own, so copies of a tensor, end to end, are independent draws of it. The forms
+    are those of values that err independently: what mirrors another is taken from a second draw.
     """
     copies = x.flatten().repeat(DRAWS, 1)
-    drawn = hf_actnn.quantize(copies, bits, group_size, seed=1, row_length=row_length).dequantize()
+    one, other = (
+        hf_actnn.quantize(copies, bits, group_size, seed=seed, row_length=row_length).dequantize() for seed in (1, 2)
+    )
+    group = math.ceil(row_length / math.ceil(row_length / group_size))
+    drawn = torch.where(torch.arange(x.numel()) % row_length % group % 4 < 2, one, other)
     return drawn.view(DRAWS, *x.shape), variance.exact(x, hf_actnn.quantize(x, bits, group_size, row_length=row_length))
 
 

@@ -8,11 +8,11 @@ import torch
 from hf_actnn import codec
 from hf_actnn.saving import noise as noises
 from hf_actnn.saving.noise import SIGNS as COUNT
-from hf_actnn.saving.noise import Noise, mirrored, random_signs
+from hf_actnn.saving.noise import Noise, Signs
+from hf_actnn.saving.tape import Tape
 
-GENERATOR = torch.Generator().manual_seed(2)
-INDEPENDENT = random_signs(GENERATOR)
-SIGNS = INDEPENDENT, mirrored(INDEPENDENT, GENERATOR)
+SIGNS = Signs.draw(torch.Generator().manual_seed(2))
+HALF = torch.tensor(-0.5)
 
 
 def packed_of(bits, shape=(6, 4, 300), dtype=torch.float32):
@@ -35,7 +35,7 @@ def whole(noise, packed):
 def test_each_sample_has_its_variance(bits, shape, dtype):
     packed = packed_of(bits, shape, dtype)
     variance = torch.tensor([1.0, 4.0, 0.0, 9.0, 1e-3, 2.0], dtype=torch.float64)
-    noise = whole(Noise(packed, variance, SIGNS, 17), packed)
+    noise = whole(Noise(packed, variance, HALF, SIGNS, 17), packed)
     found = noise.double().reshape(6, -1).square().sum(1)
     torch.testing.assert_close(found, variance, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
     assert noise.double().mean().abs() < 4 * noise.double().std() / noise.numel() ** 0.5
@@ -43,7 +43,7 @@ def test_each_sample_has_its_variance(bits, shape, dtype):
 
 def test_groups_have_noise_as_large_as_their_steps():
     packed = packed_of(2)
-    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 0), packed)
+    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), HALF, SIGNS, 0), packed)
     sizes = noise.abs().view(24, 2, 150)  # two groups in each row
     assert torch.equal(sizes[..., :1].expand_as(sizes), sizes)
     relative = sizes[:4, :, 0].flatten() / packed.meta[:8, 1].float()
@@ -54,7 +54,7 @@ def test_groups_have_noise_as_large_as_their_steps():
 @pytest.mark.parametrize(("bits", "shape"), [(2, (6, 70000)), (3, (6, 4, 300)), ("mixed", (6, 3, 10, 10))])
 def test_parts_are_those_of_the_whole(bits, shape, start):
     packed = packed_of(bits, shape)
-    noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, start)
+    noise = Noise(packed, torch.arange(6, dtype=torch.float64), HALF, SIGNS, start)
     flat, unit = whole(noise, packed).view(-1), packed.unit
     for first in range(0, flat.numel(), unit):
         for last in (first + unit, min(first + 2 * unit, flat.numel()), flat.numel()):
@@ -77,7 +77,7 @@ def test_pieces_are_added_as_all_steps_at_once_would_be(bits, shape, dtype, piec
         packed = codec.quantize(x, bits, seed=3)
     else:
         packed = packed_of(bits, shape, dtype)
-    noise = Noise(packed, torch.arange(6, dtype=torch.float64), SIGNS, 5)
+    noise = Noise(packed, torch.arange(6, dtype=torch.float64), HALF, SIGNS, 5)
     steps = noise._twin.dequantize()
     noise._finish(steps.as_strided((steps.numel(),), (1,)), 0)
     monkeypatch.setattr(noises, "PIECE", piece)
@@ -90,7 +90,7 @@ def test_pieces_are_added_as_all_steps_at_once_would_be(bits, shape, dtype, piec
 
 def test_a_step_that_is_none_makes_no_noise():
     packed = codec.quantize(torch.cat([torch.full((1, 256), 3.0), torch.randn(1, 256)]), 2)
-    noise = whole(Noise(packed, torch.ones(2, dtype=torch.float64), SIGNS, 0), packed)
+    noise = whole(Noise(packed, torch.ones(2, dtype=torch.float64), HALF, SIGNS, 0), packed)
     assert not noise[0].any() and noise[1].all() and noise.isfinite().all()
 
 
@@ -99,23 +99,21 @@ def products(signs: torch.Tensor, apart: int) -> torch.Tensor:
     return (signs * signs.roll(-apart))[: len(signs) - 4].view(-1, 4).mean(0)
 
 
+@pytest.mark.parametrize("correlation", [0.0, -0.3, -0.5, -1.0])
 @pytest.mark.parametrize("apart", [1, 2, 3, 4])
-def test_signs_that_are_mirrored(apart):
-    """Two apart within a quad they are opposite three times out of four, and otherwise independent."""
-    expected = torch.tensor([-0.5, -0.5, 0.0, 0.0]) if apart == 2 else torch.zeros(4)
-    four_errors = 4 / (COUNT // 4) ** 0.5
-    for signs, wanted in zip(SIGNS, (torch.zeros(4), expected), strict=True):
-        assert (signs.abs() == 1).all() and signs.mean().abs() < 4 / COUNT**0.5
-        assert (products(signs, apart) - wanted).abs().max() < four_errors
+def test_signs_that_are_mirrored(apart, correlation):
+    """Two apart within fours they have the correlation that is asked for, and otherwise none."""
+    signs = SIGNS.mirrored(torch.tensor(correlation, dtype=torch.float64))
+    assert (signs.abs() == 1).all() and signs.mean().abs() < 4 / COUNT**0.5
+    expected = torch.tensor([correlation] * 2 + [0.0, 0.0]) if apart == 2 else torch.zeros(4)
+    assert (products(signs, apart) - expected).abs().max() < 4 / (COUNT // 4) ** 0.5
 
 
-def test_roundings_halfway_and_anywhere_have_that_correlation():
-    """What the signs are to show, of the codec itself: over values anywhere between two codes."""
-    x = torch.rand(400, 256, generator=torch.Generator().manual_seed(5)) * 3
-    x[:, 0], x[:, 1] = 0.0, 3.0
-    errors = torch.stack([codec.quantize(x, 2, seed=seed).dequantize() - x for seed in range(200)])
-    one, other = (errors.view(200, 400, 64, 2, 2)[:, :, 1:, place] for place in (0, 1))
-    assert float((one * other).mean() / one.square().mean()) == pytest.approx(-0.5, abs=0.02)
+def test_signs_are_drawn_on_the_cpu():
+    """Whatever torch's default device is: their generator is the CPU's."""
+    with torch.device("meta"):
+        tape = Tape(3)
+        assert {part.device.type for part in tape._signs} == {"cpu"} and tape._place() < COUNT
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_roundings_halfway_and_anywhere_have_that_correlation():
 )
 def test_mirror_images_are_those_of_groups(shape, aligned):
     packed = codec.quantize(torch.randn(shape), 2, row_length=shape[-1])
-    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), SIGNS, 18), packed)
+    noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), HALF, SIGNS, 18), packed)
     signs = noise.flatten().sign()
-    start = 16 if aligned else 18
-    assert torch.equal(signs, SIGNS[aligned].roll(-start)[: len(signs)])
+    expected = SIGNS.mirrored(HALF).roll(-16) if aligned else SIGNS.independent.roll(-18)
+    assert torch.equal(signs, expected[: len(signs)])
