@@ -191,9 +191,9 @@ HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, const PhiloxKeys& keys, uin
 }
 
 // Word w of the four whose bytes are the dither of elements 4 c + w of a call's run k, k from 0 to 3. Runs 0 and 1 have
-// the call's own words, two each, runs 2 and 3 have them xor the words that stand there when the call's sixteen bytes are
-// turned by one. Words 2 and 3 mirror words 0 and 1, so that two elements with one between them lean to either side. Two
-// bytes that are no mirror images are never functions of one another: docs/codec.md, "Dither".
+// the call's own words, two each, runs 2 and 3 have them xor the words that stand there when the call's sixteen bytes
+// are turned by one. Words 2 and 3 mirror words 0 and 1, so that two elements with one between them lean to either
+// side. Two bytes that are no mirror images are never functions of one another: docs/codec.md, "Dither".
 HF_ACTNN_HD uint32_t dither_word(const uint32_t call[4], int w, int k) {
   const int from = 2 * (k % 2) + w % 2;
   const uint32_t a = call[from];
