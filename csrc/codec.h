@@ -30,8 +30,9 @@ enum Function : int { kGelu, kGeluTanh, kSilu };
 
 constexpr int kMaxGroup = 4096;
 constexpr int kMaskGroup = 256;
-constexpr int kDitherBlock = 256;  // elements that four generator calls serve
-constexpr int kDitherRun = 64;     // of them, those that take one run of words: dither_word's k
+constexpr int kDitherBlock = 256;     // elements that four generator calls serve
+constexpr int64_t kImageFrom = 4096;  // rows of so many values are taken for images, shorter ones for tokens
+constexpr int kDitherRun = 64;        // of them, those that take one run of words: dither_word's k
 constexpr int kRounds = 10;
 constexpr float kExactFrom = 0x1p126f;
 constexpr float kSmallStep = 0x1p-64f;
@@ -80,7 +81,8 @@ struct Layout {
   int64_t group, tail;
   int64_t group_bytes, tail_bytes, row_bytes;
   int64_t n_groups;
-  int64_t blocks;  // of dither, per group
+  int64_t blocks;         // of dither, per group
+  int64_t rows_mirrored;  // groups of a row where rows mirror each other, 0 where elements of a row do
 };
 
 HF_ACTNN_HD Layout make_layout(int64_t numel, int64_t row_length, int64_t group_size, int bits) {
@@ -94,6 +96,7 @@ HF_ACTNN_HD Layout make_layout(int64_t numel, int64_t row_length, int64_t group_
   at.row_bytes = (at.groups_per_row - 1) * at.group_bytes + at.tail_bytes;
   at.n_groups = numel / row_length * at.groups_per_row;
   at.blocks = ceil_div(at.group, kDitherBlock);
+  at.rows_mirrored = row_length < kImageFrom ? at.groups_per_row : 0;
   return at;
 }
 
@@ -190,15 +193,17 @@ HF_ACTNN_HD void philox(uint64_t q, uint64_t stream, const PhiloxKeys& keys, uin
   out[3] = c3;
 }
 
-// Word w of the four whose bytes are the dither of elements 4 c + w of a call's run k, k from 0 to 3. Runs 0 and 1 have
-// the call's own words, two each, runs 2 and 3 have them xor the words that stand there when the call's sixteen bytes
-// are turned by one. Words 2 and 3 mirror words 0 and 1, so that two elements with one between them lean to either
-// side. Two bytes that are no mirror images are never functions of one another: docs/codec.md, "Dither".
+// Word w of the four whose bytes are the dither of elements 4 c + w of a call's run k, k from 0 to 3: where rows mirror
+// each other the call's own words, from run 1 on xor the words that stand there when the call's sixteen bytes are
+// turned by k. Where elements do, runs 0 and 1 have two of the call's words each, runs 2 and 3 have them xor the words
+// turned by one, and words 2 and 3 mirror words 0 and 1. Two bytes that are no mirror images are never functions of one
+// another: docs/codec.md, "Dither".
+template <bool RowsMirrored>
 HF_ACTNN_HD uint32_t dither_word(const uint32_t call[4], int w, int k) {
-  const int from = 2 * (k % 2) + w % 2;
+  const int from = RowsMirrored ? w : 2 * (k % 2) + w % 2, turn = RowsMirrored ? k : k / 2;
   const uint32_t a = call[from];
-  const uint32_t word = k < 2 ? a : a ^ (a >> 8 | call[(from + 1) % 4] << 24);
-  return w < 2 ? word : ~word;
+  const uint32_t word = turn == 0 ? a : a ^ (a >> 8 * turn | call[(from + 1) % 4] << (32 - 8 * turn));
+  return RowsMirrored || w < 2 ? word : ~word;
 }
 
 // ---------------------------------------------------------------- one value

@@ -235,6 +235,35 @@ inline int next_batch(Cursor& cursor, int64_t left) {
   return count;
 }
 
+// The dither of groups first to first + count of a tensor, in words of a block each, and 7 blocks more are written.
+template <bool RowsMirrored>
+void dither_groups(const QuantizeArgs& args, int64_t first, int count, Ahead& ahead, uint32_t* words) {
+  const int64_t size = item_size(args.dtype), each = args.at.blocks * (kDitherBlock / 4);
+  const auto draw = [&](int64_t block, int64_t n, uint32_t* out) {
+    Simd::template dither_blocks<RowsMirrored>((uint64_t)block * 4, n, args.seed, args.stream, out);
+  };
+  const int64_t blocks = count * args.at.blocks;
+  for (int64_t b = 0; b < blocks; b += 8) {
+    const int64_t n = blocks - b < 8 ? blocks - b : 8;
+    draw(first * args.at.blocks + b, n, words + kDitherBlock / 4 * b);
+    ahead.fetch(n * kDitherBlock * size / 3);
+  }
+  if constexpr (RowsMirrored) {
+    const int64_t k = args.at.rows_mirrored;
+    alignas(64) uint32_t before[(kImageFrom / kDitherBlock + 7) * kDitherBlock / 4];
+    for (int i = 0; i < count; ++i) {
+      if ((first + i) / k % 4 < 2) continue;
+      const uint32_t* from = words + (i - 2 * k) * each;
+      if (i < 2 * k) {
+        draw((first + i - 2 * k) * args.at.blocks, args.at.blocks, before);
+        from = before;
+      }
+      uint32_t* to = words + i * each;
+      for (int64_t j = 0; j < each; ++j) to[j] = ~from[j];
+    }
+  }
+}
+
 int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
   alignas(64) float values[kBatch + kPad];
   alignas(64) uint32_t words[(kBatchBlocks + 7) * kDitherBlock / 4];
@@ -255,13 +284,10 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
       ahead.fetch(each.size() * size / 3);
     }
     exact += batch.finish(args.bits, args.meta + g);
-    const int64_t blocks = batch.count * args.at.blocks;
-    const uint64_t call = (uint64_t)(g * args.at.blocks) * 4;
-    for (int64_t b = 0; b < blocks; b += 8) {
-      const int64_t n = blocks - b < 8 ? blocks - b : 8;
-      Simd::dither_blocks(call + 4 * (uint64_t)b, n, args.seed, args.stream, words + kDitherBlock / 4 * b);
-      ahead.fetch(n * kDitherBlock * size / 3);
-    }
+    if (args.at.rows_mirrored != 0)
+      dither_groups<true>(args, g, batch.count, ahead, words);
+    else
+      dither_groups<false>(args, g, batch.count, ahead, words);
     const typename Simd::TowardZero mode;
     round({args, batch, start, x, words, ahead});
   }

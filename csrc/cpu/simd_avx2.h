@@ -213,6 +213,7 @@ struct Simd {
   static void stream_done() { _mm_sfence(); }
 
   // As in simd_avx512.h, a block a vector; up to three blocks more are written.
+  template <bool RowsMirrored>
   static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
@@ -228,10 +229,10 @@ struct Simd {
         z.round(keys, r);
         w.round(keys, r);
       }
-      x.store(out);
-      y.store(out + kDitherBlock / 4);
-      z.store(out + 2 * kDitherBlock / 4);
-      w.store(out + 3 * kDitherBlock / 4);
+      x.template store<RowsMirrored>(out);
+      y.template store<RowsMirrored>(out + kDitherBlock / 4);
+      z.template store<RowsMirrored>(out + 2 * kDitherBlock / 4);
+      w.template store<RowsMirrored>(out + 3 * kDitherBlock / 4);
     }
   }
 
@@ -255,14 +256,24 @@ struct Simd {
       c1 = p1;
       c3 = p0;
     }
+    template <bool RowsMirrored>
     void store(uint32_t* out) const {
       const __m256i a = merge(c0, c1), b = merge(c2, c3);
-      store_half_block(out, _mm256_unpacklo_epi64(a, b));
-      store_half_block(out + 8, _mm256_unpackhi_epi64(a, b));
+      store_half_block<RowsMirrored>(out, _mm256_unpacklo_epi64(a, b));
+      store_half_block<RowsMirrored>(out + 8, _mm256_unpackhi_epi64(a, b));
     }
+    template <bool RowsMirrored>
     static void store_half_block(uint32_t* out, __m256i words) {
-      store_mirrored(out, words);
-      store_mirrored(out + 32, _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 1)));
+      const __m256i turned = _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 1));
+      if constexpr (RowsMirrored) {
+        _mm256_storeu_si256((__m256i*)out, words);
+        _mm256_storeu_si256((__m256i*)(out + 16), turned);
+        _mm256_storeu_si256((__m256i*)(out + 32), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 2)));
+        _mm256_storeu_si256((__m256i*)(out + 48), _mm256_xor_si256(words, _mm256_alignr_epi8(words, words, 3)));
+      } else {
+        store_mirrored(out, words);
+        store_mirrored(out + 32, turned);
+      }
     }
     // Words 0 and 1 of each call with their mirror images, and a run further words 2 and 3 with theirs.
     static void store_mirrored(uint32_t* out, __m256i words) {

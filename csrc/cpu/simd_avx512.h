@@ -190,6 +190,7 @@ struct Simd {
   // As in simd_portable.h; up to seven blocks more are written. A 32-bit word lives in the low half of a 64-bit lane,
   // so that a product's halves are in place for the next round (the high half of a lane is left over from before and
   // never read). Four chains hide each other's latency.
+  template <bool RowsMirrored>
   static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
@@ -206,16 +207,16 @@ struct Simd {
         z.round(keys, r);
         w.round(keys, r);
       }
-      x.store(out);
-      y.store(out + 2 * kDitherBlock / 4);
-      z.store(out + 4 * kDitherBlock / 4);
-      w.store(out + 6 * kDitherBlock / 4);
+      x.template store<RowsMirrored>(out);
+      y.template store<RowsMirrored>(out + 2 * kDitherBlock / 4);
+      z.template store<RowsMirrored>(out + 4 * kDitherBlock / 4);
+      w.template store<RowsMirrored>(out + 6 * kDitherBlock / 4);
     }
     for (; n < count; n += 2, q += 8, out += 2 * kDitherBlock / 4) {
       Calls x(q, stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) x.round(keys, r);
-      x.store(out);
+      x.template store<RowsMirrored>(out);
     }
   }
 
@@ -240,14 +241,24 @@ struct Simd {
       c1 = p1;
       c3 = p0;
     }
+    template <bool RowsMirrored>
     void store(uint32_t* out) const {
       const __m512i a = merge(c0, c1), b = merge(c2, c3);
-      store_block(out, _mm512_unpacklo_epi64(a, b));
-      store_block(out + kDitherBlock / 4, _mm512_unpackhi_epi64(a, b));
+      store_block<RowsMirrored>(out, _mm512_unpacklo_epi64(a, b));
+      store_block<RowsMirrored>(out + kDitherBlock / 4, _mm512_unpackhi_epi64(a, b));
     }
+    template <bool RowsMirrored>
     static void store_block(uint32_t* out, __m512i words) {
-      store_mirrored(out, words);
-      store_mirrored(out + 32, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 1)));
+      const __m512i turned = _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 1));
+      if constexpr (RowsMirrored) {
+        _mm512_storeu_si512(out, words);
+        _mm512_storeu_si512(out + 16, turned);
+        _mm512_storeu_si512(out + 32, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 2)));
+        _mm512_storeu_si512(out + 48, _mm512_xor_si512(words, _mm512_alignr_epi8(words, words, 3)));
+      } else {
+        store_mirrored(out, words);
+        store_mirrored(out + 32, turned);
+      }
     }
     // Words 0 and 1 of each call with their mirror images, and a run further words 2 and 3 with theirs.
     static void store_mirrored(uint32_t* out, __m512i words) {

@@ -181,6 +181,7 @@ struct Simd {
   static void stream_done() {}
 
   // Dither of blocks of 256 elements, from call q on: for each block four runs of sixteen words, four of each call.
+  template <bool RowsMirrored>
   static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     const PhiloxKeys keys = philox_keys(seed);
     for (int64_t block = 0; block < count; ++block, q += 4, out += kDitherBlock / 4) {
@@ -188,7 +189,7 @@ struct Simd {
         uint32_t call[4];
         philox(q + (uint64_t)i, stream, keys, call);
         for (int k = 0; k < 4; ++k)
-          for (int w = 0; w < 4; ++w) out[16 * k + 4 * i + w] = dither_word(call, w, k);
+          for (int w = 0; w < 4; ++w) out[16 * k + 4 * i + w] = dither_word<RowsMirrored>(call, w, k);
       }
     }
   }

@@ -10,6 +10,22 @@
 namespace hf_actnn {
 namespace {
 
+// The group whose dither a group has, and what its words are xored with: all ones where it mirrors another.
+struct Drawn {
+  int64_t group;
+  uint32_t mirror;
+};
+
+__device__ __forceinline__ Drawn drawn_for(const Layout& at, int64_t group) {
+  if (at.rows_mirrored == 0 || quotient(group, at.rows_mirrored) % 4 < 2) return Drawn{group, 0u};
+  return Drawn{group - 2 * at.rows_mirrored, 0xFFFFFFFFu};
+}
+
+// Either kind; which one is the same for a whole tensor.
+__device__ __forceinline__ uint32_t dither_word_of(const uint32_t call[4], int w, int k, bool rows_mirrored) {
+  return rows_mirrored ? dither_word<true>(call, w, k) : dither_word<false>(call, w, k);
+}
+
 // What dither is drawn from.
 struct Source {
   PhiloxKeys keys;
@@ -65,15 +81,18 @@ struct Dithered {
 
 // Codes of a lane's values, one a byte. Element 32 m + V lane + i takes the dither of run 2 m + V lane / 16 of sixteen.
 template <class T, bool Wide, bool Scaled>
-__device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupScale& s, int lane, int64_t group,
-                                           const Source& source, Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
+__device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupScale& s, int lane, const Layout& at,
+                                           int64_t group, const Source& source,
+                                           Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
   constexpr int V = Vec<T>::kElements, Calls = V / 4;
   using Dither = Dithered<Wide>;
   const uint64_t stream = source.sequence();
+  const Drawn drawn = drawn_for(at, group);
+  const bool rows_mirrored = at.rows_mirrored != 0;
   uint32_t calls[Calls][4];
 #pragma unroll
   for (int c = 0; c < Calls; ++c)
-    philox((uint64_t)group * 4 + (uint64_t)(V * lane % 16 / 4 + c), stream, source.keys, calls[c]);
+    philox((uint64_t)drawn.group * 4 + (uint64_t)(V * lane % 16 / 4 + c), stream, source.keys, calls[c]);
   const uint32_t first = Dither::kFirst + Dither::kStep * (uint32_t)(V * lane / 16);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -81,7 +100,7 @@ __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupS
 #pragma unroll
     for (int c = 0; c < Calls; ++c)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words[c][w] = dither_word(calls[c], w, k);
+      for (int w = 0; w < 4; ++w) words[c][w] = dither_word_of(calls[c], w, k, rows_mirrored) ^ drawn.mirror;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = 2 * k + half;
@@ -146,15 +165,15 @@ __global__ void __launch_bounds__(kThreads)
   if (sizeof(T) == 4 || std::is_same<T, BFloat16>::value) {
     // No step of fp16 is that small.
     if (s.scale == kScaleUp)
-      round_lane<T, true, true>(v, s, lane, group, source, codes);
+      round_lane<T, true, true>(v, s, lane, groups.at, group, source, codes);
     else if (sample.bits == 8)
-      round_lane<T, true, false>(v, s, lane, group, source, codes);
+      round_lane<T, true, false>(v, s, lane, groups.at, group, source, codes);
     else
-      round_lane<T, false, false>(v, s, lane, group, source, codes);
+      round_lane<T, false, false>(v, s, lane, groups.at, group, source, codes);
   } else if (sample.bits == 8) {
-    round_lane<T, true, false>(v, s, lane, group, source, codes);
+    round_lane<T, true, false>(v, s, lane, groups.at, group, source, codes);
   } else {
-    round_lane<T, false, false>(v, s, lane, group, source, codes);
+    round_lane<T, false, false>(v, s, lane, groups.at, group, source, codes);
   }
   if (s.minimum != s.minimum) {
 #pragma unroll
@@ -190,9 +209,9 @@ inline Scratch scratch_of(const Layout& at) {
 }
 
 // The byte of element e, from the words of its block's four calls.
-__device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e) {
+__device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e, bool rows_mirrored, uint32_t mirror) {
   const uint32_t* call = calls + e / kDitherBlock * 16 + e % 16 / 4 * 4;
-  const uint32_t word = dither_word(call, e % 4, e / kDitherRun % 4);
+  const uint32_t word = dither_word_of(call, e % 4, e / kDitherRun % 4, rows_mirrored) ^ mirror;
   return (uint8_t)(word >> (8 * (e / 16 % 4)));
 }
 
@@ -216,10 +235,11 @@ __global__ void __launch_bounds__(kThreads)
     range.see(value);
   }
   const uint64_t stream = source.sequence();
+  const Drawn drawn = drawn_for(groups.at, group);
   const int full = spot.size / kDitherBlock * 4, rest = spot.size % kDitherBlock;
   const int n_calls = full + (rest < 16 ? (rest + 3) / 4 : 4);  // a block of few elements needs not all four
   for (int c = lane; c < n_calls; c += lanes)
-    philox((uint64_t)(group * groups.at.blocks) * 4 + (uint64_t)c, stream, source.keys, calls + 4 * c);
+    philox((uint64_t)(drawn.group * groups.at.blocks) * 4 + (uint64_t)c, stream, source.keys, calls + 4 * c);
 
   range = across(range, lanes);
   const GroupScale s = group_scale(range.lo, range.hi, range.lo != range.lo, spot.bits);
@@ -230,7 +250,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();  // calls
   for (int e = lane; e < spot.size; e += lanes) {
     const float d = difference(values[e], s.minimum) * s.scale;
-    const float above = float_of(((uint32_t)dither_byte(calls, e) << 7) + 0x43800040u);  // as in Dithered<true>
+    const float above = float_of(((uint32_t)dither_byte(calls, e, groups.at.rows_mirrored != 0, drawn.mirror) << 7) +
+                                 0x43800040u);  // as in Dithered<true>
     const uint32_t code = bits_of(__fmaf_rz(d, s.reciprocal, above)) >> 15 & 0xFFu;
     codes[e] = (uint8_t)(s.reciprocal == 0.0f ? 0u : code);
   }

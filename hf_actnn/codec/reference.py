@@ -20,6 +20,8 @@ from torch import Tensor
 MAX_GROUP = 4096
 #: Elements of a group that four calls of the generator serve.
 DITHER_BLOCK = 256
+#: Rows of so many values are taken for images, whose neighbours lie side by side; shorter ones for tokens.
+IMAGE_FROM = 4096
 #: Rounds of the generator, as its authors recommend.
 ROUNDS = 10
 #: Masks and small integers are packed in groups of this many elements of the flat tensor.
@@ -50,6 +52,12 @@ class Layout(NamedTuple):
     row_bytes: int
     n_groups: int
     nbytes: int  #: bytes of all codes
+
+    @property
+    def rows_mirrored(self) -> int:
+        """Groups of a row where rows mirror each other, 0 where elements of a row do."""
+        length = (self.groups_per_row - 1) * self.group + self.tail
+        return self.groups_per_row if length < IMAGE_FROM else 0
 
 
 def _ceil(a: int, b: int) -> int:
@@ -107,26 +115,48 @@ def philox(q: Tensor, seed: int, stream: int | Tensor, rounds: int = ROUNDS) -> 
     return c0, c1, c2, c3
 
 
-def dither(n_groups: int, group: int, seed: int, stream: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def dither(
+    n_groups: int,
+    group: int,
+    seed: int,
+    stream: int | Tensor,
+    device: torch.device | str = "cpu",
+    rows_mirrored: int = 0,
+) -> Tensor:
     """Dither of every element of ``n_groups`` groups of up to ``group`` elements: ``[n_groups, group]`` fp32,
     ``(byte + 1/2) / 256``, so centred within a step.
 
-    A group has ``K = ceil(group / 256)`` blocks of 256 elements, each with four calls of the generator. Where
-    ``e % 4`` is 0 or 1, element ``e`` of group ``g`` takes byte ``i = 8 (k % 2) + 4 (e % 4) + e / 16 % 4`` of the call
-    with counter ``4 (K g + e / 256) + e % 16 / 4``, ``k = e / 64 % 4``; and where ``k`` is 2 or 3 that byte xor byte
-    ``(i + 1) % 16`` of the same call. Element ``e + 2`` has the mirror image of that, ``1 - u``: the errors of such two
-    are as far apart as they can be, and in what sums over both, as a convolution's gradient does, they largely cancel.
+    A group has ``K = ceil(group / 256)`` blocks of 256 elements, each with four calls of the generator. The call with
+    counter ``4 (K g + e / 256) + e % 16 / 4`` serves element ``e`` of group ``g``, ``k = e / 64 % 4``.
+
+    Where elements mirror each other (``rows_mirrored`` is 0) and ``e % 4`` is 0 or 1, the element takes byte
+    ``i = 8 (k % 2) + 4 (e % 4) + e / 16 % 4`` of the call, from ``k = 2`` on xor byte ``(i + 1) % 16``. Element ``e + 2``
+    has the mirror image of that, ``1 - u``.
+
+    Where rows of ``rows_mirrored`` groups do, the element takes byte ``i = 4 (e % 4) + e / 16 % 4``, from ``k = 1`` on
+    xor byte ``(i + k) % 16``, if the number of its row is 0 or 1 modulo 4. Row ``r + 2`` has the mirror image of row
+    ``r``.
+
+    The errors of two that mirror each other are as far apart as they can be, and in what sums over both, as the
+    gradient of a convolution's weight does over places and that of a linear layer's over tokens, they largely cancel.
     Each byte is uniform, and any two that are no mirror images are independent.
     """
     blocks = _ceil(group, DITHER_BLOCK)
     words = torch.stack(philox(torch.arange(n_groups * blocks * 4, device=device), seed, stream), -1)  # [calls, 4]
     shifts = torch.arange(0, 32, 8, device=device)
     drawn = ((words.unsqueeze(-1) >> shifts) & 0xFF).flatten(1)  # [calls, 16 bytes]
-    halves = torch.cat([drawn, drawn ^ drawn.roll(-1, 1)], 1).view(-1, 4, 1, 8)  # call, k, 1, two words of bytes
-    # group, block, call, k, word, byte
-    values = torch.cat([halves, 255 - halves], 2).view(n_groups, blocks, 4, 4, 4, 4)
-    values = values.permute(0, 1, 3, 5, 2, 4).reshape(n_groups, blocks * DITHER_BLOCK)  # k, byte, call, word
-    return (values[:, :group].to(torch.float32) + 0.5) / 256
+    if rows_mirrored:
+        values = torch.stack([drawn, *(drawn ^ drawn.roll(-k, 1) for k in range(1, 4))], 1)
+    else:
+        halves = torch.cat([drawn, drawn ^ drawn.roll(-1, 1)], 1).view(-1, 4, 1, 8)  # call, k, 1, two words of bytes
+        values = torch.cat([halves, 255 - halves], 2)
+    values = values.view(n_groups, blocks, 4, 4, 4, 4)  # group, block, call, k, word, byte
+    values = values.permute(0, 1, 3, 5, 2, 4).reshape(n_groups, blocks * DITHER_BLOCK)[:, :group]  # k, byte, call, word
+    if rows_mirrored:
+        at = torch.arange(n_groups, device=device)
+        mirrored = at // rows_mirrored % 4 >= 2
+        values = torch.where(mirrored[:, None], 255 - values[at - 2 * rows_mirrored * mirrored], values)
+    return (values.to(torch.float32) + 0.5) / 256
 
 
 def _bf16_bits(x: Tensor, up: bool) -> Tensor:
@@ -262,7 +292,7 @@ def quantize(
         kept exact, ``[1]`` int32.
     """
     at = layout(x.numel(), row_length, bits, group_size)
-    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), x.device)
+    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), x.device, at.rows_mirrored)
     return quantize_with(x, u, bits, row_length, group_size)
 
 
@@ -374,7 +404,7 @@ def quantize_mixed(
     if at.n_groups == 0:
         return quantize(x, 1, row_length, group_size, seed, stream, advance)
     sizes = sample_nbytes(x.numel() // n, row_length, group_size)
-    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), device).view(n, -1, at.group)
+    u = dither(at.n_groups, at.group, seed, _sequence(stream, advance), device, at.rows_mirrored).view(n, -1, at.group)
     nbytes = sum(sizes[bits] for bits in widths.tolist())
     codes = torch.empty(nbytes, dtype=torch.uint8, device=device)
     meta = torch.empty(n, at.n_groups // n, 2, dtype=torch.bfloat16, device=device)

@@ -153,7 +153,7 @@ class Large:
 
     def __init__(self, dtype: torch.dtype, row_length: int, bits: int, rows: int = 4, elements: int = 2**32) -> None:
         self.dtype, self.row_length, self.bits, self.rows = dtype, row_length, bits, rows
-        self.n_rows = elements // row_length + 3
+        self.n_rows = (elements // row_length + 3) // 4 * 4 + 4  # whole fours, in which rows mirror each other
         self.numel = self.n_rows * row_length
         self.x = sample(rows * row_length, dtype, 1)
         at = reference.layout(self.numel, row_length, bits, 256)
@@ -165,7 +165,7 @@ class Large:
         drawn, philox = reference.dither, reference.philox
         try:
             reference.philox = lambda _, seed, stream: philox(q, seed, stream)
-            u = drawn(rows * self.per_row, at.group, 5, 6)
+            u = drawn(rows * self.per_row, at.group, 5, 6, rows_mirrored=at.rows_mirrored)
         finally:
             reference.philox = philox
         self.codes, self.meta, _ = reference.quantize_with(self.x, u, bits, row_length, 256)
