@@ -287,7 +287,9 @@ def independently() -> Iterator[None]:
     kernels = [mock.patch.object(native, name, lambda *device: None) for name in ("module", "cuda")]
     mirrored = reference.dither
 
-    def dither(n_groups: int, group: int, seed: int, stream: Any, device: Any = "cpu", rows_mirrored: int = 0) -> Tensor:
+    def dither(
+        n_groups: int, group: int, seed: int, stream: Any, device: Any = "cpu", rows_mirrored: int = 0
+    ) -> Tensor:
         return mirrored(n_groups, group, seed, stream, device, max(n_groups, 1))  # as one row, which mirrors none
 
     with mock.patch.object(reference, "dither", dither), kernels[0], kernels[1]:

@@ -89,10 +89,11 @@ class Independent(NamedTuple):
         return self.first.nbytes
 
     def dequantize(self) -> Tensor:
-        group = math.ceil(self.row / math.ceil(self.row / GROUP))
-        drawn = torch.arange(self.row, device=self.first.codes.device) % group % 4 < 2
-        rows = [packed.dequantize().reshape(-1, self.row) for packed in (self.first, self.second)]
-        return torch.where(drawn, *rows).view(self.first.shape)
+        at, device = self.first.layout, self.first.codes.device
+        place = torch.arange(self.first.numel, device=device)
+        mirrored = place // self.row % 4 >= 2 if at.rows_mirrored else place % self.row % at.group % 4 >= 2
+        first, second = (packed.dequantize().view(-1) for packed in (self.first, self.second))
+        return torch.where(mirrored, second, first).view(self.first.shape)
 
 
 class Original:

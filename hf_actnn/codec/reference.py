@@ -130,8 +130,8 @@ def dither(
     counter ``4 (K g + e / 256) + e % 16 / 4`` serves element ``e`` of group ``g``, ``k = e / 64 % 4``.
 
     Where elements mirror each other (``rows_mirrored`` is 0) and ``e % 4`` is 0 or 1, the element takes byte
-    ``i = 8 (k % 2) + 4 (e % 4) + e / 16 % 4`` of the call, from ``k = 2`` on xor byte ``(i + 1) % 16``. Element ``e + 2``
-    has the mirror image of that, ``1 - u``.
+    ``i = 8 (k % 2) + 4 (e % 4) + e / 16 % 4`` of the call, from ``k = 2`` on xor byte ``(i + 1) % 16``. Element
+    ``e + 2`` has the mirror image of that, ``1 - u``.
 
     Where rows of ``rows_mirrored`` groups do, the element takes byte ``i = 4 (e % 4) + e / 16 % 4``, from ``k = 1`` on
     xor byte ``(i + k) % 16``, if the number of its row is 0 or 1 modulo 4. Row ``r + 2`` has the mirror image of row

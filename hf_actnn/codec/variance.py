@@ -126,27 +126,46 @@ def rounding_correlation(x: Tensor, packed: PackedTensor) -> Tensor:
         Between -1 and 0, float64 without dimensions on the device of ``x``; 0 where no two values are rounded together.
     """
     _check(x, packed)
+    nothing = torch.zeros((), dtype=torch.float64, device=x.device)
+    if packed.numel == 0:
+        return nothing
     at = reference.layout(packed.numel, packed.row_length, 1, packed.group_size)
-    first = torch.tensor([e for e in range(at.group - 2) if e % 4 < 2], dtype=torch.int64, device=x.device)
-    if packed.numel == 0 or not len(first):
-        return torch.zeros((), dtype=torch.float64, device=x.device)
-    full = at.groups_per_row - 1 if at.tail < at.group else at.groups_per_row  # of a row
-    count = at.n_rows * full
+    full = at.groups_per_row - (at.tail < at.group)  # groups of a row
+    if at.rows_mirrored:
+        rows, elements = at.n_rows // 4 * 2 + max(at.n_rows % 4 - 2, 0), list(range(at.group))
+    else:
+        rows, elements = at.n_rows, [e for e in range(at.group - 2) if e % 4 < 2]
+    count = rows * full
+    if count == 0 or not elements:
+        return nothing
     seen = min(count, _SEEN)
     picked = torch.arange(seen, device=x.device) * count // seen
     row, within = picked // full, picked % full
-    start = (row * packed.row_length + within * at.group)[:, None] + first
+    if at.rows_mirrored:
+        row = row // 2 * 4 + row % 2
     flat = _in_order(x, packed)
-    minimum, step = packed.meta[row * at.groups_per_row + within].to(torch.float64)[..., None].unbind(1)
-    f, g = (
-        flat[start + apart].to(torch.float32).to(torch.float64).sub_(minimum).div_(step).frac_() for apart in (0, 2)
-    )
-    coded = (step > 0).expand_as(f)  # not 0, nan, or the mark of an exact group
-    weight = torch.where(coded, step * step, 0.0)
-    f, g = torch.where(coded, f, 0.0), torch.where(coded, g, 0.0)
-    covariance = -(torch.minimum(f * g, (1 - f) * (1 - g)) * weight).sum()
-    variance = ((f * (1 - f) + g * (1 - g)) * weight).sum()
+    one, step = _fractions(flat, packed, row, within, torch.tensor(elements, device=x.device))
+    if at.rows_mirrored:
+        other, step_of_other = _fractions(flat, packed, row + 2, within, torch.tensor(elements, device=x.device))
+    else:
+        other, step_of_other = _fractions(flat, packed, row, within, torch.tensor(elements, device=x.device) + 2)
+    weight = step * step_of_other
+    covariance = -(torch.minimum(one * other, (1 - one) * (1 - other)) * weight).sum()
+    variance = ((one * (1 - one) + other * (1 - other)) * weight).sum()
     return torch.where(variance > 0, 2 * covariance / variance, 0.0).clamp(-1.0, 0.0)
+
+
+def _fractions(
+    flat: Tensor, packed: PackedTensor, row: Tensor, within: Tensor, elements: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of some elements of a group of each of some rows: the fraction of a step that each lies above a code, ``[n, e]``,
+    and the step ``[n, 1]``, 0 where there is none."""
+    at = packed.layout
+    minimum, step = packed.meta[row * at.groups_per_row + within].to(torch.float64)[..., None].unbind(1)
+    place = (row * packed.row_length + within * at.group)[:, None] + elements
+    fraction = flat[place].to(torch.float32).to(torch.float64).sub_(minimum).div_(step).frac_()
+    coded = step > 0  # not 0, nan, or the mark of an exact group
+    return torch.where(coded, fraction, 0.0), torch.where(coded, step, 0.0)
 
 
 def _check(x: Tensor, packed: PackedTensor) -> None:

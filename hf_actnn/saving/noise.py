@@ -23,7 +23,7 @@ class Signs(NamedTuple):
 
     Attributes:
         independent: ``[SIGNS]``, each independent of the others.
-        uniform: ``[SIGNS / 2]`` in 0..1, for each of the first two of every four: how its sign goes on to the last two.
+        uniform: ``[SIGNS]`` in 0..1, which says how the sign of a value goes on to its mirror image.
     """
 
     independent: Tensor
@@ -33,17 +33,21 @@ class Signs(NamedTuple):
     def draw(cls, generator: torch.Generator) -> Signs:
         """From a generator of the CPU, whatever torch's default device is."""
         signs = torch.randint(0, 2, (SIGNS,), generator=generator, device="cpu").mul_(2).sub_(1).float()
-        return cls(signs, torch.rand(SIGNS // 2, generator=generator, device="cpu"))
+        return cls(signs, torch.rand(SIGNS, generator=generator, device="cpu"))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Signs:
         return Signs(self.independent.to(device, dtype), self.uniform.to(device))
 
-    def mirrored(self, correlation: Tensor) -> Tensor:
-        """``[SIGNS]`` that are related as the roundings of a group's values are: those of elements ``e`` and ``e + 2``,
-        ``e % 4`` 0 and 1, have this correlation, and all others none."""
-        opposite = self.uniform.view(-1, 2) < (1 - correlation.to(self.uniform)) / 2
+    def images(self, correlation: Tensor) -> Tensor:
+        """``[SIGNS]``, the signs of mirror images: each has this correlation with the independent one in its place."""
+        opposite = self.uniform < (1 - correlation.to(self.uniform)) / 2
+        return torch.where(opposite, -self.independent, self.independent)
+
+    def within_fours(self, correlation: Tensor) -> Tensor:
+        """``[SIGNS]`` that are related as the roundings of a long row's values are: those of elements ``e`` and
+        ``e + 2``, ``e % 4`` 0 and 1, have this correlation, and all others none."""
         found = self.independent.clone().view(-1, 2, 2)
-        found[:, 1] = torch.where(opposite, -found[:, 0], found[:, 0])
+        found[:, 1] = self.images(correlation).view(-1, 2, 2)[:, 0]
         return found.view(-1)
 
 
@@ -54,8 +58,8 @@ class Noise:
     Args:
         packed: the tensor.
         variance: ``[S]``, of its rounding, of each sample.
-        correlation: of roundings that mirror each other, without dimensions. Where groups do not begin at multiples of
-            four, all count as independent.
+        correlation: of roundings that mirror each other, without dimensions. Where elements of a row do and groups do
+            not begin at multiples of four, all count as independent.
         signs: of the tape.
         start: which of the signs is the first value's.
     """
@@ -82,10 +86,13 @@ class Noise:
             each = len(variance) // len(packed.widths)
             top = (torch.exp2(packed.widths.to(step.dtype)) - 1).to(step.device)
             self._factors /= top.repeat_interleave(each)
-        if at.group % 4 == 0 and packed.row_length % 4 == 0:
-            self._signs, self._start = signs.mirrored(correlation).to(step.dtype), start // 4 * 4
-        else:
-            self._signs, self._start = signs.independent.to(step.dtype), start
+        self._row, self._start = packed.row_length, start
+        self._signs = signs.independent.to(step.dtype)
+        self._images: Tensor | None = None
+        if at.rows_mirrored:
+            self._images = signs.images(correlation).to(step.dtype)
+        elif at.group % 4 == 0 and packed.row_length % 4 == 0:
+            self._signs, self._start = signs.within_fours(correlation).to(step.dtype), start // 4 * 4
         self._twin = twin
         self._each = packed.numel // len(variance)
 
@@ -114,7 +121,24 @@ class Noise:
         else:
             for sample in range(start // each, -(-stop // each)):
                 flat[max(sample * each - start, 0) : (sample + 1) * each - start].mul_(self._factors[sample])
-        sign_(flat, self._signs, self._start + start)
+        if self._images is None:
+            sign_(flat, self._signs, self._start + start)
+            return
+        for first in range(0, flat.numel(), PIECE):
+            self._sign_rows(flat[first : first + PIECE], start + first, self._images)
+
+    def _sign_rows(self, flat: Tensor, start: int, images: Tensor) -> None:
+        """Rows 2 and 3 of every four have the signs of the mirror images of rows 0 and 1."""
+        row, stop, place = self._row, start + flat.numel(), self._start + start
+        first, last = start // row, -(-stop // row)
+        image = (torch.arange(first, last, device=flat.device) % 4 >= 2).repeat_interleave(row)
+        image = image[start - first * row : stop - first * row]
+        flat.mul_(torch.where(image, _run(images, place - 2 * row, len(flat)), _run(self._signs, place, len(flat))))
+
+
+def _run(signs: Tensor, start: int, count: int) -> Tensor:
+    """So many signs from a place on; after the last comes the first."""
+    return signs.roll(-(start % len(signs))).repeat(-(-count // len(signs)))[:count]
 
 
 def sign_(flat: Tensor, signs: Tensor, start: int) -> None:

@@ -33,58 +33,79 @@ def test_philox(rounds, counter, words):
         assert reference.philox(q, key, high) == reference.philox(q, key, high, rounds)
 
 
+def _byte(drawn: bytes, e: int, rows_mirrored: bool) -> int:
+    """The byte of element ``e`` of a group, from those of its call."""
+    k = e // 64 % 4
+    if rows_mirrored:
+        i = 4 * (e % 4) + e // 16 % 4
+        return drawn[i] ^ (drawn[(i + k) % 16] if k else 0)
+    i = 8 * (k % 2) + 4 * (e % 2) + e // 16 % 4
+    byte = drawn[i] ^ (drawn[(i + 1) % 16] if k >= 2 else 0)
+    return 255 - byte if e % 4 >= 2 else byte
+
+
+@pytest.mark.parametrize("rows_mirrored", [0, 1, 2])
 @pytest.mark.parametrize("group", [64, 200, 256, 300])
-def test_dither_positions(group):
-    u = reference.dither(5, group, 5, 6)
-    assert u.shape == (5, group)
+def test_dither_positions(group, rows_mirrored):
+    u = reference.dither(9, group, 5, 6, rows_mirrored=rows_mirrored)
+    assert u.shape == (9, group)
     blocks = math.ceil(group / 256)
-    for g in (0, 1, 4):
+    for g in range(9):
+        mirrored = rows_mirrored and g // rows_mirrored % 4 >= 2
+        of = g - 2 * rows_mirrored if mirrored else g
         # Neighbours of one word, of one call, runs, rotations, blocks.
         for e in {0, 3, 4, 15, 16, 63, 64, 79, 150, 191, 192, 255, 256, 299, group - 1} & set(range(group)):
-            words = reference.philox(torch.tensor([4 * (g * blocks + e // 256) + e % 16 // 4]), 5, 6)
+            words = reference.philox(torch.tensor([4 * (of * blocks + e // 256) + e % 16 // 4]), 5, 6)
             drawn = b"".join(int(word).to_bytes(4, "little") for word in words)
-            k = e // 64 % 4
-            i = 8 * (k % 2) + 4 * (e % 2) + e // 16 % 4
-            byte = drawn[i] ^ (drawn[(i + 1) % 16] if k >= 2 else 0)
-            assert u[g, e] == ((255 - byte if e % 4 >= 2 else byte) + 0.5) / 256
+            byte = _byte(drawn, e, rows_mirrored > 0)
+            assert u[g, e] == ((255 - byte if mirrored else byte) + 0.5) / 256
 
 
-#: Elements of a block that have bytes of their own; the one two further on has the mirror image.
-DRAWN = [e for e in range(256) if e % 4 < 2]
+@pytest.mark.parametrize(("row", "groups"), [(1, 1), (256, 1), (257, 2), (4095, 16), (4096, 0), (100_000, 0)])
+def test_rows_of_tokens_mirror_each_other_and_images_within(row, groups):
+    assert reference.layout(8 * row, row, 2, 256).rows_mirrored == groups
 
 
-def _sources(e: int) -> frozenset[tuple[int, int]]:
-    """The bytes, each (call, place), whose exclusive or is the dither of element ``e`` of a block, ``e % 4 < 2``."""
+def _sources(e: int, rows_mirrored: bool) -> frozenset[tuple[int, int]]:
+    """The bytes, each (call, place), whose exclusive or is the dither of element ``e`` of a block that is drawn."""
     call, k = e % 16 // 4, e // 64
-    i = 8 * (k % 2) + 4 * (e % 4) + e // 16 % 4
-    return frozenset({(call, i), (call, (i + 1) % 16)} if k >= 2 else {(call, i)})
+    i = 4 * (e % 4) + e // 16 % 4 if rows_mirrored else 8 * (k % 2) + 4 * (e % 4) + e // 16 % 4
+    turn = k if rows_mirrored else k // 2
+    return frozenset({(call, i), (call, (i + turn) % 16)})
 
 
-def test_dithers_but_mirror_images_are_pairwise_independent():
+@pytest.mark.parametrize("rows_mirrored", [True, False])
+def test_dithers_but_mirror_images_are_pairwise_independent(rows_mirrored):
     """Exclusive ors of independent uniform bytes are independent in pairs just where no two are of the same bytes."""
-    sets = [_sources(e) for e in DRAWN]
-    assert len(set(sets)) == 128
+    drawn = [e for e in range(256) if rows_mirrored or e % 4 < 2]
+    assert len({_sources(e, rows_mirrored) for e in drawn}) == len(drawn)
 
 
 @pytest.mark.parametrize("group", [3, 4, 7, 64, 255, 300])
-def test_dithers_two_apart_are_mirror_images(group):
-    u = reference.dither(50, group, 5, 6)
+def test_mirror_images(group):
+    within = reference.dither(50, group, 5, 6)
     first = [e for e in range(group - 2) if e % 4 < 2]
-    assert torch.equal(u[:, [e + 2 for e in first]], 1 - u[:, first])
+    assert torch.equal(within[:, [e + 2 for e in first]], 1 - within[:, first])
+    rows = reference.dither(51, group, 5, 6, rows_mirrored=3).view(17, 3, group)
+    drawn = [row for row in range(15) if row % 4 < 2]
+    assert torch.equal(rows[[row + 2 for row in drawn]], 1 - rows[drawn])
 
 
-def test_pairs_of_dithers_in_practice():
+@pytest.mark.parametrize("rows_mirrored", [0, 1])
+def test_pairs_of_dithers_in_practice(rows_mirrored):
     """Over many groups each pair of elements but mirror images has uncorrelated dithers, and uncorrelated squares."""
-    u = reference.dither(20_000, 256, 3, 4).double() - 0.5
+    u = reference.dither(20_000, 256, 3, 4, rows_mirrored=rows_mirrored).double() - 0.5
     one, other = torch.triu_indices(256, 256, 1)
-    mirrored = (one % 4 < 2) & (other == one + 2)
-    assert mirrored.sum() == 128
+    mirrored = (one % 4 < 2) & (other == one + 2) & (rows_mirrored == 0)
     for values, of_mirrored in ((u, -1), (u.square() - u.square().mean(), 1)):  # squares of mirror images are equal
+        if rows_mirrored:
+            values = values.view(-1, 2, 2, 256)[:, 0].reshape(-1, 256)  # the others are mirror images
         scaled = values / values.square().mean().sqrt()
-        correlations = (scaled.T @ scaled / len(u))[one, other]
+        correlations = (scaled.T @ scaled / len(values))[one, other]
         # 32,512 pairs: beyond six standard errors one in 10^4 runs would show, and the seed is fixed.
-        assert correlations[~mirrored].abs().max() < 6 / len(u) ** 0.5
-        assert (correlations[mirrored] - of_mirrored).abs().max() < 0.05
+        assert correlations[~mirrored].abs().max() < 6 / len(values) ** 0.5
+        if not rows_mirrored:
+            assert mirrored.sum() == 128 and (correlations[mirrored] - of_mirrored).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

@@ -501,14 +501,25 @@ def test_network(name):
     assert sum(predict(model, run, 4, steps=6).values()) == pytest.approx(mean, rel=NETWORK)
 
 
-class Smooth(nn.Sequential):
-    """A convolution whose gradient is alike in neighbouring places, as a mean over 16 x 16 makes it."""
+class Places(nn.Sequential):
+    """A convolution whose gradient is alike in all places, which a mean makes it."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 10, 3, padding=1), nn.AvgPool2d(16), nn.Flatten())
+        super().__init__(nn.Conv2d(16, 10, 3, padding=1), nn.AvgPool2d(16), nn.Flatten())
 
 
-#: What the convolution reads: its values, or what is left of them behind a ReLU and behind dropout.
+class Tokens(nn.Module):
+    """A linear layer whose gradient is alike for all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(2).transpose(1, 2).contiguous()).mean(1)
+
+
+#: What is read: values, or what is left of them behind a ReLU and behind dropout.
 READ = {
     "values": lambda x: x,
     "a half of zeros": lambda x: x.relu(),
@@ -520,9 +531,10 @@ READ = {
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("read_", READ)
-def test_mirrored_roundings_are_foreseen(monkeypatch, read_, bits):
+@pytest.mark.parametrize("build", [Places, Tokens])
+def test_mirrored_roundings_are_foreseen(monkeypatch, build, read_, bits):
     """Where errors of neighbours cancel; with noise that is independent from value to value more is predicted."""
-    model, run = seeded(Smooth), classify(READ[read_](normal(8, 8, 16, 16)))
+    model, run = seeded(build), classify(READ[read_](normal(8, 16, 16, 16)))
     mean, error = measured(draws(model, run, bits, 300)[1])
     assert error < 0.03, "too few draws to tell"
     found = sum(predict(model, run, bits, steps=30).values())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hf_actnn
-from hf_actnn.codec import rounding_variance
+from hf_actnn.codec import reference, rounding_variance
 from hf_actnn.errors import CodecError
 from hf_actnn.precision import variance
 
@@ -36,8 +36,9 @@ def kept(x: Tensor, bits: int, row_length: int, group_size: int = 256) -> tuple[
     one, other = (
         hf_actnn.quantize(copies, bits, group_size, seed=seed, row_length=row_length).dequantize() for seed in (1, 2)
     )
-    group = math.ceil(row_length / math.ceil(row_length / group_size))
-    drawn = torch.where(torch.arange(x.numel()) % row_length % group % 4 < 2, one, other)
+    at, place = reference.layout(copies.numel(), row_length, bits, group_size), torch.arange(copies.numel())
+    mirrored = place // row_length % 4 >= 2 if at.rows_mirrored else place % row_length % at.group % 4 >= 2
+    drawn = torch.where(mirrored.view(copies.shape), other, one)
     return drawn.view(DRAWS, *x.shape), variance.exact(x, hf_actnn.quantize(x, bits, group_size, row_length=row_length))
 
 

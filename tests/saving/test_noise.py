@@ -103,7 +103,7 @@ def products(signs: torch.Tensor, apart: int) -> torch.Tensor:
 @pytest.mark.parametrize("apart", [1, 2, 3, 4])
 def test_signs_that_are_mirrored(apart, correlation):
     """Two apart within fours they have the correlation that is asked for, and otherwise none."""
-    signs = SIGNS.mirrored(torch.tensor(correlation, dtype=torch.float64))
+    signs = SIGNS.within_fours(torch.tensor(correlation, dtype=torch.float64))
     assert (signs.abs() == 1).all() and signs.mean().abs() < 4 / COUNT**0.5
     expected = torch.tensor([correlation] * 2 + [0.0, 0.0]) if apart == 2 else torch.zeros(4)
     assert (products(signs, apart) - expected).abs().max() < 4 / (COUNT // 4) ** 0.5
@@ -116,12 +116,29 @@ def test_signs_are_drawn_on_the_cpu():
         assert {part.device.type for part in tape._signs} == {"cpu"} and tape._place() < COUNT
 
 
-@pytest.mark.parametrize(
-    ("shape", "aligned"), [((6, 16, 16), True), ((6, 300), False), ((6, 4, 150), False), ((6, 515), False)]
-)
-def test_mirror_images_are_those_of_groups(shape, aligned):
-    packed = codec.quantize(torch.randn(shape), 2, row_length=shape[-1])
+@pytest.mark.parametrize("correlation", [0.0, -0.3, -1.0])
+def test_signs_of_mirror_images(correlation):
+    images = SIGNS.images(torch.tensor(correlation, dtype=torch.float64))
+    assert (images * SIGNS.independent).mean().item() == pytest.approx(correlation, abs=4 / COUNT**0.5)
+    assert abs((images * SIGNS.independent.roll(1)).mean().item()) < 4 / COUNT**0.5
+
+
+@pytest.mark.parametrize(("row", "aligned"), [(4096, True), (4100, True), (5000, True), (4098, False), (4102, False)])
+def test_mirror_images_of_long_rows_are_within_groups(row, aligned):
+    packed = codec.quantize(torch.randn(6, row), 2)
     noise = whole(Noise(packed, torch.ones(6, dtype=torch.float64), HALF, SIGNS, 18), packed)
+    aligned = packed.layout.group % 4 == 0 and row % 4 == 0
     signs = noise.flatten().sign()
-    expected = SIGNS.mirrored(HALF).roll(-16) if aligned else SIGNS.independent.roll(-18)
+    expected = SIGNS.within_fours(HALF).roll(-16) if aligned else SIGNS.independent.roll(-18)
     assert torch.equal(signs, expected[: len(signs)])
+
+
+@pytest.mark.parametrize("row", [3, 64, 300, 4095])
+@pytest.mark.parametrize("start", [0, 17, COUNT - 3])
+def test_mirror_images_of_short_rows_are_rows(row, start):
+    packed = codec.quantize(torch.randn(11, row), 2)
+    noise = whole(Noise(packed, torch.ones(1, dtype=torch.float64), torch.tensor(-1.0), SIGNS, start), packed)
+    signs = noise.sign()
+    assert torch.equal(signs[[2, 3, 6, 7, 10]], -signs[[0, 1, 4, 5, 8]])
+    drawn = SIGNS.independent.roll(-start)[: 11 * row].view(11, row)
+    assert torch.equal(signs[[0, 1, 4, 5, 8, 9]], drawn[[0, 1, 4, 5, 8, 9]])
