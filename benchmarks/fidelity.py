@@ -559,7 +559,7 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
         those = "All" if len(alone) == len(models) else ", ".join(MODELS[model].title for model in alone)
         yield (
             f"{those}: with each value rounded for itself. Roundings that mirror each other\n"
-            "([The codec](codec.md#dither)), as they do now, add less to the gradients of convolutions\n"
+            "([The codec](codec.md#dither)), as they do now, add less to gradients\n"
             "(`benchmarks/results/mirrored.json`).\n"
         )
     for model in models:
