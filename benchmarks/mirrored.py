@@ -4,9 +4,11 @@
 
 Two values with one between them are rounded by one dither and its mirror image (docs/codec.md, "Dither"). Measured
 against the same codec with a dither for each value, at the same weights, batch and bits: relative variance as in
-fidelity.py, the same bits for all, and L3 with bits that were chosen on other batches, the same ones both times. And
-how alike the gradients are that come back to places one and two apart, by convolution.
-Weights are those after so many steps of the trainings of accuracy/variance.py (ResNet-20) and of fidelity.py.
+fidelity.py, the same bits for all, and L3 with bits that were chosen on other batches, the same ones both times; and
+the same with each parameter's variance by the deviation of its gradient's values over batches, as bits are chosen by
+and Adam steps (docs/theory.md, "Choosing bits"), for the plain sum is nearly all of a few parameters. And how alike
+the gradients are that come back to places one and two apart, by convolution. Weights are those after so many steps of
+the trainings of accuracy/variance.py (ResNet-20) and of fidelity.py.
 """
 
 from __future__ import annotations
@@ -70,33 +72,54 @@ def alike(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, list[floa
     return found
 
 
+def weights_of(model: nn.Module, batches: fidelity.Batches, count: int = 12) -> Tensor:
+    """``[P]`` for each value of the gradient: one over the deviation of its parameter's values between batches; 0 for
+    parameters whose gradients are nothing but rounding errors."""
+    gradients = torch.stack([fidelity.gradient(model, *batches()) for _ in range(count)]).double()
+    sizes = [p.numel() for p in model.parameters() if p.grad is not None]
+    of_value = torch.stack([part.mean() for part in gradients.var(0).split(sizes)])
+    alive = of_value > variance.ALIVE * of_value.median()
+    return torch.where(alive, of_value.rsqrt(), 0.0).repeat_interleave(torch.tensor(sizes))
+
+
 def measured(
-    model: nn.Module, fields: dict[str, Any], batches: fidelity.Batches, batch: tuple[Tensor, Tensor], draws: int
+    model: nn.Module,
+    fields: dict[str, Any],
+    batches: fidelity.Batches | None,
+    batch: tuple[Tensor, Tensor],
+    draws: int,
+    weights: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Relative variance of both roundings with their standard errors, and the ratio of the two with its own."""
+    """Relative variance of both roundings with their standard errors, and the ratio of the two with its own; the same
+    of squared errors that are weighted value by value, where weights are given."""
     exact = fidelity.gradient(model, *batch)
-    scale = exact.double().square().sum().item()
     hf_actnn.convert(model, **fields)
     controller = hf_actnn.controller(model)
     for _ in range(3 if controller.adaptive else 0):
         fidelity.gradient(model, *batches(len(batch[0])))
         controller.step()
     controller.active = False
-    row: dict[str, Any] = {}
+    errors: dict[str, list[Tensor]] = {}
     for rounding, context in ROUNDINGS.items():
-        errors: list[float] = []
-        total = torch.zeros_like(exact, dtype=torch.float64)
         with context():
-            for _ in range(draws):
-                error = (fidelity.gradient(model, *batch) - exact).double()
-                errors.append(error.square().sum().item() / scale)
-                total += error
-        row[rounding] = fidelity.summary(errors, total, scale)
+            errors[rounding] = [(fidelity.gradient(model, *batch) - exact).double() for _ in range(draws)]
     hf_actnn.revert(model)
-    one, other = (row[rounding] for rounding in ROUNDINGS)
-    ratio = one["variance"] / other["variance"]
-    relative = math.hypot(*(part["standard_error"] / part["variance"] for part in (one, other)))
-    return {**row, "ratio": ratio, "ratio_standard_error": ratio * relative}
+    row: dict[str, Any] = {}
+    for name, by in (("", None), ("weighted_", weights)):
+        if name and by is None:
+            continue
+        scale = (exact.double().square() if by is None else exact.double().square() * by).sum().item()
+        for rounding, found in errors.items():
+            squared = [float((e.square() if by is None else e.square() * by).sum()) / scale for e in found]
+            row[name + rounding] = {
+                "variance": statistics.mean(squared),
+                "standard_error": statistics.stdev(squared) / math.sqrt(draws),
+            }
+        one, other = (row[name + rounding] for rounding in ROUNDINGS)
+        row[f"{name}ratio"] = one["variance"] / other["variance"]
+        relative = math.hypot(*(part["standard_error"] / part["variance"] for part in (one, other)))
+        row[f"{name}ratio_standard_error"] = row[f"{name}ratio"] * relative
+    return row
 
 
 def main() -> None:
@@ -117,16 +140,18 @@ def main() -> None:
     for name in options.models:
         model = trained(name, options.data, options.steps)
         gradients[name] = alike(model, batch)
+        weights = weights_of(model, fidelity.Batches(images, labels, seed=11))
         for bits, fields in FIELDS.items():
             others = fidelity.Batches(images, labels, seed=9)
-            row = {"model": name, "bits": bits, **measured(model, fields, others, batch, options.draws)}
+            row = {"model": name, "bits": bits, **measured(model, fields, others, batch, options.draws, weights)}
             rows.append(row)
             print(
                 f"{name:10s} {bits:12s} {row['mirrored']['variance']:.4g} of {row['independent']['variance']:.4g}: "
-                f"{row['ratio']:.3f} ± {row['ratio_standard_error']:.3f}",
+                f"{row['ratio']:.3f} ± {row['ratio_standard_error']:.3f}, weighted "
+                f"{row['weighted_ratio']:.3f} ± {row['weighted_ratio_standard_error']:.3f}",
                 flush=True,
             )
-    mean = statistics.geometric_mean(row["ratio"] for row in rows)
+    mean = statistics.geometric_mean(row["weighted_ratio"] for row in rows)
     results = {"steps": options.steps, "rows": rows, "gradients_one_and_two_places_apart": gradients}
     print(f"geometric mean {mean:.3f}; {timing.write('mirrored', results)}")
 

@@ -96,7 +96,9 @@ def test_mirrored_roundings_against_independent_ones(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(5, 10, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     batch = torch.randn(4, 5, 32, 32), torch.arange(4)  # rows as long as an image's
-    row = mirrored.measured(model, {"level": "L2", "bits": 2}, None, batch, draws=40)
+    size = sum(p.numel() for p in model.parameters())
+    row = mirrored.measured(model, {"level": "L2", "bits": 2}, None, batch, 40, torch.full((size,), 3.0))
+    assert row["weighted_ratio"] == pytest.approx(row["ratio"])
     assert row["ratio"] < 0.75 and 0 < row["ratio_standard_error"] < 0.2
     assert row["ratio"] == row["mirrored"]["variance"] / row["independent"]["variance"]
     assert not hf_actnn.is_converted(model)
