@@ -204,8 +204,15 @@ class Way:
 
 
 def cut(batch: Any, samples: int) -> Any:
-    """The first samples of a batch. Numbers and tensors without dimensions belong to all samples, and stay."""
-    return tree_map(lambda value: value[:samples] if isinstance(value, Tensor) and value.ndim else value, batch)
+    """The first samples of a batch. Numbers, and tensors that have not as many rows as the first that has several
+    dimensions, belong to all samples, and stay."""
+    shapes = [value.shape for value in tree_leaves(batch) if isinstance(value, Tensor) and value.ndim]
+    length = next((shape[0] for shape in shapes if len(shape) > 1), shapes[0][0] if shapes else 0)
+
+    def first(value: Any) -> Any:
+        return value[:samples] if isinstance(value, Tensor) and value.ndim and len(value) == length else value
+
+    return tree_map(first, batch)
 
 
 def batch_for(peak: Callable[[int], float], target: float) -> tuple[int, dict[int, float]]:

@@ -29,6 +29,83 @@ def test_what_beats_a_level_in_memory_and_time_is_said():
     assert results.over({**points, "checkpoint": (3, 1.15)}, others, "it") == []
 
 
+def scored(task: str, **schemes: list[float]) -> dict[str, dict]:
+    """Runs of a task, a score for each seed of a scheme."""
+    return {
+        f"{task}/{scheme.replace('_', '-')}/{seed}": {"score": score, "losses": [1.0, 1.0]}
+        for scheme, scores in schemes.items()
+        for seed, score in enumerate(scores)
+    }
+
+
+def test_verdicts_are_for_us_and_against_us():
+    import results
+
+    runs = scored("cifar10-vit", uncompressed=[0.7, 0.72], auto=[0.7, 0.721], L3=[0.6, 0.62], original_2=[0.5, 0.52])
+    lines = results.verdicts(runs)
+    assert [line for line in lines if "auto" in line and "| +0.1" in line and "| yes" in line]
+    assert [line for line in lines if "L3 no worse" in line and "| -10.0 (-10.0 to -10.0) | **no** |" in line]
+    assert [line for line in lines if "above" in line and "| +10.0 (+10.0 to +10.0) | yes |" in line]
+    runs |= scored("cifar10-vit", original_2=[0.59, 0.64])
+    [line] = [line for line in results.verdicts(runs) if "above" in line]
+    assert "**no**" in line and "-0.5" in line
+    runs |= scored("cifar10-vit", original_2=[0.55, 0.64])
+    [line] = [line for line in results.verdicts(runs) if "above" in line]
+    assert "within the noise" in line
+    assert results.verdicts({}) == []
+
+
+#: Of three models on a GPU: one that was measured, one that was stopped before it had times, one without a plain run.
+ON_A_GPU = {
+    "vit_patch16_224": {
+        "methods": {
+            "plain": {"allocated": 100, "reserved": 120},
+            "L3": {"allocated": 20, "reserved": 40},
+            "checkpoint": {"allocated": 50, "reserved": 60},
+        },
+        "ratios": {"L3 / plain": 1.2, "checkpoint / plain": 1.3, "L3 / checkpoint": 0.92, "L4 / plain": 1.5},
+    },
+    "stopped": {"methods": {"plain": {"allocated": 100, "reserved": 120}}},
+    "without times": {"methods": {"plain": {"allocated": 1, "reserved": 1}}, "ratios": {}},
+}
+
+
+def test_times_on_a_gpu_are_of_what_ran():
+    import results
+
+    found = {model: results.gpu_times(row) for model, row in ON_A_GPU.items()}
+    assert found == {
+        "vit_patch16_224": {"plain": 1.0, "L3": 1.2, "checkpoint": 1.3},
+        "stopped": {},
+        "without times": {},
+    }
+
+
+def test_the_limits_have_times_and_peaks_of_every_file_of_a_gpu(monkeypatch):
+    import readme
+    import results
+
+    monkeypatch.setattr(results, "GPU", ("one", "two"))
+    two = {"vit_patch16_224": {**ON_A_GPU["vit_patch16_224"], "ratios": {"L3 / plain": 1.7}}}
+    times, peaks = readme._on_a_gpu({"one": {"models": ON_A_GPU}, "two": {"models": two}})
+    assert times == {"vit, L3, one.json": 1.2, "vit, L3, two.json": 1.7}
+    assert peaks["vit, L3, one.json, allocated"] == 5 and peaks["vit, L3, one.json, reserved"] == 3 and len(peaks) == 4
+
+
+def test_the_readme_says_what_further_seeds_give():
+    """The row has the seeds that every way has."""
+    import readme
+
+    row = scored(
+        "cifar10-vit", uncompressed=[0.7, 0.7, 0.7], auto=[0.7, 0.7, 0.7], L3=[0.7, 0.7, 0.7], original_2=[0.6] * 3
+    )
+    assert not any("Over all of their runs" in line for line in readme.scores({"runs": row}))
+    more = row | scored("cifar10-vit", uncompressed=[0.7] * 5, L3=[0.7, 0.7, 0.7, 0.6, 0.6])
+    lines = readme.scores({"runs": more})
+    assert any("| 3 |" in line and "70.0" in line for line in lines)
+    assert any("L3 on small ViT -4.0 points from uncompressed (5 seeds, 5 runs)" in line for line in lines)
+
+
 def test_the_page_shows_the_largest_batches():
     import results
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -19,13 +18,10 @@ from tests.integrations.small import Pictures
 
 @pytest.fixture
 def own_accelerator() -> Iterator[None]:
-    """The next Accelerator is made as in a process of its own, which has one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The next Accelerator is made as in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
