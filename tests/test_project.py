@@ -55,7 +55,7 @@ def test_verdicts_are_for_us_and_against_us():
     assert results.verdicts({}) == []
 
 
-#: Of three models on a GPU: one that was measured, one that was stopped before it had times, one without a plain run.
+#: Of three models on a GPU: one that was measured, and two that were stopped before they had times.
 ON_A_GPU = {
     "vit_patch16_224": {
         "methods": {
