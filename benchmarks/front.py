@@ -250,7 +250,8 @@ def main() -> None:
         return
     with Progress(len(options.models)) as progress:
         for key in options.models:
-            before = known().get(key, {}).get("ways", {})
+            earlier = known().get(key, {})
+            before = earlier.get("ways", {})
             # Times are compared within a model, so what is missing has its turns beside plain training.
             missing = [way for way in options.ways if options.again or way not in before]
             if missing:
@@ -265,6 +266,8 @@ def main() -> None:
                             row["seconds_per_image"] *= factor  # in units of the plain training known before
                         before[way] = row
                 found = {"batch": MODELS[key].batch, "environment": timing.environment(), "ways": before}
+                if "note" in earlier and set(before) - set(missing):
+                    found["note"] = earlier["note"]  # of what was not measured again
                 timing.write("front", {"models": {**known(), key: found}})
             progress.advance()
 

@@ -68,6 +68,23 @@ def test_points_are_measured_and_kept(monkeypatch, tmp_path):
     assert ways["L3"]["seconds_per_image"] == pytest.approx(1.5 * found["plain"]["seconds_per_image"])
 
 
+def test_a_note_stays_with_what_is_not_measured_again(monkeypatch, tmp_path):
+    path = tmp_path / "front.json"
+    monkeypatch.setattr(front, "RESULTS", path)
+    monkeypatch.setattr(timing, "write", lambda name, results: path.write_text(json.dumps(results)))
+    one = {"status": "ok", "seconds_per_image": 1.0}
+    monkeypatch.setattr(front, "measure", lambda key, ways, *_: {way: dict(one) for way in ways})
+    monkeypatch.setattr(front, "known", lambda: json.loads(path.read_text())["models"])
+    path.write_text(json.dumps({"models": {"resnet50": {"note": "of then", "ways": {"plain": one}}}}))
+    ways = ("--models", "resnet50", "--ways", "plain", "L2")
+    monkeypatch.setattr(sys, "argv", ["front.py", *ways])
+    front.main()
+    assert front.known()["resnet50"]["note"] == "of then" and "L2" in front.known()["resnet50"]["ways"]
+    monkeypatch.setattr(sys, "argv", ["front.py", *ways, "--again"])
+    front.main()
+    assert "note" not in front.known()["resnet50"]
+
+
 def test_a_way_that_cannot_be_is_written_down():
     found = front.child("test_resnet", "no level", 2, True)
     assert found["status"] in ("refused", "error") and "no level" in found["error"]

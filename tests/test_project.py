@@ -64,7 +64,7 @@ def test_figures_of_another_rounding_say_so():
     assert results.rounded_alone([old, new, new], "runs")[0].startswith("1 of the 3 runs are")
 
 
-#: Of three models on a GPU: one that was measured, one that was stopped before it had times, one without a plain run.
+#: Of three models on a GPU: one that was measured, and two that were stopped before they had times.
 ON_A_GPU = {
     "vit_patch16_224": {
         "methods": {

@@ -314,3 +314,12 @@ def test_without_a_device_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["step_gpu.py"])
     with pytest.raises(SystemExit, match="none that torch sees"):
         step_gpu.main()
+
+
+def test_a_batch_is_cut_where_it_has_samples():
+    batch = {"x": torch.ones(4, 3, 2), "labels": torch.arange(4), "weights": torch.ones(7), "scale": torch.tensor(2.0)}
+    found = step_gpu.cut({**batch, "kind": "a"}, 2)
+    assert found["x"].shape == (2, 3, 2) and found["labels"].tolist() == [0, 1]
+    assert len(found["weights"]) == 7 and found["scale"] == 2 and found["kind"] == "a"
+    assert step_gpu.cut(torch.arange(4), 3).tolist() == [0, 1, 2]
+    assert step_gpu.cut({"scale": 2.0}, 3) == {"scale": 2.0}

@@ -165,11 +165,7 @@ def scores(accuracy: dict[str, Any]) -> list[str]:
         cells = []
         for way, values in found.items():
             lost = None if way == run.PLAIN else run.loss(runs, task, way)
-            # A pair is of one device: not every seed may have one.
-            fewer = (
-                f", {lost.seeds} seed{'s' * (lost.seeds > 1)}" if lost is not None and lost.seeds < len(seeds) else ""
-            )
-            more = "" if lost is None else f" ({100 * lost.mean:+.1f} %{fewer})"
+            more = "" if lost is None else f" ({100 * lost.mean:+.1f} %{run.of_paired(lost.seeds, len(seeds))})"
             cells.append(f"{100 * statistics.mean(values[end] for end in ends):.1f}{more}")
         lines.append(f"| {name}{where} | {' | '.join([*cells, str(len(seeds))])} |")
         for way in (one for one in ways if one != run.PLAIN):

@@ -336,6 +336,11 @@ def _last(losses: list[float]) -> float:
     return statistics.mean(losses[-max(1, len(losses) // 4) :])
 
 
+def of_paired(paired: int, seeds: int) -> str:
+    """Said where not every seed has an uncompressed run on its device."""
+    return f", {paired} {'seed' if paired == 1 else 'seeds'}" if paired < seeds else ""
+
+
 def line(runs: dict[str, Any], task: str, scheme: str) -> str:
     """A row of a table in Markdown, per cent."""
     values = scores(runs, task, scheme)
@@ -343,10 +348,6 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
     found = compared(runs, task, scheme) if scheme != PLAIN else None
     less, more = ratio(runs, task, scheme), loss(runs, task, scheme) if scheme != PLAIN else None
     seeds = len(of_seeds(values))
-
-    def of(paired: int) -> str:
-        """Where not every seed has an uncompressed run on its device."""
-        return f", {paired} {'seed' if paired == 1 else 'seeds'}" if paired < seeds else ""
 
     cells = [
         SCHEMES[scheme].title,
@@ -357,10 +358,12 @@ def line(runs: dict[str, Any], task: str, scheme: str) -> str:
         else "{:+.1f} ({:+.1f} to {:+.1f})".format(
             *(100 * value for value in (found["difference"], *found["interval"]))
         )
-        + of(found["seeds"]),
+        + of_paired(found["seeds"], seeds),
         ""
         if more is None
-        else f"{100 * more.mean:+.1f} %" + (f" ± {100 * more.error:.1f}" if more.seeds > 1 else "") + of(more.seeds),
+        else f"{100 * more.mean:+.1f} %"
+        + (f" ± {100 * more.error:.1f}" if more.seeds > 1 else "")
+        + of_paired(more.seeds, seeds),
         f"{less:.1f}x" if less else "",
     ]
     return f"| {' | '.join(cells)} |"
