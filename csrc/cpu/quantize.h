@@ -239,27 +239,32 @@ inline int next_batch(Cursor& cursor, int64_t left) {
 template <bool RowsMirrored>
 void dither_groups(const QuantizeArgs& args, int64_t first, int count, Ahead& ahead, uint32_t* words) {
   const int64_t size = item_size(args.dtype), each = args.at.blocks * (kDitherBlock / 4);
-  const auto draw = [&](int64_t block, int64_t n, uint32_t* out) {
-    Simd::template dither_blocks<RowsMirrored>((uint64_t)block * 4, n, args.seed, args.stream, out);
+  const auto fetch = [&](int64_t blocks) { ahead.fetch(blocks * kDitherBlock * size / 3); };
+  const auto draw = [&](int64_t group, int64_t groups, uint32_t* out) {
+    const int64_t block = group * args.at.blocks, blocks = groups * args.at.blocks;
+    for (int64_t b = 0; b < blocks; b += 8) {
+      const int64_t n = blocks - b < 8 ? blocks - b : 8;
+      Simd::template dither_blocks<RowsMirrored>((uint64_t)(block + b) * 4, n, args.seed, args.stream,
+                                                 out + kDitherBlock / 4 * b);
+      fetch(n);
+    }
   };
-  const int64_t blocks = count * args.at.blocks;
-  for (int64_t b = 0; b < blocks; b += 8) {
-    const int64_t n = blocks - b < 8 ? blocks - b : 8;
-    draw(first * args.at.blocks + b, n, words + kDitherBlock / 4 * b);
-    ahead.fetch(n * kDitherBlock * size / 3);
-  }
-  if constexpr (RowsMirrored) {
-    const int64_t k = args.at.rows_mirrored;
-    alignas(64) uint32_t before[(kImageFrom / kDitherBlock + 7) * kDitherBlock / 4];
-    for (int i = 0; i < count; ++i) {
-      if ((first + i) / k % 4 < 2) continue;
-      const uint32_t* from = words + (i - 2 * k) * each;
-      if (i < 2 * k) {
-        draw((first + i - 2 * k) * args.at.blocks, args.at.blocks, before);
-        from = before;
-      }
+  if constexpr (!RowsMirrored) {
+    draw(first, count, words);
+  } else {
+    // Two rows are drawn, two mirror them, and a batch may begin and end within.
+    const int64_t two = 2 * args.at.rows_mirrored;
+    for (int64_t i = 0, n = 0; i < count; i += n) {
+      n = two - (first + i) % two < count - i ? two - (first + i) % two : count - i;
       uint32_t* to = words + i * each;
-      for (int64_t j = 0; j < each; ++j) to[j] = ~from[j];
+      if ((first + i) / two % 2 == 0) {
+        draw(first + i, n, to);
+        continue;
+      }
+      if (i < two) draw(first + i - two, n, to);
+      const uint32_t* from = i < two ? to : to - two * each;
+      for (int64_t j = 0; j < n * each; ++j) to[j] = ~from[j];
+      if (i >= two) fetch(n * args.at.blocks);
     }
   }
 }
