@@ -322,3 +322,38 @@ def test_curvature_of_a_layer_that_is_known(monkeypatch):
     (gradient,) = torch.autograd.grad((model(values) - wanted).square().mean() / 2, [model[1].weight])
     assert found["parameters"]["1.weight"]["square"] == pytest.approx(gradient.square().mean().item(), rel=1e-4)
     assert found["used"] == 4
+
+
+def test_noise_counts_as_said():
+    import noise
+
+    sizes, own = torch.tensor([100, 4, 50]), torch.tensor([400.0, 1.0, 1e-9], dtype=torch.float64)
+    added = torch.tensor([[40.0, 0.0, 7.0], [40.0, 0.5, 7.0]], dtype=torch.float64)
+    found = {key: (one["value"], one["standard_error"]) for key, one in noise.noise(added, own, sizes).items()}
+    assert found["of_sum"] == pytest.approx((47.25 / 401, 0.25 / 401))
+    # sqrt(100 / 400) = 0.5, sqrt(4 / 1) = 2; sqrt(100 * 400) = 200, sqrt(4 * 1) = 2. What is left has no gradient.
+    assert found["as_adam"] == pytest.approx(((0.5 * 40 + 2 * 0.25) / 202, 2 * 0.25 / 202))
+    assert found["mean_share"] == pytest.approx(((0.1 + 0.25) / 2, 0.125))
+
+
+def test_noise_of_schemes_is_that_of_their_bits(net, monkeypatch):
+    import noise
+
+    task = noise.Task(lambda: net[0], lambda model, *batch: model(*batch), 1e-3, 8, (0, 2))
+    at_bits = {f"L2 {b}": noise.Way({"level": "L2", "bits": b}) for b in (2, 8)}
+    at_bits |= {f"original {b}": noise.Way(original=(b, False)) for b in (2, 8)}
+    at_bits |= {f"L3 {b}": noise._chosen(b, True) for b in (1.5, 4)}
+    monkeypatch.setattr(noise, "WAYS", at_bits)
+    generator = torch.Generator().manual_seed(0)
+
+    def batches():
+        return torch.randn(8, 3, 12, 12, generator=generator), torch.randint(4, (8,), generator=generator)
+
+    for _, model in noise.moments(task, batches):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = {name: one["of_sum"]["value"] for name, one in noise.look(model, task, batches, 4).items()}
+        # Steps are 85 times as long at 2 bits as at 8.
+        for way in ("L2", "original"):
+            assert 85**2 / 2 < found[f"{way} 2"] / found[f"{way} 8"] < 85**2 * 2
+        assert 0 < found["L3 4"] < found["L3 1.5"] / 10
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

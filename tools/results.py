@@ -615,7 +615,43 @@ def variance(pictures: bool) -> list[str] | None:
     lines += rounded_alone([results["environment"]])
     command = f"python benchmarks/accuracy/variance.py --data DATA/cifar10 --draws {results['draws']}"
     lines += source("variance", command, results["environment"])
-    return lines
+    return lines + beside_the_original(load("noise"))
+
+
+def beside_the_original(results: dict[str, Any] | None) -> list[str]:
+    """What the paper's scheme adds, and hf_actnn at the same bits."""
+    if results is None:
+        return []
+    lines = [
+        "## Beside the original scheme",
+        "",
+        "Where scores of two schemes lie closer together than two trainings of one seed ([Accuracy](accuracy.md)), the "
+        "gradient still tells which rounds better. At the same weights, of uncompressed trainings, and for the same "
+        "batches, in parts of the mini-batch's own variance: *of the sum*, of all variance, as it counts for SGD; *as "
+        "Adam steps*, each parameter's variance by the deviation of its gradient's values "
+        "([Theory](../theory.md#choosing-bits)); *mean share*, all parameters alike. Bits are average bits of kept "
+        "values; bytes are in [Accuracy](accuracy.md). *Independent*: with a dither for each value, as the original.",
+        "",
+    ]
+    for task, steps in results["tasks"].items():
+        rows, ratios = [], collections.defaultdict(list)
+        for step, found in steps.items():
+            for way, figures in found.items():
+                cells = [f"{one['value']:.2g} ± {one['standard_error']:.1g}" for one in figures.values()]
+                rows.append([step, way, *cells])
+            for bits in (2, 1.5):
+                ours, original = (found[way] for way in (f"L3, {bits:g} bits", f"original, {bits:g} bits on average"))
+                ratios[bits].append([original[key]["value"] / one["value"] for key, one in ours.items()])
+        lines += [f"**{task}**, batches of {results['batch'][task]}:", ""]
+        for bits, found in ratios.items():
+            told = [f"{min(one):.2g} to {max(one):.2g} times" for one in zip(*found, strict=True)]
+            lines.append(
+                f"* At {bits:g} bits on average the original scheme adds {told[0]} what L3 does of the sum, "
+                f"{told[1]} as Adam steps, {told[2]} of the mean share."
+            )
+        lines += ["", *table(["step", "way", "of the sum", "as Adam steps", "mean share"], rows), ""]
+    command = f"python benchmarks/accuracy/noise.py --data DATA --batches {results['batches']}"
+    return lines + source("noise", command, results["environment"])
 
 
 def draw_variance(results: dict[str, Any], path: Path) -> None:
