@@ -415,23 +415,23 @@ def study(name: str, data: Path, draws: int, steps: int) -> Iterator[dict[str, A
         "steps": steps,
         "accuracy": score,
         "minibatch_variance": noise,
-        "roundings": timing.ROUNDINGS,
     }
+    rounded = {"roundings": timing.ROUNDINGS}
     for bits in BITS:
         for way in ("once", "separately", "straddling", "original"):
             if way != "once" and bits not in (2, 4):
                 continue
             row = relative_variance(model, batch, exact, bits, way, draws)
             held[bits, way] = row["bytes"]
-            yield {**about, **row}
+            yield {**about, **({} if way == "original" else rounded), **row}
         if bits in ADAPTIVE_BITS:
             others = Batches(images, labels, seed=9)
-            yield {**about, **adaptive_variance(model, others, batch, exact, bits, draws)}
+            yield {**about, **rounded, **adaptive_variance(model, others, batch, exact, bits, draws)}
     # What the original's bytes at 2 bits buy.
     a_bit = held[3, "once"] - held[2, "once"]
     average = math.floor(100 * (2 + (held[2, "original"] - held[2, "once"]) / a_bit)) / 100
     others = Batches(images, labels, seed=9)
-    yield {**about, **adaptive_variance(model, others, batch, exact, min(average, 8.0), draws, AT_ORIGINAL)}
+    yield {**about, **rounded, **adaptive_variance(model, others, batch, exact, min(average, 8.0), draws, AT_ORIGINAL)}
 
 
 def short_trainings(name: str, data: Path, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
@@ -480,8 +480,8 @@ low bits. Written by `python benchmarks/fidelity.py --data path/to/cifar10` from
   vector, beside its standard error. *Mini-batch*: what drawing another batch of the same size does to the gradient.
 * *once*: levels L1 and L2 as they are, the same bits for all, each tensor kept once and outputs rebuilt. *separately*:
   every save with a code of its own. *straddling*: as *once*, but in groups of 256 over the whole tensor instead of
-  within rows. *original*: both. *L3*: kept as *once*, with bits per kept tensor and sample that were chosen on three
-  other batches.
+  within rows. *original*: both, and each value rounded for itself. *L3*: kept as *once*, with bits per kept tensor and
+  sample that were chosen on three other batches.
 """
 #: (bits, way) of ours and of the other, and what the comparison is called.
 _COMPARED: tuple[tuple[int | None, str, int, str, str], ...] = (
@@ -555,12 +555,12 @@ def _page(results: dict[str, Any]) -> Iterator[str]:
     rows = results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     yield _INTRODUCTION.format(**results["environment"])
-    if alone := [model for model in models if not all("roundings" in row for row in rows if row["model"] == model)]:
+    of_ours = [row for row in rows if row["way"] != "original"]
+    if alone := [model for model in models if not all("roundings" in row for row in of_ours if row["model"] == model)]:
         those = "All" if len(alone) == len(models) else ", ".join(MODELS[model].title for model in alone)
         yield (
-            f"{those}: with each value rounded for itself. Roundings that mirror each other\n"
-            "([The codec](codec.md#dither)), as they do now, add less to gradients\n"
-            "(`benchmarks/results/mirrored.json`).\n"
+            f"{those}: each value was rounded for itself, not in pairs that mirror each other as now\n"
+            "([The codec](codec.md#dither) says what that changes).\n"
         )
     for model in models:
         mine = [row for row in rows if row["model"] == model]

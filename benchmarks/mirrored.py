@@ -151,9 +151,8 @@ def main() -> None:
                 f"{row['weighted_ratio']:.3f} ± {row['weighted_ratio_standard_error']:.3f}",
                 flush=True,
             )
-    mean = statistics.geometric_mean(row["weighted_ratio"] for row in rows)
-    results = {"steps": options.steps, "rows": rows, "gradients_one_and_two_places_apart": gradients}
-    print(f"geometric mean {mean:.3f}; {timing.write('mirrored', results)}")
+        about = {"steps": options.steps, "draws": options.draws, "batch": fidelity.BATCH}
+        timing.write("mirrored", {**about, "rows": rows, "gradients_one_and_two_places_apart": gradients})
 
 
 if __name__ == "__main__":

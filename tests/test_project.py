@@ -56,12 +56,16 @@ def test_verdicts_are_for_us_and_against_us():
 
 
 def test_figures_of_another_rounding_say_so():
+    import readme
     import results
 
     new, old = {"roundings": "mirrored"}, {"date": "2026-01-01"}
     assert results.rounded_alone([new, new]) == []
     assert results.rounded_alone([old, old])[0].startswith("The figures are of an hf_actnn that rounded each value")
     assert results.rounded_alone([old, new, new], "runs")[0].startswith("1 of the 3 runs are")
+    assert readme.rounded_alone([new]) == ""
+    assert readme.rounded_alone([old]).startswith(" These figures of hf_actnn are of values rounded each")
+    assert readme.rounded_alone([old, new]).startswith(" 1 of its 2 figures are of")
 
 
 #: Of three models on a GPU: one that was measured, and two that were stopped before they had times.

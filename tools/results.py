@@ -48,8 +48,8 @@ def rounded_alone(machines: Iterable[dict[str, Any]], what: str = "figures") -> 
         return []
     those = f"The {what}" if count == len(machines) else f"{count} of the {len(machines)} {what}"
     return [
-        f"{those} are of an hf_actnn that rounded each value for itself. Roundings that mirror each other "
-        "([The codec](../codec.md#dither)), as they do now, add less variance to gradients.",
+        f"{those} are of an hf_actnn that rounded each value for itself, not in pairs that mirror each other as now "
+        "([The codec](../codec.md#dither) says what that changes).",
         "",
     ]
 

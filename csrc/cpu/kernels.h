@@ -117,4 +117,27 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
+// The first calls of blocks of dither, one after the other: all from a block on, or runs of them, after each of which
+// as many are left out.
+class DitherBlocks {
+ public:
+  explicit DitherBlocks(int64_t block, int64_t run = INT64_MAX) : call_(4 * (uint64_t)block), left_(run), run_(run) {}
+
+  // That of the next block, of which so many follow each other: a divisor of the run.
+  template <int Blocks>
+  uint64_t next() {
+    const uint64_t call = call_;
+    call_ += 4 * Blocks;
+    if ((left_ -= Blocks) == 0) {
+      call_ += 4 * (uint64_t)run_;
+      left_ = run_;
+    }
+    return call;
+  }
+
+ private:
+  uint64_t call_;
+  int64_t left_, run_;
+};
+
 }  // namespace hf_actnn

@@ -9,6 +9,7 @@ namespace {
 constexpr int kBatchGroups = 64;
 // Blocks of dither in a batch: a group's last block may be partly used.
 constexpr int64_t kBatchBlocks = kBatchGroups + kBatch / kDitherBlock;
+constexpr int64_t kRunBlocks = 8;  // of two rows, up to which several pairs of rows are drawn at once
 
 __attribute__((noinline)) int scale_groups(int count, int bits, const float* __restrict lo, const float* __restrict hi,
                                            const uint32_t* __restrict nan, float* __restrict minimum,
@@ -235,37 +236,44 @@ inline int next_batch(Cursor& cursor, int64_t left) {
   return count;
 }
 
-// The dither of groups first to first + count of a tensor, in words of a block each, and 7 blocks more are written.
+// The dither of so many blocks of a tensor from one on, in words; 7 blocks more are written.
 template <bool RowsMirrored>
-void dither_groups(const QuantizeArgs& args, int64_t first, int count, Ahead& ahead, uint32_t* words) {
-  const int64_t size = item_size(args.dtype), each = args.at.blocks * (kDitherBlock / 4);
-  const auto fetch = [&](int64_t blocks) { ahead.fetch(blocks * kDitherBlock * size / 3); };
-  const auto draw = [&](int64_t group, int64_t groups, uint32_t* out) {
-    const int64_t block = group * args.at.blocks, blocks = groups * args.at.blocks;
-    for (int64_t b = 0; b < blocks; b += 8) {
-      const int64_t n = blocks - b < 8 ? blocks - b : 8;
-      Simd::template dither_blocks<RowsMirrored>((uint64_t)(block + b) * 4, n, args.seed, args.stream,
-                                                 out + kDitherBlock / 4 * b);
-      fetch(n);
+void dither_run(const QuantizeArgs& args, int64_t block, int64_t count, Ahead& ahead, uint32_t* words) {
+  for (int64_t b = 0; b < count; b += 8) {
+    const int64_t n = count - b < 8 ? count - b : 8;
+    Simd::template dither_blocks<RowsMirrored>(DitherBlocks(block + b), n, args.seed, args.stream,
+                                               words + kDitherBlock / 4 * b);
+    ahead.fetch(n * kDitherBlock * item_size(args.dtype) / 3);
+  }
+}
+
+// That of groups first to first + count where two rows are drawn and two mirror them.
+inline void dither_rows(const QuantizeArgs& args, int64_t first, int count, Ahead& ahead, uint32_t* words) {
+  const int64_t size = item_size(args.dtype), each = args.at.blocks * (kDitherBlock / 4), last = first + count;
+  const int64_t two = 2 * args.at.rows_mirrored, run = two * args.at.blocks;
+  if (run <= kRunBlocks) {
+    // All that is drawn for these groups, several pairs of rows a call, and from there to its places.
+    alignas(64) uint32_t drawn[(kBatchBlocks / 2 + 2 * kRunBlocks + 7) * kDitherBlock / 4];
+    const int64_t four = first / (2 * two), fours = (last - 1) / (2 * two) - four + 1;
+    const int64_t used = args.at.group < kDitherBlock ? (args.at.group + kDitherRun - 1) / kDitherRun * 16 : each;
+    Simd::template dither_blocks<true>(DitherBlocks(four * 2 * run, run), fours * run, args.seed, args.stream, drawn);
+    for (int64_t f = 0, g = four * 2 * two; f < fours; ++f) {
+      ahead.fetch(2 * run * kDitherBlock * size / 3);
+      for (uint32_t mirror = 0, n = 0; n < 2; ++n, mirror = 0xFFFFFFFFu)
+        for (const uint32_t *from = drawn + f * two * each, *end = from + two * each; from != end; from += each, ++g)
+          if (g >= first && g < last)
+            for (int64_t j = 0; j < used; ++j) words[(g - first) * each + j] = from[j] ^ mirror;
     }
-  };
-  if constexpr (!RowsMirrored) {
-    draw(first, count, words);
-  } else {
-    // Two rows are drawn, two mirror them, and a batch may begin and end within.
-    const int64_t two = 2 * args.at.rows_mirrored;
-    for (int64_t i = 0, n = 0; i < count; i += n) {
-      n = two - (first + i) % two < count - i ? two - (first + i) % two : count - i;
-      uint32_t* to = words + i * each;
-      if ((first + i) / two % 2 == 0) {
-        draw(first + i, n, to);
-        continue;
-      }
-      if (i < two) draw(first + i - two, n, to);
-      const uint32_t* from = i < two ? to : to - two * each;
-      for (int64_t j = 0; j < n * each; ++j) to[j] = ~from[j];
-      if (i >= two) fetch(n * args.at.blocks);
-    }
+    return;
+  }
+  for (int64_t g = first, n = 0; g < last; g += n) {
+    n = two - g % two < last - g ? two - g % two : last - g;
+    const bool mirrored = g / two % 2 != 0;
+    // Of longer rows a batch has few pairs whole: each row is drawn for itself.
+    uint32_t* to = words + (g - first) * each;
+    dither_run<true>(args, (mirrored ? g - two : g) * args.at.blocks, n * args.at.blocks, ahead, to);
+    if (mirrored)
+      for (int64_t j = 0; j < n * each; ++j) to[j] = ~to[j];
   }
 }
 
@@ -290,9 +298,9 @@ int64_t quantize(const QuantizeArgs& args, int64_t first, int64_t last) {
     }
     exact += batch.finish(args.bits, args.meta + g);
     if (args.at.rows_mirrored != 0)
-      dither_groups<true>(args, g, batch.count, ahead, words);
+      dither_rows(args, g, batch.count, ahead, words);
     else
-      dither_groups<false>(args, g, batch.count, ahead, words);
+      dither_run<false>(args, g * args.at.blocks, batch.count * args.at.blocks, ahead, words);
     const typename Simd::TowardZero mode;
     round({args, batch, start, x, words, ahead});
   }

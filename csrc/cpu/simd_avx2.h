@@ -214,14 +214,15 @@ struct Simd {
 
   // As in simd_avx512.h, a block a vector; up to three blocks more are written.
   template <bool RowsMirrored>
-  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+  static void dither_blocks(DitherBlocks blocks, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm256_set1_epi64x((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm256_set1_epi64x((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
-    for (int64_t n = 0; n < count; n += 4, q += 16, out += 4 * kDitherBlock / 4) {
-      Calls x(q, stream), y(q + 4, stream), z(q + 8, stream), w(q + 12, stream);
+    for (int64_t n = 0; n < count; n += 4, out += 4 * kDitherBlock / 4) {
+      Calls x(blocks.next<1>(), stream), y(blocks.next<1>(), stream);
+      Calls z(blocks.next<1>(), stream), w(blocks.next<1>(), stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) {
         x.round(keys, r);

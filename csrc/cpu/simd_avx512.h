@@ -191,15 +191,16 @@ struct Simd {
   // so that a product's halves are in place for the next round (the high half of a lane is left over from before and
   // never read). Four chains hide each other's latency.
   template <bool RowsMirrored>
-  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+  static void dither_blocks(DitherBlocks blocks, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     Keys keys;
     for (uint32_t r = 0; r < kRounds; ++r) {
       keys.k0[r] = _mm512_set1_epi64((uint32_t)seed + r * 0x9E3779B9u);
       keys.k1[r] = _mm512_set1_epi64((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
     }
     int64_t n = 0;
-    for (; n + 2 < count; n += 8, q += 32, out += 8 * kDitherBlock / 4) {
-      Calls x(q, stream), y(q + 8, stream), z(q + 16, stream), w(q + 24, stream);
+    for (; n + 2 < count; n += 8, out += 8 * kDitherBlock / 4) {
+      Calls x(blocks.next<2>(), stream), y(blocks.next<2>(), stream);
+      Calls z(blocks.next<2>(), stream), w(blocks.next<2>(), stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) {
         x.round(keys, r);
@@ -212,8 +213,8 @@ struct Simd {
       z.template store<RowsMirrored>(out + 4 * kDitherBlock / 4);
       w.template store<RowsMirrored>(out + 6 * kDitherBlock / 4);
     }
-    for (; n < count; n += 2, q += 8, out += 2 * kDitherBlock / 4) {
-      Calls x(q, stream);
+    for (; n < count; n += 2, out += 2 * kDitherBlock / 4) {
+      Calls x(blocks.next<2>(), stream);
 #pragma GCC unroll 10
       for (int r = 0; r < kRounds; ++r) x.round(keys, r);
       x.template store<RowsMirrored>(out);

@@ -180,11 +180,12 @@ struct Simd {
   static void stream_lines(void* out, const void* in, int64_t lines) { memcpy(out, in, (size_t)lines * 64); }
   static void stream_done() {}
 
-  // Dither of blocks of 256 elements, from call q on: for each block four runs of sixteen words, four of each call.
+  // Dither of so many blocks of 256 elements: for each four runs of sixteen words, four of each call.
   template <bool RowsMirrored>
-  static void dither_blocks(uint64_t q, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
+  static void dither_blocks(DitherBlocks blocks, int64_t count, uint64_t seed, uint64_t stream, uint32_t* out) {
     const PhiloxKeys keys = philox_keys(seed);
-    for (int64_t block = 0; block < count; ++block, q += 4, out += kDitherBlock / 4) {
+    for (int64_t block = 0; block < count; ++block, out += kDitherBlock / 4) {
+      const uint64_t q = blocks.next<1>();
       for (int i = 0; i < 4; ++i) {
         uint32_t call[4];
         philox(q + (uint64_t)i, stream, keys, call);

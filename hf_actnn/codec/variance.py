@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from hf_actnn.errors import CodecError, message
 _CHUNK = 1 << 18
 #: Where each operation is a launch of its own.
 _CHUNK_ELSEWHERE = 1 << 22
-#: Groups that a tensor's correlation of roundings is taken from, evenly spaced.
+#: Groups that a tensor's correlation of roundings is taken from: of many rows, and of all places in a row alike.
 _SEEN = 128
 
 
@@ -111,7 +113,7 @@ def rounding_variance(x: Tensor, packed: PackedTensor, samples: int | None = Non
 
 def rounding_correlation(x: Tensor, packed: PackedTensor) -> Tensor:
     """How far the errors of two values of ``x`` that mirror images of one dither round cancel: twice their covariances
-    over their variances, each summed over such pairs of some groups.
+    over their variances, in units of the product of their two steps, each summed over such pairs of some groups.
 
     With the fractions ``f`` and ``g`` of a step, both are rounded up with probability ``max(f + g - 1, 0)``, so that
     the covariance is ``-f g`` or ``-(1 - f) (1 - g)`` squared steps, whichever is smaller. It is minus one half of the
@@ -138,18 +140,19 @@ def rounding_correlation(x: Tensor, packed: PackedTensor) -> Tensor:
     count = rows * full
     if count == 0 or not elements:
         return nothing
-    seen = min(count, _SEEN)
-    picked = torch.arange(seen, device=x.device) * count // seen
+    # A step that has no divisor in common with the count comes to every place in a row alike.
+    step = next(n for n in range(max(1, round(0.618 * count)), 2 * count + 1) if math.gcd(n, count) == 1)
+    picked = torch.arange(min(count, _SEEN), device=x.device) * step % count
     row, within = picked // full, picked % full
     if at.rows_mirrored:
         row = row // 2 * 4 + row % 2
     flat = _in_order(x, packed)
-    one, step = _fractions(flat, packed, row, within, torch.tensor(elements, device=x.device))
+    one, step_of_one = _fractions(flat, packed, row, within, torch.tensor(elements, device=x.device))
     if at.rows_mirrored:
         other, step_of_other = _fractions(flat, packed, row + 2, within, torch.tensor(elements, device=x.device))
     else:
         other, step_of_other = _fractions(flat, packed, row, within, torch.tensor(elements, device=x.device) + 2)
-    weight = step * step_of_other
+    weight = step_of_one * step_of_other
     covariance = -(torch.minimum(one * other, (1 - one) * (1 - other)) * weight).sum()
     variance = ((one * (1 - one) + other * (1 - other)) * weight).sum()
     return torch.where(variance > 0, 2 * covariance / variance, 0.0).clamp(-1.0, 0.0)

@@ -8,13 +8,13 @@ incoming gradient `dy` and, for `dW` of a linear layer or a convolution, in the 
 context has the mean `x`, hence these gradients have no bias, and their variance follows from that of the rounding
 (section 4.1, appendix).
 
-Everywhere `v` is the variance of what is kept, value by value, in its unit squared, and values err independently of
-each other. (Roundings that mirror each other, docs/codec.md, do not: between two such values there is the term of their
-covariance besides, below zero where what they are multiplied by has one sign.) Results are sums over all entries of a
-gradient, in the gradient's unit squared, as float64 tensors without dimensions. What is linear in the kept values is
-exact; the rest is of first order in the error: terms of order `v^2`
-are missing. Ours: the exact `f (1 - f)` of a value at the fraction `f` of a step, padding and groups of channels
-counted exactly, and the forms for elementwise functions, layer norm, softmax and products of two kept tensors.
+Everywhere `v` is the variance of what is kept, value by value, in its unit squared. Results are sums over all entries
+of a gradient, in the gradient's unit squared, as float64 tensors without dimensions. What is linear in the kept values
+is exact; the rest is of first order in the error: terms of order `v^2` are missing. Values err independently of each
+other here. Roundings that mirror each other (docs/codec.md) do not: between two such values there is the term of their
+covariance besides, below zero where what they are multiplied by has one sign. Ours: the exact `f (1 - f)` of a value at
+the fraction `f` of a step, padding and groups of channels counted exactly, and the forms for elementwise functions,
+layer norm, softmax and products of two kept tensors.
 """
 
 from __future__ import annotations

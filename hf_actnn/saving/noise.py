@@ -90,7 +90,9 @@ class Noise:
         self._signs = signs.independent.to(step.dtype)
         self._images: Tensor | None = None
         if at.rows_mirrored:
-            self._images = signs.images(correlation).to(step.dtype)
+            # Twice, for runs that begin before the last one ends.
+            self._images = signs.images(correlation).to(step.dtype).repeat(2)
+            self._signs = self._signs.repeat(2)
         elif at.group % 4 == 0 and packed.row_length % 4 == 0:
             self._signs, self._start = signs.within_fours(correlation).to(step.dtype), start // 4 * 4
         self._twin = twin
@@ -123,22 +125,30 @@ class Noise:
                 flat[max(sample * each - start, 0) : (sample + 1) * each - start].mul_(self._factors[sample])
         if self._images is None:
             sign_(flat, self._signs, self._start + start)
-            return
-        for first in range(0, flat.numel(), PIECE):
-            self._sign_rows(flat[first : first + PIECE], start + first, self._images)
+        else:
+            self._sign_rows(flat, start, self._images)
 
     def _sign_rows(self, flat: Tensor, start: int, images: Tensor) -> None:
-        """Rows 2 and 3 of every four have the signs of the mirror images of rows 0 and 1."""
-        row, stop, place = self._row, start + flat.numel(), self._start + start
-        first, last = start // row, -(-stop // row)
-        image = (torch.arange(first, last, device=flat.device) % 4 >= 2).repeat_interleave(row)
-        image = image[start - first * row : stop - first * row]
-        flat.mul_(torch.where(image, _run(images, place - 2 * row, len(flat)), _run(self._signs, place, len(flat))))
+        """Rows 2 and 3 of every four have the signs of the mirror images of rows 0 and 1: fours of rows together, and
+        what is before and after them by twos."""
+        two, at, stop = 2 * self._row, start, start + flat.numel()
+        while at < stop:
+            if at % (2 * two) == 0 and stop - at >= 2 * two:
+                n = min(stop - at, SIGNS) // (2 * two) * (2 * two)
+                fours = flat[at - start : at - start + n].view(-1, 2, two)
+                fours[:, 0].mul_(self._run(self._signs, at, n).view(-1, 2, two)[:, 0])
+                fours[:, 1].mul_(self._run(images, at - two, n).view(-1, 2, two)[:, 1])
+            else:
+                n = min(stop, (at // two + 1) * two) - at
+                mirrored = at // two % 2 == 1
+                signs = self._run(images, at - two, n) if mirrored else self._run(self._signs, at, n)
+                flat[at - start : at - start + n].mul_(signs)
+            at += n
 
-
-def _run(signs: Tensor, start: int, count: int) -> Tensor:
-    """So many signs from a place on; after the last comes the first."""
-    return signs.roll(-(start % len(signs))).repeat(-(-count // len(signs)))[:count]
+    def _run(self, signs: Tensor, place: int, count: int) -> Tensor:
+        """Those of so many values, no more than there are signs, from a place of the tensor on."""
+        first = (self._start + place) % SIGNS
+        return signs[first : first + count]
 
 
 def sign_(flat: Tensor, signs: Tensor, start: int) -> None:

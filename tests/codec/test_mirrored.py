@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_actnn.codec import ops, quantize, reference
+from hf_actnn.codec import ops, quantize, reference, rounding_correlation, variance
 
-LONG, SHORT = 4096, 64
+LONG, SHORT = 8192, 64
 
 
 def variance_of_sums(quantise, bits: int, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -65,12 +65,12 @@ def test_independent_roundings_are_seen(monkeypatch, row):
 @pytest.mark.parametrize("row", [LONG, SHORT])
 def test_what_a_smooth_weight_makes_of_it(row):
     """A sum with weights that change slowly over places or rows, as those are that a weight's gradient is a sum of."""
-    x = torch.randn(4096, generator=torch.Generator().manual_seed(3))
-    weights = 1 + 0.3 * torch.sin(torch.arange(4096) / 20 if row == LONG else torch.arange(4096) // row / 5)
+    x = torch.randn(LONG, generator=torch.Generator().manual_seed(3))
+    weights = 1 + 0.3 * torch.sin(torch.arange(LONG) / 20 if row == LONG else torch.arange(LONG) // row / 5)
     for bits, most in ((1, 0.45), (2, 0.6), (4, 0.6)):
-        packed = quantize(x.repeat(2_000, 1), bits, seed=bits, stream=1, row_length=row)
-        errors = (packed.dequantize(torch.float64) - x.double()).view(2000, -1, row)
-        minimum, step = packed.meta[: 4096 // min(row, 256)].double().repeat_interleave(min(row, 256), 0).unbind(1)
+        packed = quantize(x.repeat(1_000, 1), bits, seed=bits, stream=1, row_length=row)
+        errors = (packed.dequantize(torch.float64) - x.double()).view(1000, -1, row)
+        minimum, step = packed.meta[: LONG // min(row, 256)].double().repeat_interleave(min(row, 256), 0).unbind(1)
         f = ((x.double() - minimum) / step) % 1
         variance = (weights.double().square() * f * (1 - f) * step**2).view(-1, row)
         products = errors * weights.double().view(-1, row)
@@ -79,3 +79,34 @@ def test_what_a_smooth_weight_makes_of_it(row):
         else:
             errors, variance = products.sum(2), variance.sum(1)
         assert 0.2 < float(errors.var(0).sum() / variance.sum()) < most
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("row", [LONG, SHORT])
+def test_the_correlation_is_that_of_the_roundings(row, zeros, bits):
+    top, places = 2**bits - 1, 4 * row if row == SHORT else row
+    x = torch.rand(places, generator=torch.Generator().manual_seed(bits)) * top
+    if zeros:
+        x[torch.rand(places, generator=torch.Generator().manual_seed(5)) < 0.4] = 0.0
+    x.view(-1, min(row, 256))[:, 0], x.view(-1, min(row, 256))[:, 1] = 0.0, top
+    draws = 4_000_000 // places
+    packed = quantize(x.repeat(draws, 1), bits, seed=3, stream=4, row_length=row)
+    errors = (packed.dequantize(torch.float64) - x.double()).view(draws, -1, 2, 2 if row == LONG else 2 * row)
+    one, other = errors.unbind(2)
+    found = float(2 * (one * other).sum() / (one.square() + other.square()).sum())
+    expected = float(rounding_correlation(x.repeat(draws, 1), packed))
+    assert -0.8 < expected < -0.2
+    assert found == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(("rows", "row"), [(128, LONG), (256, LONG), (256, 1024), (512, 768), (131, 8300)])
+def test_a_correlation_is_of_all_places_in_a_row(monkeypatch, rows, row):
+    """Also where so many rows are looked at as there are, and their first groups are not like the others."""
+    x = torch.randn(rows, row, generator=torch.Generator().manual_seed(1))
+    x[:, :256] = 0.0
+    packed = quantize(x, 2)
+    found = rounding_correlation(x, packed)
+    monkeypatch.setattr(variance, "_SEEN", 10**9)
+    assert float(found) == pytest.approx(float(rounding_correlation(x, packed)), abs=0.03)
+    assert -0.6 < float(found) < -0.4
