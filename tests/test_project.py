@@ -32,7 +32,7 @@ def test_what_beats_a_level_in_memory_and_time_is_said():
 def scored(task: str, **schemes: list[float]) -> dict[str, dict]:
     """Runs of a task, a score for each seed of a scheme."""
     return {
-        f"{task}/{scheme.replace('_', '-')}/{seed}": {"score": score, "losses": [1.0, 1.0]}
+        f"{task}/{scheme.replace('_', '-')}/{seed}": {"score": score, "losses": [1.0, 1.0], "machine": {}}
         for scheme, scores in schemes.items()
         for seed, score in enumerate(scores)
     }

@@ -16,14 +16,11 @@ struct Drawn {
   uint32_t mirror;
 };
 
+template <bool RowsMirrored>
 __device__ __forceinline__ Drawn drawn_for(const Layout& at, int64_t group) {
-  if (at.rows_mirrored == 0 || quotient(group, at.rows_mirrored) % 4 < 2) return Drawn{group, 0u};
-  return Drawn{group - 2 * at.rows_mirrored, 0xFFFFFFFFu};
-}
-
-// Either kind; which one is the same for a whole tensor.
-__device__ __forceinline__ uint32_t dither_word_of(const uint32_t call[4], int w, int k, bool rows_mirrored) {
-  return rows_mirrored ? dither_word<true>(call, w, k) : dither_word<false>(call, w, k);
+  if (!RowsMirrored) return Drawn{group, 0u};
+  const int32_t mirror = -(int32_t)(quotient(group, at.rows_mirrored) >> 1 & 1);
+  return Drawn{group - (2 * at.rows_mirrored & (int64_t)mirror), (uint32_t)mirror};
 }
 
 // What dither is drawn from.
@@ -39,6 +36,9 @@ struct Source {
 };
 
 // ---------------------------------------------------------------- even groups
+
+// Blocks of a multiprocessor with its 65,536 registers, 64 of them for each thread.
+constexpr int kResident = 65536 / (64 * kThreads);
 
 template <class T>
 __device__ __forceinline__ Range range_of(const uint4 (&v)[kRuns], int runs) {
@@ -80,15 +80,12 @@ struct Dithered {
 };
 
 // Codes of a lane's values, one a byte. Element 32 m + V lane + i takes the dither of run 2 m + V lane / 16 of sixteen.
-template <class T, bool Wide, bool Scaled>
-__device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupScale& s, int lane, const Layout& at,
-                                           int64_t group, const Source& source,
-                                           Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
+template <class T, bool RowsMirrored, bool Wide, bool Scaled>
+__device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupScale& s, int lane, const Drawn& drawn,
+                                           const Source& source, Bytes<Vec<T>::kElements> (&codes)[kRuns]) {
   constexpr int V = Vec<T>::kElements, Calls = V / 4;
   using Dither = Dithered<Wide>;
   const uint64_t stream = source.sequence();
-  const Drawn drawn = drawn_for(at, group);
-  const bool rows_mirrored = at.rows_mirrored != 0;
   uint32_t calls[Calls][4];
 #pragma unroll
   for (int c = 0; c < Calls; ++c)
@@ -100,7 +97,7 @@ __device__ __forceinline__ void round_lane(const uint4 (&v)[kRuns], const GroupS
 #pragma unroll
     for (int c = 0; c < Calls; ++c)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words[c][w] = dither_word_of(calls[c], w, k, rows_mirrored) ^ drawn.mirror;
+      for (int w = 0; w < 4; ++w) words[c][w] = dither_word<RowsMirrored>(calls[c], w, k) ^ drawn.mirror;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = 2 * k + half;
@@ -138,8 +135,8 @@ __device__ __forceinline__ void pack_staged(const uint32_t* codes, int runs, int
   }
 }
 
-template <class T, bool Staged>
-__global__ void __launch_bounds__(kThreads)
+template <class T, bool Staged, bool RowsMirrored>
+__global__ void __launch_bounds__(kThreads, kResident)
     quantize_even(const T* x, Groups groups, Source source, uint8_t* out, uint32_t* meta, int* exact) {
   constexpr int V = Vec<T>::kElements, Lanes = Vec<T>::kLanes;
   const int lane = thread_index() % Lanes;
@@ -147,6 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool mine = wanted < groups.at.n_groups;
   const int64_t group = mine ? wanted : groups.at.n_groups - 1;  // all lanes take part in what the warp does together
   const int runs = Staged ? (int)groups.at.group / 32 : kRuns;
+  const Drawn drawn = drawn_for<RowsMirrored>(groups.at, group);
 
   uint4 v[kRuns];
 #pragma unroll
@@ -161,19 +159,20 @@ __global__ void __launch_bounds__(kThreads)
     if (exact != nullptr && s.step == -1.0f) atomicAdd(exact, 1);
   }
 
+  uint8_t* const to = out + sample.byte + (group - sample.first) * (runs * 4 * sample.bits);
   Bytes<V> codes[kRuns];
   if (sizeof(T) == 4 || std::is_same<T, BFloat16>::value) {
     // No step of fp16 is that small.
     if (s.scale == kScaleUp)
-      round_lane<T, true, true>(v, s, lane, groups.at, group, source, codes);
+      round_lane<T, RowsMirrored, true, true>(v, s, lane, drawn, source, codes);
     else if (sample.bits == 8)
-      round_lane<T, true, false>(v, s, lane, groups.at, group, source, codes);
+      round_lane<T, RowsMirrored, true, false>(v, s, lane, drawn, source, codes);
     else
-      round_lane<T, false, false>(v, s, lane, groups.at, group, source, codes);
+      round_lane<T, RowsMirrored, false, false>(v, s, lane, drawn, source, codes);
   } else if (sample.bits == 8) {
-    round_lane<T, true, false>(v, s, lane, groups.at, group, source, codes);
+    round_lane<T, RowsMirrored, true, false>(v, s, lane, drawn, source, codes);
   } else {
-    round_lane<T, false, false>(v, s, lane, groups.at, group, source, codes);
+    round_lane<T, RowsMirrored, false, false>(v, s, lane, drawn, source, codes);
   }
   if (s.minimum != s.minimum) {
 #pragma unroll
@@ -182,7 +181,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < V / 4; ++q) codes[m].w[q] = 0;
   }
 
-  uint8_t* const to = out + sample.byte + (group - sample.first) * (runs * 4 * sample.bits);
   if constexpr (Staged) {
     uint8_t* const staged = (uint8_t*)shared_memory() + thread_index() / Lanes * (32 * runs);
 #pragma unroll
@@ -209,13 +207,14 @@ inline Scratch scratch_of(const Layout& at) {
 }
 
 // The byte of element e, from the words of its block's four calls.
-__device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e, bool rows_mirrored, uint32_t mirror) {
+template <bool RowsMirrored>
+__device__ __forceinline__ uint8_t dither_byte(const uint32_t* calls, int e, uint32_t mirror) {
   const uint32_t* call = calls + e / kDitherBlock * 16 + e % 16 / 4 * 4;
-  const uint32_t word = dither_word_of(call, e % 4, e / kDitherRun % 4, rows_mirrored) ^ mirror;
+  const uint32_t word = dither_word<RowsMirrored>(call, e % 4, e / kDitherRun % 4) ^ mirror;
   return (uint8_t)(word >> (8 * (e / 16 % 4)));
 }
 
-template <class T>
+template <class T, bool RowsMirrored>
 __global__ void __launch_bounds__(kThreads)
     quantize_any(const T* x, Groups groups, Source source, int lanes, int in_block, Scratch scratch, uint8_t* out,
                  uint32_t* meta, int* exact) {
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
     range.see(value);
   }
   const uint64_t stream = source.sequence();
-  const Drawn drawn = drawn_for(groups.at, group);
+  const Drawn drawn = drawn_for<RowsMirrored>(groups.at, group);
   const int full = spot.size / kDitherBlock * 4, rest = spot.size % kDitherBlock;
   const int n_calls = full + (rest < 16 ? (rest + 3) / 4 : 4);  // a block of few elements needs not all four
   for (int c = lane; c < n_calls; c += lanes)
@@ -250,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();  // calls
   for (int e = lane; e < spot.size; e += lanes) {
     const float d = difference(values[e], s.minimum) * s.scale;
-    const float above = float_of(((uint32_t)dither_byte(calls, e, groups.at.rows_mirrored != 0, drawn.mirror) << 7) +
+    const float above = float_of(((uint32_t)dither_byte<RowsMirrored>(calls, e, drawn.mirror) << 7) +
                                  0x43800040u);  // as in Dithered<true>
     const uint32_t code = bits_of(__fmaf_rz(d, s.reciprocal, above)) >> 15 & 0xFFu;
     codes[e] = (uint8_t)(s.reciprocal == 0.0f ? 0u : code);
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---------------------------------------------------------------- launches
 
-template <class T>
+template <class T, bool RowsMirrored>
 void quantize_as(const T* x, const Groups& groups, const Draw& draw, uint8_t* codes, uint32_t* meta, int* exact,
                  const Target& target) {
   if constexpr (sizeof(T) < 8) {
@@ -277,10 +276,10 @@ void quantize_as(const T* x, const Groups& groups, const Draw& draw, uint8_t* co
     if (even(groups) && aligned(x, 16) && aligned(codes, 16)) {
       const int64_t blocks = ceil_div(groups.at.n_groups, in_block);
       if (groups.at.group == kDitherBlock)
-        launch(quantize_even<T, false>, blocks, 0, target, x, groups, Source(draw), codes, meta, exact);
+        launch(quantize_even<T, false, RowsMirrored>, blocks, 0, target, x, groups, Source(draw), codes, meta, exact);
       else
-        launch(quantize_even<T, true>, blocks, in_block * groups.at.group, target, x, groups, Source(draw), codes, meta,
-               exact);
+        launch(quantize_even<T, true, RowsMirrored>, blocks, in_block * groups.at.group, target, x, groups,
+               Source(draw), codes, meta, exact);
       return;
     }
   }
@@ -288,8 +287,8 @@ void quantize_as(const T* x, const Groups& groups, const Draw& draw, uint8_t* co
   const Scratch scratch = scratch_of(groups.at);
   const int64_t room = kSharedBytes / scratch.total();
   const int in_block = (int)(room < kThreads / lanes ? room : kThreads / lanes);
-  launch(quantize_any<T>, ceil_div(groups.at.n_groups, in_block), in_block * scratch.total(), target, x, groups,
-         Source(draw), lanes, in_block, scratch, codes, meta, exact);
+  launch(quantize_any<T, RowsMirrored>, ceil_div(groups.at.n_groups, in_block), in_block * scratch.total(), target, x,
+         groups, Source(draw), lanes, in_block, scratch, codes, meta, exact);
 }
 
 }  // namespace
@@ -299,7 +298,11 @@ void quantize(const void* x, int dtype, const Cut& cut, const Draw& draw, uint8_
   if (cut.numel == 0) return;
   with_float(dtype, [&](auto type) {
     using T = decltype(type);
-    quantize_as((const T*)x, groups_of(cut), draw, codes, meta, exact, target);
+    const Groups groups = groups_of(cut);
+    if (groups.at.rows_mirrored != 0)
+      quantize_as<T, true>((const T*)x, groups, draw, codes, meta, exact, target);
+    else
+      quantize_as<T, false>((const T*)x, groups, draw, codes, meta, exact, target);
   });
 }
 

@@ -253,10 +253,11 @@ def test_kernels_need_no_stack_and_few_registers(built):
     usage = {name: [int(number) for number in numbers] for name, *numbers in USAGE.findall(built[1])}
     assert len(usage) > 30, built[1][-4000:]
     assert {name: numbers for name, numbers in usage.items() if any(numbers[:3])} == {}
-    full_groups = {name: numbers[3] for name, numbers in usage.items() if re.search(r"quantize_even.*Lb0", name)}
-    # To codes and back; on to the gradients of three activations, to these themselves, by channel and by row; three
+    full = re.compile(r"dequantize_even.*Lb0|[0-9]quantize_even.*Lb0ELb")
+    full_groups = {name: numbers[3] for name, numbers in usage.items() if full.search(name)}
+    # To codes, of images and of tokens, and back; on to the gradients of three activations, to these themselves, by channel and by row; three
     # dtypes, and two more of rows that are stored in another one.
-    assert len(full_groups) == 3 * (2 + 3 + 3 + 2) + 2
+    assert len(full_groups) == 3 * (3 + 3 + 3 + 2) + 2
     assert max(full_groups.values()) <= HALF, full_groups
     backward = [name for name in usage if re.search(r"dequantize_(even|any).*Derived|choose_kernel.*Kept", name)]
     assert len(backward) == 3 * (2 * 3 + 4) + 4  # functions, kinds of groups and dtypes; widths of a masked element
