@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,16 +32,22 @@ def model_and_step(**settings):
 
 
 def test_prediction_beside_the_truth():
-    """Each tensor alone and all together, within a fifth and four standard errors."""
-    model, step = model_and_step()
-    report = hf_actnn.variance_report(model, step, draws=60)
-    assert {row.name for row in report.rows} == {"0:convolution", "1:batch_norm", "5:gelu", "8:linear"}
-    for row in [*report.rows, report]:
-        assert row.measured is not None and row.standard_error is not None
-        assert abs(row.predicted - row.measured) < 0.25 * row.measured + 4 * row.standard_error, row
-    assert report.predicted == pytest.approx(sum(row.predicted for row in report.rows))
-    assert report.rows == sorted(report.rows, key=lambda row: -row.predicted)
-    assert 0 < report.minibatch < 100
+    """Each tensor alone and all together. One prediction is off by up to two fifths, as its random signs fall."""
+    predicted, measured = collections.Counter(), collections.Counter()
+    for seed in range(8):
+        model, step = model_and_step(seed=seed)
+        report = hf_actnn.variance_report(model, step, draws=10)
+        assert {row.name for row in report.rows} == {"0:convolution", "1:batch_norm", "5:gelu", "8:linear"}
+        for row in [*report.rows, report]:
+            assert row.measured is not None and row.standard_error is not None
+            name = getattr(row, "name", "all")
+            predicted[name] += row.predicted
+            measured[name] += row.measured
+        assert report.predicted == pytest.approx(sum(row.predicted for row in report.rows))
+        assert report.rows == sorted(report.rows, key=lambda row: -row.predicted)
+        assert 0 < report.minibatch < 100
+    for name, value in measured.items():
+        assert predicted[name] == pytest.approx(value, rel=0.2), name
 
 
 @pytest.mark.parametrize("config", [{"config": "L2"}, {"config": "L3"}, {"config": None, "bits": "auto"}], ids=str)
