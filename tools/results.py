@@ -122,6 +122,7 @@ def accuracy(pictures: bool) -> list[str] | None:
             "Runs of a seed on two devices count as one. With two or three seeds intervals are wide (Student's t). "
             "*Training loss*: of the last quarter of the steps, relative to uncompressed runs of the same seeds, with "
             "its standard error; these see the same batches, so it tells schemes apart that the score does not. "
+            "So does the noise that each adds to one gradient ([Variance](variance.md#beside-the-original-scheme)). "
             "In the runs of RT-DETR L3 chose its bits with earlier weights of parameters "
             "([Theory](../theory.md#choosing-bits)).",
             "",
