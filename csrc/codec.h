@@ -31,7 +31,7 @@ enum Function : int { kGelu, kGeluTanh, kSilu };
 constexpr int kMaxGroup = 4096;
 constexpr int kMaskGroup = 256;
 constexpr int kDitherBlock = 256;     // elements that four generator calls serve
-constexpr int64_t kImageFrom = 8192;  // rows of so many values are taken for images, shorter ones for tokens
+constexpr int64_t kImageFrom = 4096;  // rows of so many values are taken for images, shorter ones for tokens
 constexpr int kDitherRun = 64;        // of them, those that take one run of words: dither_word's k
 constexpr int kRounds = 10;
 constexpr float kExactFrom = 0x1p126f;

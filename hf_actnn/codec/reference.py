@@ -21,7 +21,7 @@ MAX_GROUP = 4096
 #: Elements of a group that four calls of the generator serve.
 DITHER_BLOCK = 256
 #: Rows of so many values are taken for images, whose neighbours lie side by side; shorter ones for tokens.
-IMAGE_FROM = 8192
+IMAGE_FROM = 4096
 #: Rounds of the generator, as its authors recommend.
 ROUNDS = 10
 #: Masks and small integers are packed in groups of this many elements of the flat tensor.

@@ -100,7 +100,7 @@ def test_large(bits, dtype):
         (7, 3),  # groups smaller than any vector, one shorter than the others
         (5, 1),  # one element a group
         (9000, 4096),  # the widest groups: the buffers' limits
-        (8192, 256),  # images
+        (4096, 256),  # images
         (768, 256),  # tokens whose pairs of rows fit side by side
         (3072, 256),  # and such whose do not
         (3, 256),  # rows shorter than a vector

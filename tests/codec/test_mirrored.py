@@ -10,7 +10,7 @@ import torch
 
 from hf_actnn.codec import ops, quantize, reference, rounding_correlation, variance
 
-LONG, SHORT = 8192, 64
+LONG, SHORT = 4096, 64
 
 
 def variance_of_sums(quantise, bits: int, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:

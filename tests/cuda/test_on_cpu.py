@@ -33,7 +33,7 @@ CUTS = {
     "below four": (3, 256, (300,)),
     "two blocks of dither": (300, 512, (4,)),
     "widest groups": (9000, 4096, (2,)),
-    "images": (8192, 256, (3, 6)),
+    "images": (4096, 256, (3, 6)),
     "images cut evenly": (9216, 192, (3,)),
     "images cut unevenly": (8200, 256, (3,)),
 }
