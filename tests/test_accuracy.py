@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -357,3 +358,16 @@ def test_noise_of_schemes_is_that_of_their_bits(net, monkeypatch):
             assert 85**2 / 2 < found[f"{way} 2"] / found[f"{way} 8"] < 85**2 * 2
         assert 0 < found["L3 4"] < found["L3 1.5"] / 10
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_is_kept_with_what_it_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "accuracy.json")
+    monkeypatch.setattr(
+        run.timing, "write", lambda name, found: (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    )
+    for scheme in ("L3", "original-2", run.PLAIN):
+        run.keep(run.Key("cifar10-resnet", scheme, 0), {"score": 0.5, "losses": [1.0] * 8})
+    kept = {key.split("/")[1]: one["machine"] for key, one in run.known().items()}
+    assert kept["L3"]["roundings"] == run.timing.ROUNDINGS
+    assert all("roundings" not in kept[scheme] for scheme in ("original-2", run.PLAIN))
+    assert all(set(one) >= {"date", "cpu", "torch"} for one in kept.values())

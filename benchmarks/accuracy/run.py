@@ -286,7 +286,8 @@ def comparisons(runs: dict[str, Any]) -> list[dict[str, Any]]:
 def keep(key: Key, found: dict[str, Any]) -> None:
     """Write a finished run down, beside those that others may be writing."""
     machine = timing.environment()
-    found = {**found, "machine": {name: machine[name] for name in ("date", "cpu", "torch")}}
+    names = ("date", "cpu", "torch", *(("roundings",) if SCHEMES[key.scheme].fields else ()))
+    found = {**found, "machine": {name: machine[name] for name in names}}
     if key.device == "cuda":
         found["machine"]["gpu"] = torch.cuda.get_device_name()
     with open(RESULTS.with_suffix(".lock"), "w") as lock:

@@ -61,9 +61,7 @@ def test_dither_positions(group, rows_mirrored):
             assert u[g, e] == ((255 - byte if mirrored else byte) + 0.5) / 256
 
 
-@pytest.mark.parametrize(
-    ("row", "groups"), [(1, 1), (256, 1), (257, 2), (4095, 16), (4096, 0), (100_000, 0)]
-)
+@pytest.mark.parametrize(("row", "groups"), [(1, 1), (256, 1), (257, 2), (4095, 16), (4096, 0), (100_000, 0)])
 def test_rows_of_tokens_mirror_each_other_and_images_within(row, groups):
     assert reference.layout(8 * row, row, 2, 256).rows_mirrored == groups
 
