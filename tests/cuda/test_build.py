@@ -255,8 +255,8 @@ def test_kernels_need_no_stack_and_few_registers(built):
     assert {name: numbers for name, numbers in usage.items() if any(numbers[:3])} == {}
     full = re.compile(r"dequantize_even.*Lb0|[0-9]quantize_even.*Lb0ELb")
     full_groups = {name: numbers[3] for name, numbers in usage.items() if full.search(name)}
-    # To codes, of images and of tokens, and back; on to the gradients of three activations, to these themselves, by channel and by row; three
-    # dtypes, and two more of rows that are stored in another one.
+    # To codes, of images and of tokens, and back; on to the gradients of three activations, to these themselves, by
+    # channel and by row; three dtypes, and two more of rows that are stored in another one.
     assert len(full_groups) == 3 * (3 + 3 + 3 + 2) + 2
     assert max(full_groups.values()) <= HALF, full_groups
     backward = [name for name in usage if re.search(r"dequantize_(even|any).*Derived|choose_kernel.*Kept", name)]

@@ -505,7 +505,7 @@ class Places(nn.Sequential):
     """A convolution whose gradient is alike in all places, which a mean makes it."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(32, 10, 3, padding=1), nn.AvgPool2d(16), nn.Flatten())
+        super().__init__(nn.Conv2d(16, 10, 3, padding=1), nn.AvgPool2d(16), nn.Flatten())
 
 
 class Tokens(nn.Module):
@@ -513,7 +513,7 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(32, 10)
+        self.layer = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.flatten(2).transpose(1, 2).contiguous()).mean(1)
@@ -534,7 +534,7 @@ READ = {
 @pytest.mark.parametrize("build", [Places, Tokens])
 def test_mirrored_roundings_are_foreseen(monkeypatch, build, read_, bits):
     """Where errors of neighbours cancel; with noise that is independent from value to value more is predicted."""
-    model, run = seeded(build), classify(READ[read_](normal(8, 32, 16, 16)))
+    model, run = seeded(build), classify(READ[read_](normal(8, 16, 16, 16)))
     mean, error = measured(draws(model, run, bits, 300)[1])
     assert error < 0.03, "too few draws to tell"
     found = sum(predict(model, run, bits, steps=30).values())
