@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -122,3 +123,16 @@ def test_groups_lie_as_the_way_says(way, straddles, monkeypatch):
     assert len(lengths) > 4
     tokens = [(length, numel) for length, numel in lengths if numel % 64 == 0]
     assert all((length == numel) == straddles for length, numel in tokens)
+
+
+def test_the_page_of_the_codec_says_what_mirrored_roundings_came_to():
+    root = Path(__file__).parent.parent
+    rows = json.loads((root / "benchmarks" / "results" / "mirrored.json").read_text())["rows"]
+    page = " ".join((root / "docs" / "codec.md").read_text().split())
+    titles = {"resnet20": "a ResNet-20", "swin": "a Swin", "vit_192": "a ViT", "convnext": "a ConvNeXt"}
+    assert {row["model"] for row in rows} == set(titles)
+    for model, title in titles.items():
+        known = [row for row in rows if row["model"] == model and row["independent"]["variance"] < 20]
+        as_adam, plain = ([row[key] for row in known] for key in ("weighted_ratio", "ratio"))
+        said = f"{min(as_adam):.2f} to {max(as_adam):.2f} in {title} ({min(plain):.2f} to {max(plain):.2f})"
+        assert said in page
