@@ -55,6 +55,31 @@ def test_verdicts_are_for_us_and_against_us():
     assert results.verdicts({}) == []
 
 
+def test_noise_beside_the_original_s():
+    import results
+
+    def noisy(value, error=0.01):
+        return {key: {"value": value, "standard_error": error} for key in ("of_sum", "as_adam", "mean_share")}
+
+    ways = {f"L3, {bits:g} bits": noisy(0.5) for bits in (2, 1.5)}
+    steps = {
+        str(at): {
+            **ways,
+            "original, 2 bits on average": noisy(1.0 * at),
+            "original, 1.5 bits on average": noisy(at, 1.5),
+        }
+        for at in (2, 4)
+    }
+    machine = {"cpu": "a processor", "cpus": 2, "torch": "2.13", "date": "2026-01-01"}
+    found = {"tasks": {"it": steps}, "batch": {"it": 8}, "batches": 16, "environment": machine}
+    text = "\n".join(results.beside_the_original(found))
+    assert "At 2 bits on average the original scheme adds 4 to 8 times what L3 does of the sum, 4 to 8 times as" in text
+    # Of the two steps at 1.5 bits the first is within its errors.
+    assert "adds 8 times, at 1 of 2 steps an unknown number of times, what L3 does" in text
+    assert "| 4 | L3, 2 bits | 0.5 ± 0.01 | 0.5 ± 0.01 | 0.5 ± 0.01 |" in text
+    assert results.beside_the_original(None) == []
+
+
 def test_figures_of_another_rounding_say_so():
     import readme
     import results

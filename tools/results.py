@@ -635,24 +635,39 @@ def beside_the_original(results: dict[str, Any] | None) -> list[str]:
         "",
     ]
     for task, steps in results["tasks"].items():
-        rows, ratios = [], collections.defaultdict(list)
+        rows = []
         for step, found in steps.items():
             for way, figures in found.items():
                 cells = [f"{one['value']:.2g} ± {one['standard_error']:.1g}" for one in figures.values()]
                 rows.append([step, way, *cells])
-            for bits in (2, 1.5):
-                ours, original = (found[way] for way in (f"L3, {bits:g} bits", f"original, {bits:g} bits on average"))
-                ratios[bits].append([original[key]["value"] / one["value"] for key, one in ours.items()])
         lines += [f"**{task}**, batches of {results['batch'][task]}:", ""]
-        for bits, found in ratios.items():
-            told = [f"{min(one):.2g} to {max(one):.2g} times" for one in zip(*found, strict=True)]
+        for bits in (2, 1.5):
+            pairs = [
+                (found[f"original, {bits:g} bits on average"], found[f"L3, {bits:g} bits"]) for found in steps.values()
+            ]
+            told = {key: _times([(one[key], other[key]) for one, other in pairs]) for key in pairs[0][0]}
             lines.append(
-                f"* At {bits:g} bits on average the original scheme adds {told[0]} what L3 does of the sum, "
-                f"{told[1]} as Adam steps, {told[2]} of the mean share."
+                f"* At {bits:g} bits on average the original scheme adds {told['of_sum']} what L3 does of the sum, "
+                f"{told['as_adam']} as Adam steps, {told['mean_share']} of the mean share."
             )
         lines += ["", *table(["step", "way", "of the sum", "as Adam steps", "mean share"], rows), ""]
     command = f"python benchmarks/accuracy/noise.py --data DATA --batches {results['batches']}"
     return lines + source("noise", command, results["environment"])
+
+
+def _times(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
+    """How many times the second the first is, at steps of a training. Where its standard error is over half of it,
+    single batches make most of it: more than at the other steps, and how much is not known."""
+    steady = [one["value"] / other["value"] for one, other in pairs if one["standard_error"] <= one["value"] / 2]
+    if not steady:
+        return "an unknown number of times"
+    low, high = f"{min(steady):.2g}", f"{max(steady):.2g}"
+    more = (
+        f", at {len(pairs) - len(steady)} of {len(pairs)} steps an unknown number of times,"
+        if pairs[len(steady) :]
+        else ""
+    )
+    return f"{low if low == high else f'{low} to {high}'} times{more}"
 
 
 def draw_variance(results: dict[str, Any], path: Path) -> None:
