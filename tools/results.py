@@ -656,17 +656,14 @@ def beside_the_original(results: dict[str, Any] | None) -> list[str]:
 
 
 def _times(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
-    """How many times the second the first is, at steps of a training. Where its standard error is over half of it,
-    single batches make most of it: more than at the other steps, and how much is not known."""
+    """How many times the second the first is, at steps of a training; not known where its standard error is over half
+    of it, as single batches make most of it there."""
     steady = [one["value"] / other["value"] for one, other in pairs if one["standard_error"] <= one["value"] / 2]
     if not steady:
         return "an unknown number of times"
     low, high = f"{min(steady):.2g}", f"{max(steady):.2g}"
-    more = (
-        f", at {len(pairs) - len(steady)} of {len(pairs)} steps an unknown number of times,"
-        if pairs[len(steady) :]
-        else ""
-    )
+    rest = len(pairs) - len(steady)
+    more = f", at {rest} of {len(pairs)} steps an unknown number of times," if rest else ""
     return f"{low if low == high else f'{low} to {high}'} times{more}"
 
 
